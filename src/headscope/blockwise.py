@@ -1,0 +1,239 @@
+"""The blockwise pass over exp(s − lse): every question in one pass, hidden blocks skipped, O(block) memory.
+
+A strip is a few rows of queries against all the keys that they may see; its scores are made one block at a
+time, and its weights are final before any question sees them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from headscope.reductions import Block, Reduction
+from headscope.scores import LOWEST, Scores
+
+__all__ = ["Normalizer", "Strip", "by_rows", "stream", "strips"]
+
+_BLOCK = 1 << 18  # scores in one block: it should stay in the cache
+_STRIP = 1 << 23  # scores in one strip: they are held until its rows are known
+_AUTOGRAD = 1 << 21  # scores in one strip when gradients are wanted: several copies are alive
+
+
+@dataclass(frozen=True, eq=False)
+class Normalizer:
+    """Two numbers a row, [B, H, L] each, that turn scores into weights: P = exp((s − top) − log_total).
+
+    Kept apart because lse = top + log_total loses log_total when a mask has put −3e38 on a whole row.
+    """
+
+    top: Tensor
+    log_total: Tensor
+
+    @property
+    def logsumexp(self) -> Tensor:
+        """Log Σ_j exp(s_ij), [B, H, L]; −inf where nothing is visible."""
+        return self.top + self.log_total
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Some query rows of some heads, and the spans of keys (start, stop, mixed) they may see."""
+
+    batch: slice
+    groups: slice
+    rows: slice
+    spans: list[tuple[int, int, bool]]
+
+
+def strips(scores: Scores) -> Iterator[Strip]:
+    """Cut an attention into strips: enough rows for a good matrix product, few enough to stay in the cache."""
+    batch, _, queries, keys = scores.shape
+    groups, shared = scores.key.shape[1], scores.per_group
+    rows = max(1, min(queries, max(32, 256 // shared), _STRIP // (shared * keys)))
+    together = max(1, _BLOCK // (shared * rows * keys))  # short texts: several heads and rows at once
+    many_groups = min(groups, together)
+    many_batch = max(1, min(batch, together // groups))
+    for b in range(0, batch, many_batch):
+        part = slice(b, min(batch, b + many_batch))
+        for q in range(0, queries, rows):
+            span = slice(q, min(queries, q + rows))
+            spans = scores.spans(part, span)
+            for g in range(0, groups, many_groups):
+                yield Strip(part, slice(g, min(groups, g + many_groups)), span, spans)
+
+
+def stream(
+    scores: Scores, reductions: Sequence[Reduction], known: Normalizer | None = None
+) -> tuple[list[Any], Normalizer]:
+    """Answer all ``reductions`` in one pass; no gradients. Gives the answers, and the rows' normalizer.
+
+    With ``known`` each block is final at once; without it, a strip's blocks wait for their rows' sums.
+    """
+    like = scores.query.new_empty(0, dtype=scores.dtype)
+    states = [reduction.start(scores.shape, like) for reduction in reductions]
+    found = known or Normalizer(like.new_zeros(scores.shape[:3]), like.new_zeros(scores.shape[:3]))
+    with torch.no_grad(), torch.autocast(scores.query.device.type, enabled=False):
+        for strip in strips(scores):
+            make = _fresh_blocks if known is None else _known_blocks
+            for block in make(scores, strip, found):
+                for reduction, state in zip(reductions, states, strict=True):
+                    reduction.update(state, block)
+    return [r.finish(s) for r, s in zip(reductions, states, strict=True)], found
+
+
+def _pieces(strip: Strip, width: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Blocks of keys up to ``width`` wide, and where inside each the mask must be applied."""
+    start, stop, mixed = -1, -1, list[slice]()
+    for lo, hi, is_mixed in strip.spans:
+        for a in range(lo, hi, width):
+            b = min(hi, a + width)
+            if start < 0 or a != stop or b - start > width:
+                if start >= 0:
+                    yield slice(start, stop), mixed
+                start, mixed = a, []
+            stop = b
+            if is_mixed:
+                mixed = [*mixed, slice(a, b)]
+    if start >= 0:
+        yield slice(start, stop), mixed
+
+
+def _raw_blocks(scores: Scores, strip: Strip) -> Iterator[tuple[Tensor, slice, list[slice]]]:
+    """Scores of the strip, block by block: −inf where hidden."""
+    queries = scores.queries(strip.batch, strip.groups, strip.rows)
+    heads = _heads(scores, strip)
+    width = max(128, _BLOCK // (queries.shape[0] * queries.shape[1]))
+    for keys, mixed in _pieces(strip, width):
+        x = scores.block(queries, strip.batch, strip.groups, strip.rows, keys)
+        for part in mixed:
+            seen = scores.visible(strip.batch, heads, strip.rows, part)
+            inner = slice(part.start - keys.start, part.stop - keys.start)
+            x[..., inner].masked_fill_(~seen, -torch.inf)
+        yield x, keys, mixed
+
+
+def _heads(scores: Scores, strip: Strip) -> slice:
+    return slice(strip.groups.start * scores.per_group, strip.groups.stop * scores.per_group)
+
+
+def _block(
+    scores: Scores,
+    strip: Strip,
+    keys: slice,
+    mixed: list[slice],
+    weights: Tensor,
+    centered: Tensor,
+    offset: Tensor,
+) -> Block:
+    """A finished block: the logarithm of a hidden weight becomes finite, so that 0 · log 0 is 0."""
+    if scores.bias is not None:
+        centered.clamp_(min=LOWEST)
+    else:
+        for part in mixed:
+            inner = slice(part.start - keys.start, part.stop - keys.start)
+            centered[..., inner].clamp_(min=LOWEST)
+    heads = _heads(scores, strip)
+    return Block(weights, centered, offset, strip.batch, heads, strip.rows, keys, bool(mixed), scores)
+
+
+def _known_blocks(scores: Scores, strip: Strip, known: Normalizer) -> Iterator[Block]:
+    at = (strip.batch, _heads(scores, strip), strip.rows)
+    top = known.top[at].unsqueeze(-1)
+    offset = -known.log_total[at].unsqueeze(-1)
+    offset = torch.where(offset == torch.inf, 0.0, offset)
+    factor = offset.exp()
+    for x, keys, mixed in _raw_blocks(scores, strip):
+        centered = x.sub_(top)
+        weights = centered.exp().mul_(factor)
+        yield _block(scores, strip, keys, mixed, weights, centered, offset)
+
+
+def _fresh_blocks(scores: Scores, strip: Strip, found: Normalizer) -> Iterator[Block]:
+    """Blocks wait, each centered on the largest score so far, until their rows' sums are known."""
+    heads = _heads(scores, strip)
+    held: list[tuple[slice, list[slice], Tensor, Tensor, Tensor]] = []
+    size = (
+        strip.batch.stop - strip.batch.start,
+        heads.stop - heads.start,
+        strip.rows.stop - strip.rows.start,
+        1,
+    )
+    top = found.top.new_full(size, -torch.inf)
+    total = found.top.new_zeros(size)
+    for x, keys, mixed in _raw_blocks(scores, strip):
+        higher = torch.maximum(top, x.amax(-1, keepdim=True))
+        shift = torch.where(higher == -torch.inf, 0.0, higher)
+        centered = x.sub_(shift)
+        weights = centered.exp()
+        total = total * (top - shift).exp() + weights.sum(-1, keepdim=True)
+        top = higher
+        held.append((keys, mixed, weights, centered, shift))
+    shift = torch.where(top == -torch.inf, 0.0, top)
+    if scores.sinks is not None:
+        logit = scores.sinks[heads].detach().to(top.dtype).view(1, -1, 1, 1)
+        higher = torch.maximum(shift, logit)
+        total = total * (shift - higher).exp() + (logit - higher).exp()
+        shift = higher
+    log_total = total.log()
+    at = (strip.batch, heads, strip.rows)
+    found.top[at] = shift.squeeze(-1)
+    found.log_total[at] = log_total.squeeze(-1)
+    while held:
+        keys, mixed, weights, centered, own = held.pop(0)
+        lower = (own - shift).clamp(max=0)  # own may stand above where the row has seen nothing yet
+        offset = torch.where(total > 0, lower - log_total, 0.0)
+        weights.mul_(offset.exp())
+        yield _block(scores, strip, keys, mixed, weights, centered, offset)
+
+
+def by_rows(scores: Scores, ask: Callable[..., Tensor], *values: Tensor | None) -> Iterator[Tensor]:
+    """Differentiable answers, a few query rows at a time: ``ask(weights, log_weights, rows, *values)``.
+
+    Nothing of a strip is kept for the backward pass: it is computed again there, so that memory stays O(strip).
+    """
+    batch, heads, queries, keys = scores.shape
+    rows = max(1, min(queries, _AUTOGRAD // (batch * heads * keys)))
+    for q in range(0, queries, rows):
+        span = slice(q, min(queries, q + rows))
+
+        def strip(
+            query: Tensor,
+            key: Tensor,
+            bias: Tensor | None,
+            sinks: Tensor | None,
+            span: slice,
+            *given: Any,
+        ) -> Tensor:
+            whole = Scores(query, key, scores.mask, bias, scores.scale, scores.softcap, sinks, scores.origin)
+            with torch.autocast(query.device.type, enabled=False):
+                return ask(*_weights_of_rows(whole, span), span, *given)
+
+        operands = (scores.query, scores.key, scores.bias, scores.sinks, span, *values)
+        yield checkpoint(strip, *operands, use_reentrant=False)
+
+
+def _weights_of_rows(scores: Scores, rows: slice) -> tuple[Tensor, Tensor]:
+    """Weights and log-weights [B, H, r, S] of a few rows, differentiable in everything."""
+    every_batch, every_key = slice(0, scores.shape[0]), slice(0, scores.shape[3])
+    groups, heads = slice(0, scores.key.shape[1]), slice(0, scores.shape[1])
+    queries = scores.queries(every_batch, groups, rows)
+    x = scores.block(queries, every_batch, groups, rows, every_key)
+    if scores.mask is not None:
+        x = x.masked_fill(~scores.visible(every_batch, heads, rows, every_key), -torch.inf)
+    top = x.detach().amax(-1, keepdim=True)
+    top = torch.where(top == -torch.inf, 0.0, top)
+    if scores.sinks is not None:
+        top = torch.maximum(top, scores.sinks.detach().to(x.dtype).view(1, -1, 1, 1))
+    centered = x - top
+    hidden = centered == -torch.inf
+    weights = centered.exp()
+    total = weights.sum(-1, keepdim=True)
+    if scores.sinks is not None:
+        total = total + (scores.sinks.to(x.dtype).view(1, -1, 1, 1) - top).exp()
+    total = torch.where(total > 0, total, 1.0)
+    return weights / total, centered.masked_fill(hidden, LOWEST) - total.log()

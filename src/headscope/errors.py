@@ -1,0 +1,46 @@
+"""The errors that Headscope raises.
+
+Each says what came, what was wanted and what to do. All derive from `HeadscopeError`, so
+`except HeadscopeError` catches what the library itself refuses and nothing else. Arguments of the
+wrong shape or value raise `ValueError`, as everywhere in Python.
+"""
+
+
+class HeadscopeError(Exception):
+    """Base of all errors that Headscope raises about a model, a text or a file.
+
+    >>> issubclass(TextError, HeadscopeError)
+    True
+    """
+
+
+class TextError(HeadscopeError):
+    """A text that cannot be tokenized, or a word that is not in it, or is in it twice."""
+
+
+class ModelNotFound(HeadscopeError):
+    """A model that is not here: an unknown name, one not pulled yet, or a hub out of reach."""
+
+
+class DownloadError(HeadscopeError):
+    """A pull that failed: no connection, a wrong checksum, or a full disk."""
+
+
+class UnsupportedAttention(HeadscopeError):
+    """An attention call of a kind that cannot be recorded or edited faithfully."""
+
+
+class NothingSeen(HeadscopeError):
+    """A model ran under a watch, and no attention call was seen."""
+
+
+class RecordingError(HeadscopeError):
+    """A recording that cannot be read, written, or asked for what it does not hold."""
+
+
+class ProofError(HeadscopeError):
+    """The rebuilt weights times the values do not match what the model's attention returned."""
+
+
+class EditError(HeadscopeError):
+    """An edit that cannot be applied to this model, or would not take effect."""

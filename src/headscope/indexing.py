@@ -1,0 +1,198 @@
+"""P[index]: any part of the matrix, computed from the rows and keys that the index names."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headscope.blockwise import Normalizer, stream
+from headscope.scores import Scores
+
+__all__ = ["PartReader"]
+
+_POINTS = 1 << 16  # cells computed one by one at a time
+_CELLS = 1 << 22  # cells computed as a block at a time
+
+
+class PartReader:
+    """Reads parts of an attention matrix, and remembers the sums of the rows that it has met."""
+
+    def __init__(self, scores: Scores, known: Normalizer | None) -> None:
+        self.scores = scores
+        shape = scores.shape[:3]
+        blank = torch.full(shape, torch.nan, dtype=scores.dtype, device=scores.query.device)
+        self.known = known or Normalizer(blank, blank.clone())
+
+    def __getitem__(self, index: Any) -> Tensor:
+        parts = _normalise(index, self.scores.shape, self.scores.query.device)
+        with torch.no_grad(), torch.autocast(self.scores.query.device.type, enabled=False):
+            if any(isinstance(part, Tensor) for part in parts):
+                return self._gathered(parts)
+            return self._cut(parts)
+
+    def _cut(self, parts: list[Any]) -> Tensor:
+        """Ints and slices: one block of each head."""
+        spans = [slice(p, p + 1, 1) if isinstance(p, int) else p for p in parts]
+        sizes = [len(range(s.start, s.stop, s.step)) for s in spans]
+        if 0 in sizes:
+            out = self.scores.query.new_zeros(sizes, dtype=self.scores.dtype)
+        else:
+            b, h, q, k = (slice(s.start, s.start + (n - 1) * s.step + 1) for s, n in zip(spans, sizes, strict=True))
+            self._learn(b, h, q)
+            steps = tuple(slice(None, None, s.step) for s in spans)
+            out = self._weights(b, h, q, k, steps)
+        return out[tuple(0 if isinstance(p, int) else slice(None) for p in parts)]
+
+    def _weights(self, b: slice, h: slice, q: slice, k: slice, steps: tuple[slice, ...]) -> Tensor:
+        """Weights of a block of the matrix, [b, h, q, k], thinned by the steps."""
+        part = self.scores.narrow(b, h, q)
+        batch, heads, queries, _ = part.shape
+        every_b, every_h = slice(0, batch), slice(0, heads)
+        width = k.stop - k.start
+        rows = max(1, _CELLS // (batch * heads * width)) // steps[2].step * steps[2].step or steps[2].step
+        pieces = []
+        for start in range(0, queries, rows):
+            span = slice(start, min(queries, start + rows))
+            groups = slice(0, part.key.shape[1])
+            x = part.block(part.queries(every_b, groups, span), every_b, groups, span, k)
+            if part.mask is not None:
+                x = x.masked_fill(~part.visible(every_b, every_h, span, k), -torch.inf)
+            at = (b, h, slice(q.start + span.start, q.start + span.stop))
+            pieces.append(_normalised(x, self.known, at)[steps])
+        return torch.cat(pieces, 2)
+
+    def _gathered(self, parts: list[Any]) -> Tensor:
+        """Index tensors: torch itself says which cell goes where, by indexing grids of positions."""
+        keys = parts[3]
+        if isinstance(keys, slice):
+            return self._gathered_rows(parts[:3], keys)
+        cells = [g.contiguous() for g in _grids(parts, self.scores.shape, self.scores.query.device)]
+        shape = cells[0].shape
+        b, h, q, k = (c.flatten() for c in cells)
+        out = self.scores.query.new_zeros(b.numel(), dtype=self.scores.dtype)
+        self._learn_rows(b, h, q)
+        for start in range(0, b.numel(), _POINTS):
+            part = slice(start, start + _POINTS)
+            out[part] = self._points(b[part], h[part], q[part], k[part])
+        return out.view(shape)
+
+    def _gathered_rows(self, parts: list[Any], keys: slice) -> Tensor:
+        cells = _grids(parts, self.scores.shape[:3], self.scores.query.device)
+        shape = cells[0].shape
+        b, h, q = (c.flatten() for c in cells)
+        width = len(range(keys.start, keys.stop, keys.step))
+        out = self.scores.query.new_zeros((b.numel(), width), dtype=self.scores.dtype)
+        if out.numel():
+            self._learn_rows(b, h, q)
+            for i, (bi, hi, qi) in enumerate(zip(b.tolist(), h.tolist(), q.tolist(), strict=True)):
+                row = self._cut([bi, hi, qi, keys])
+                out[i] = row
+        return out.view(*shape, width)
+
+    def _points(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        scores = self.scores
+        query = scores.query[b, h, q].to(scores.dtype) * scores.scale
+        x = (query * scores.key[b, h // scores.per_group, k].to(scores.dtype)).sum(-1)
+        if scores.softcap is not None:
+            x = torch.tanh(x / scores.softcap) * scores.softcap
+        if scores.bias is not None:
+            sizes = scores.bias.shape
+            index = [i if n > 1 else torch.zeros_like(i) for i, n in zip((b, h, q, k), sizes, strict=True)]
+            x = x + scores.bias[tuple(index)].to(x.dtype)
+        if scores.mask is not None:
+            first_b, first_h, first_q = scores.origin
+            seen = scores.mask(b + first_b, h + first_h, q + first_q, k)
+            x = x.masked_fill(~seen, -torch.inf)
+        at = (b, h, q)
+        total = self.known.log_total[at]
+        return (x - self.known.top[at] - total).exp().masked_fill(total == -torch.inf, 0)
+
+    def _learn_rows(self, b: Tensor, h: Tensor, q: Tensor) -> None:
+        """Sums of rows named one by one: neighbours are learnt together."""
+        rows = torch.stack([b, h, q], 1).unique(dim=0)
+        if not len(rows):
+            return
+        new = (rows[1:, :2] != rows[:-1, :2]).any(1) | (rows[1:, 2] != rows[:-1, 2] + 1)
+        starts = [0, *(new.nonzero().flatten() + 1).tolist(), len(rows)]
+        for start, stop in pairwise(starts):
+            bi, hi, first = rows[start].tolist()
+            last = int(rows[stop - 1, 2])
+            self._learn(slice(bi, bi + 1), slice(hi, hi + 1), slice(first, last + 1))
+
+    def _learn(self, b: slice, h: slice, q: slice) -> None:
+        """Sums of a block of rows, unless they are known."""
+        unknown = self.known.top[b, h, q].isnan()
+        if not bool(unknown.any()):
+            return
+        wanted = unknown.any(1).any(0).nonzero().flatten()
+        first, last = int(wanted[0]), int(wanted[-1]) + 1
+        rows = slice(q.start + first, q.start + last)
+        _, found = stream(self.scores.narrow(b, h, rows), [])
+        self.known.top[b, h, rows] = found.top
+        self.known.log_total[b, h, rows] = found.log_total
+
+
+def _normalised(x: Tensor, known: Normalizer, at: tuple[slice, slice, slice]) -> Tensor:
+    total = known.log_total[at].unsqueeze(-1)
+    return ((x - known.top[at].unsqueeze(-1)) - total).exp().masked_fill(total == -torch.inf, 0)
+
+
+def _grids(parts: list[Any], shape: Sequence[int], device: torch.device) -> list[Tensor]:
+    """For each axis, the position along it of every cell that ``parts`` picks, in the picked shape."""
+    grids = []
+    for axis, size in enumerate(shape):
+        line = torch.arange(size, device=device)
+        grid = line.view([-1 if a == axis else 1 for a in range(len(shape))]).expand(*shape)
+        grids.append(grid[tuple(parts)])
+    return grids
+
+
+def _normalise(index: Any, shape: Sequence[int], device: torch.device) -> list[Any]:
+    """Four parts, each an int from 0, a slice with all three numbers, or a tensor of positions from 0."""
+    given = list(index) if isinstance(index, tuple) else [index]
+    dots = [i for i, part in enumerate(given) if part is Ellipsis]
+    if len(dots) > 1:
+        raise IndexError("P[...] takes one ellipsis at most.")
+    if dots:
+        given[dots[0] : dots[0] + 1] = [slice(None)] * (len(shape) - len(given) + 1)
+    if len(given) > len(shape):
+        raise IndexError(f"P has 4 axes (B, H, L, S), the index names {len(given)}.")
+    given += [slice(None)] * (len(shape) - len(given))
+    return [_one_part(part, size, axis, device) for axis, (part, size) in enumerate(zip(given, shape, strict=True))]
+
+
+def _one_part(part: Any, size: int, axis: int, device: torch.device) -> Any:
+    name = "BHLS"[axis]
+    if part is None or isinstance(part, bool):
+        raise ValueError(f"P[index]: axis {name} got {part}; wanted ints, slices, '...' or index tensors.")
+    if isinstance(part, slice):
+        if part.step is not None and operator.index(part.step) < 1:
+            raise ValueError(f"P[index]: axis {name} got step {part.step}; steps count forwards, from 1.")
+        start, stop, step = part.indices(size)
+        return slice(start, max(start, stop), step)
+    if isinstance(part, (list, tuple, range, Tensor)) or hasattr(part, "__array__"):
+        positions = torch.as_tensor(part, device=device)
+        if not isinstance(part, Tensor) and not positions.numel():
+            positions = positions.long()
+        if positions.dtype == torch.bool or positions.is_floating_point():
+            raise ValueError(
+                f"P[index]: axis {name} got a {positions.dtype} tensor; use positions, such as mask.nonzero()."
+            )
+        if positions.numel():
+            _in_range(int(positions.min()), size, name)
+            _in_range(int(positions.max()), size, name)
+        positions = positions.long()
+        return torch.where(positions < 0, positions + size, positions)
+    position = operator.index(part)
+    _in_range(position, size, name)
+    return position % size
+
+
+def _in_range(position: int, size: int, name: str) -> None:
+    if not -size <= position < size:
+        raise IndexError(f"P[index]: {position} is out of range for axis {name}, which has {size}.")

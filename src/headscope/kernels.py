@@ -1,0 +1,170 @@
+"""How P @ value is computed without P: the fused kernel, and what must be done so that it is taken.
+
+Where the CPU's fused kernel is not taken, torch builds the L×S matrix without a word. It takes 4-D inputs with
+value width equal to D, no dropout, and a mask that is not 3-D and wants no gradient; so values are padded or
+split to width D, and masks that are more than causal are applied to one block of queries at a time.
+This is the only file that knows torch's private ops.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from headscope.blockwise import Normalizer, by_rows
+from headscope.scores import Scores
+
+__all__ = ["fused", "fused_with_normalizer", "is_fused", "product"]
+
+_MASK_BLOCK = 1 << 22  # cells of a mask that may exist at once
+_ROWS = 256  # queries in a block, where the mask must be cut up
+
+try:
+    _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+except AttributeError:  # a torch without it: every answer still comes, by the public way
+    _flash_cpu = None
+
+
+def is_fused(scores: Scores, dropout_p: float = 0.0) -> bool:
+    """Whether the fused kernel can compute this attention; otherwise it goes strip by strip."""
+    trained_bias = scores.bias is not None and scores.bias.requires_grad and torch.is_grad_enabled()
+    return scores.softcap is None and scores.sinks is None and dropout_p == 0.0 and not trained_bias
+
+
+def product(scores: Scores, value: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """P @ value as [B, H, L, N], differentiable; value is [B, G, S, N] or [B, H, S, N]."""
+    if is_fused(scores, dropout_p):
+        return fused(scores, value)
+
+    def ask(weights: Tensor, _: Tensor, rows: slice, value: Tensor) -> Tensor:
+        weights = F.dropout(weights, dropout_p) if dropout_p else weights
+        grouped = weights.unflatten(1, (value.shape[1], -1))
+        return (grouped @ value.to(weights.dtype).unsqueeze(2)).flatten(1, 2)
+
+    return torch.cat(list(by_rows(scores, ask, value)), 2).to(value.dtype)
+
+
+def fused(scores: Scores, value: Tensor) -> Tensor:
+    """The fused kernel's P @ value, [B, H, L, N]; any value width, any mask."""
+    return _fused(scores, value, want_lse=False)[0]
+
+
+def fused_with_normalizer(scores: Scores, value: Tensor) -> tuple[Tensor, Normalizer | None]:
+    """The same, and the rows' log-sum-exp where the kernel gives it for nothing; otherwise None.
+
+    Not with a bias: a finfo.min in it would swallow the sum.
+    """
+    output, lse = _fused(scores, value, want_lse=_gives_lse(scores))
+    if lse is None:
+        return output, None
+    empty = lse == -torch.inf
+    return output, Normalizer(lse.masked_fill(empty, 0), torch.zeros_like(lse).masked_fill(empty, -torch.inf))
+
+
+def _gives_lse(scores: Scores) -> bool:
+    q = scores.query
+    return (
+        _flash_cpu is not None
+        and q.device.type == "cpu"
+        and scores.bias is None
+        and not torch.is_autocast_enabled("cpu")
+        and not (torch.is_grad_enabled() and (q.requires_grad or scores.key.requires_grad))
+    )
+
+
+def _fused(scores: Scores, value: Tensor, want_lse: bool) -> tuple[Tensor, Tensor | None]:
+    query, key = _dense_rows(scores.query), _dense_rows(scores.key)
+    if value.shape[1] != key.shape[1]:  # a value for each query head: the keys follow
+        key = key.repeat_interleave(value.shape[1] // key.shape[1], 1)
+    width, size = value.shape[-1], query.shape[-1]
+    outputs: list[Tensor] = []
+    lse: Tensor | None = None
+    for column in range(0, width, size):
+        part = value[..., column : column + size]
+        part = F.pad(part, (0, size - part.shape[-1])) if part.shape[-1] < size else part
+        out, found = _by_query_blocks(scores, query, key, _dense_rows(part), want_lse and lse is None)
+        lse = found if lse is None else lse
+        outputs.append(out[..., : min(size, width - column)])
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)), lse
+
+
+def _dense_rows(tensor: Tensor) -> Tensor:
+    """The kernel reads each row as D neighbouring numbers, and does not ask whether they are."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _by_query_blocks(
+    scores: Scores, query: Tensor, key: Tensor, value: Tensor, want_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    batch, heads, queries, keys = scores.shape
+    mask, bias = scores.mask, scores.bias
+    if mask is None and (bias is None or bias.shape[2] == 1):
+        bias = None if bias is None else bias.to(scores.dtype)
+        return _kernel(query, key, value, bias, False, scores.scale, want_lse)
+    if mask is not None and mask.is_causal and bias is None and queries == keys > 1:
+        return _kernel(query, key, value, None, True, scores.scale, want_lse)
+    per_row = keys * (batch * heads if bias is not None else batch)
+    rows = max(1, min(_ROWS, _MASK_BLOCK // per_row))
+    outputs, sums = [], []
+    for q in range(0, queries, rows):
+        span = slice(q, min(queries, q + rows))
+        out, lse = _query_block(scores, query, key, value, span, want_lse)
+        outputs.append(out)
+        sums.append(lse)
+    joined = torch.cat(outputs, 2)
+    known = [lse for lse in sums if lse is not None]
+    return joined, (torch.cat(known, 2) if len(known) == len(outputs) else None)
+
+
+def _query_block(
+    scores: Scores, query: Tensor, key: Tensor, value: Tensor, rows: slice, want_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """One block of queries against the keys between the first and the last that any of them may see."""
+    everyone = slice(0, scores.shape[0])
+    spans = scores.spans(everyone, rows)
+    part = query[:, :, rows]
+    spans = spans or [(0, 1, True)]  # nothing to see: one hidden key, so that gradients exist and are zero
+    keys = slice(spans[0][0], spans[-1][1])
+    whole = len(spans) == 1 and not spans[0][2]
+    seen = None
+    if not whole:
+        seen = scores.visible(everyone, slice(0, scores.shape[1]), rows, keys)
+    blind = None
+    if seen is not None and not bool((has := seen.any(-1, keepdim=True)).all()):
+        blind, seen = (
+            ~has,
+            seen | ~has,
+        )  # zeros and zero gradients, whatever the kernel makes of such rows
+    bias = scores.bias
+    if bias is not None:
+        bias = bias[:, :, rows if bias.shape[2] > 1 else slice(None)]
+        bias = bias[..., keys if bias.shape[3] > 1 else slice(None)].to(scores.dtype)
+        seen = bias if seen is None else bias.masked_fill(~seen, -torch.inf)
+    out, lse = _kernel(part, key[:, :, keys], value[:, :, keys], seen, False, scores.scale, want_lse)
+    if blind is not None:
+        out = out.masked_fill(blind, 0)
+        lse = None if lse is None else lse.masked_fill(blind.squeeze(-1), -torch.inf)
+    return out, lse
+
+
+def _kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    want_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    if want_lse and _flash_cpu is not None:
+        if mask is not None:
+            mask = torch.zeros((), dtype=query.dtype).masked_fill(~mask, -torch.inf)
+        out, lse = _flash_cpu(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+        return out, lse
+    grouped = query.shape[1] != key.shape[1]
+    mask = None if mask is None else mask.detach()
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+    return out, None

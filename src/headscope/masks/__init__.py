@@ -1,0 +1,29 @@
+"""Which query may see which key: ``causal() & padding([7, 5])``. True means *may attend*, everywhere.
+
+The queries are the last L of the S positions, so that a causal mask is right with a cache.
+"""
+
+from headscope.masks.compact import compact
+from headscope.masks.mask import Mask
+from headscope.masks.ranges import causal, documents, padding, prefix, sliding_window, window
+from headscope.masks.sets import Step, heads, keys, queries, stacked
+from headscope.masks.tensors import dense, function, packed
+
+__all__ = [
+    "Mask",
+    "Step",
+    "causal",
+    "compact",
+    "dense",
+    "documents",
+    "function",
+    "heads",
+    "keys",
+    "packed",
+    "padding",
+    "prefix",
+    "queries",
+    "sliding_window",
+    "stacked",
+    "window",
+]

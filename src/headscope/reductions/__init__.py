@@ -1,0 +1,32 @@
+"""What can be asked of attention weights in one pass, block by block; several questions share the pass.
+
+Write your own by subclassing :class:`Reduction`::
+
+    class FarMass(Reduction):
+        \"\"\"Weight on keys more than ``distance`` positions back: [B, H, L].\"\"\"
+        def __init__(self, distance): self.distance = distance
+        def start(self, shape, like): return like.new_zeros(shape[:3])
+        def update(self, state, block):
+            far = block.q_idx - block.kv_idx > self.distance
+            state[block.at] += (block.weights * far).sum(-1)
+"""
+
+from headscope.reductions.columns import Received, TransposedProduct
+from headscope.reductions.groups import Groups, Pool
+from headscope.reductions.reduction import Block, Reduction
+from headscope.reductions.rows import Entropy, Mass, Max, Offsets, TopK, WeightsAt
+
+__all__ = [
+    "Block",
+    "Entropy",
+    "Groups",
+    "Mass",
+    "Max",
+    "Offsets",
+    "Pool",
+    "Received",
+    "Reduction",
+    "TopK",
+    "TransposedProduct",
+    "WeightsAt",
+]

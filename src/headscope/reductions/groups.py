@@ -1,0 +1,140 @@
+"""Questions about groups of positions: words, documents, bins of a picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headscope.reductions.reduction import Block, Reduction, Shape
+
+
+class Groups(Reduction):
+    """The weight on groups of keys: [B, H, L, N]. ``ids`` [S] or [B, S] names each key's group, −1 for none."""
+
+    def __init__(self, ids: Tensor, num_groups: int | None = None) -> None:
+        self.ids, self.num_groups = _group_ids("groups", ids, num_groups)
+
+    def start(self, shape: Shape, like: Tensor) -> Tensor:
+        """Zeros, [B, H, L, N]. Raises ValueError when ids do not fit the keys."""
+        _fit_ids("groups", self.ids, shape[0], shape[3], "keys")
+        return like.new_zeros((*shape[:3], self.num_groups))
+
+    def update(self, state: Tensor, block: Block) -> None:
+        """Multiply by the groups' indicator, only those that occur in the block."""
+        low, chosen = _indicator(self.ids, block.batch, block.keys, block.weights)
+        if chosen.shape[-1]:
+            part = state[(*block.at, slice(low, low + chosen.shape[-1]))]
+            part += block.weights @ chosen.unsqueeze(1)
+
+
+class Pool(Reduction):
+    """The map made small: [B, H, R, C], cells of query group r and key group c put together.
+
+    ``rows`` [L] or [B, L] and ``cols`` [S] or [B, S] name the groups (−1: left out); a whole number n means n
+    even bins. ``how``: "mean" and "max" over a cell's weights (a hidden one counts as 0), or "mass": summed
+    over its keys and averaged over its queries, the rule by which tokens become words (arXiv 1906.04341).
+    """
+
+    def __init__(self, rows: Tensor | int, cols: Tensor | int, how: str = "mean") -> None:
+        if how not in ("mean", "max", "mass"):
+            raise ValueError(f"pool got how={how!r}: it is 'mean', 'max' or 'mass'.")
+        self.rows, self.cols, self.how = rows, cols, how
+
+    def start(self, shape: Shape, like: Tensor) -> dict[str, Any]:
+        """Zeros, and the group of each row and column. Raises ValueError when they do not fit."""
+        rows, num_rows = _pool_ids("rows", self.rows, shape[0], shape[2], "queries")
+        cols, num_cols = _pool_ids("cols", self.cols, shape[0], shape[3], "keys")
+        out = like.new_zeros((shape[0], shape[1], num_rows, num_cols))
+        return {"out": out, "rows": rows, "cols": cols}
+
+    def update(self, state: dict[str, Any], block: Block) -> None:
+        """Columns first, then rows, so that the work after the first step is small."""
+        if self.how == "max":
+            self._update_max(state, block)
+            return
+        low_c, cols = _indicator(state["cols"], block.batch, block.keys, block.weights)
+        low_r, rows = _indicator(state["rows"], block.batch, block.rows, block.weights)
+        if cols.shape[-1] and rows.shape[-1]:
+            summed = rows.unsqueeze(1).transpose(-1, -2) @ (block.weights @ cols.unsqueeze(1))
+            at = slice(low_r, low_r + rows.shape[-1]), slice(low_c, low_c + cols.shape[-1])
+            state["out"][(block.batch, block.heads, *at)] += summed
+
+    def _update_max(self, state: dict[str, Any], block: Block) -> None:
+        ids = state["cols"]
+        ids = ids[block.batch] if len(ids) > 1 else ids
+        best = _segment_max(block.weights, ids[:, block.keys], state["out"].shape[3])
+        ids = state["rows"]
+        ids = ids[block.batch] if len(ids) > 1 else ids
+        best = _segment_max(best.transpose(-1, -2), ids[:, block.rows], state["out"].shape[2])
+        part = state["out"][block.batch, block.heads]
+        torch.maximum(part, best.transpose(-1, -2), out=part)
+
+    def finish(self, state: dict[str, Any]) -> Tensor:
+        """Divide by the cells that were put together."""
+        out: Tensor = state["out"]
+        if self.how == "max":
+            return out
+        sizes = _sizes(state["rows"], out.shape[2]).unsqueeze(-1).to(out.dtype)  # [1|B, R, 1]
+        if self.how == "mean":
+            sizes = sizes * _sizes(state["cols"], out.shape[3]).unsqueeze(-2)
+        return out / sizes.clamp(min=1).unsqueeze(1)
+
+
+def _group_ids(name: str, ids: Tensor, num_groups: int | None) -> tuple[Tensor, int]:
+    ids = torch.as_tensor(ids)
+    if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() not in (1, 2) or ids.numel() == 0:
+        raise ValueError(
+            f"{name} got ids of {ids.dtype}, shape {tuple(ids.shape)}: wanted whole numbers, [S] or [B, S]."
+        )
+    ids = ids.long()
+    ids = ids[None] if ids.dim() == 1 else ids
+    largest, smallest = int(ids.max()), int(ids.min())
+    count = largest + 1 if num_groups is None else num_groups
+    if smallest < -1 or largest >= count:
+        raise ValueError(f"{name} got ids from {smallest} to {largest}, wanted 0 to {count - 1}, or −1 for no group.")
+    return ids, count
+
+
+def _fit_ids(name: str, ids: Tensor, batch: int, size: int, what: str) -> None:
+    if ids.shape[1] != size or ids.shape[0] not in (1, batch):
+        raise ValueError(
+            f"{name} got ids of shape {tuple(ids.shape)}, but there are {batch} batch rows of {size} {what}."
+        )
+
+
+def _pool_ids(name: str, given: Tensor | int, batch: int, size: int, what: str) -> tuple[Tensor, int]:
+    if isinstance(given, int):
+        if given < 1:
+            raise ValueError(f"pool got {name}={given}: at least 1 bin.")
+        bins = min(given, size)
+        return (torch.arange(size) * bins // size)[None], bins
+    ids, count = _group_ids(f"pool {name}", given, None)
+    _fit_ids(f"pool {name}", ids, batch, size, what)
+    return ids, count
+
+
+def _sizes(ids: Tensor, count: int) -> Tensor:
+    """How many positions each group has, [1|B, N]; position −1 counts nowhere."""
+    sizes = torch.zeros(len(ids), count + 1, dtype=torch.int64, device=ids.device)
+    sizes.scatter_add_(1, ids + 1, torch.ones_like(ids))
+    return sizes[:, 1:]
+
+
+def _indicator(ids: Tensor, batch: slice, span: slice, like: Tensor) -> tuple[int, Tensor]:
+    """The lowest group in a span of positions, and 1 where position and group (from it) belong together."""
+    part = (ids[batch] if len(ids) > 1 else ids)[:, span].to(like.device)
+    members = part[part >= 0]
+    if not members.numel():
+        return 0, like.new_zeros((len(part), part.shape[1], 0))
+    low, high = int(members.min()), int(members.max())
+    groups = torch.arange(low, high + 1, device=like.device)
+    return low, (part.unsqueeze(-1) == groups).to(like.dtype)
+
+
+def _segment_max(x: Tensor, ids: Tensor, count: int) -> Tensor:
+    """The maximum of x [b, h, r, c] over the columns of each group; ids [1|b, c]."""
+    out = x.new_zeros((*x.shape[:-1], count + 1))
+    index = (ids.to(x.device) + 1)[:, None, None, :].expand(x.shape)
+    return out.scatter_reduce_(-1, index, x, "amax")[..., 1:]

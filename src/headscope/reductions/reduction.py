@@ -1,0 +1,76 @@
+"""What a question is, and what it sees of the weights: one block after another."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headscope.scores import Scores
+
+Shape = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A block of weights on its way through a pass; letters as in the legend, small for a part."""
+
+    weights: Tensor  # [b, h, r, c], final: before dropout, rows sum to 1 over all blocks (less with sinks)
+    centered: Tensor  # [b, h, r, c], log-weights up to a constant a row; LOWEST or less where hidden
+    offset: Tensor  # [b, h, r, 1], that constant: log_weights = centered + offset
+    batch: slice
+    heads: slice
+    rows: slice
+    keys: slice
+    mixed: bool  # whether the mask hides something in this block
+    scores: Scores
+
+    @property
+    def at(self) -> tuple[slice, slice, slice]:
+        """Where the rows of this block stand in a [B, H, L, …] result."""
+        return self.batch, self.heads, self.rows
+
+    @property
+    def log_weights(self) -> Tensor:
+        """Natural logarithm of the weights; very negative (not −inf) where hidden."""
+        return self.centered + self.offset
+
+    @property
+    def q_idx(self) -> Tensor:
+        """Absolute positions of the queries, [r, 1]."""
+        span = self.scores.positions(self.rows)
+        return torch.arange(span.start, span.stop, device=self.weights.device)[:, None]
+
+    @property
+    def kv_idx(self) -> Tensor:
+        """Positions of the keys, [c]."""
+        return torch.arange(self.keys.start, self.keys.stop, device=self.weights.device)
+
+    @property
+    def visible(self) -> Tensor | None:
+        """Which cells may be attended to, broadcastable to the block; None: all of them."""
+        if not self.mixed:
+            return None
+        return self.scores.visible(self.batch, self.heads, self.rows, self.keys)
+
+
+class Reduction(ABC):
+    """One question. ``start`` makes the state, ``update`` adds a block to it, ``finish`` gives the answer.
+
+    The object holds the question only, so that one can be asked of many matrices at once.
+    """
+
+    @abstractmethod
+    def start(self, shape: Shape, like: Tensor) -> Any:
+        """The empty state for an attention of ``shape`` (B, H, L, S); ``like`` has its dtype and device."""
+
+    @abstractmethod
+    def update(self, state: Any, block: Block) -> None:
+        """Add one block to the state, in place. Every visible cell comes exactly once."""
+
+    def finish(self, state: Any) -> Any:
+        """The answer."""
+        return state

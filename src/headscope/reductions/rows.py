@@ -1,0 +1,161 @@
+"""Questions with an answer for each query: entropy, mass, the largest weights, fixed offsets."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headscope.reductions.reduction import Block, Reduction, Shape
+from headscope.scores import LOWEST
+
+
+class WeightsAt(NamedTuple):
+    """Weights, and the keys they lie on; −1 where a row sees too few keys."""
+
+    values: Tensor
+    indices: Tensor
+
+
+class Entropy(Reduction):
+    """H_i = −Σ_j P_ij ln P_ij in nats: [B, H, L]. 0: one key; ln n: even over n keys (arXiv 1906.04341)."""
+
+    def start(self, shape: Shape, like: Tensor) -> Tensor:
+        """Zeros, [B, H, L]."""
+        return like.new_zeros(shape[:3])
+
+    def update(self, state: Tensor, block: Block) -> None:
+        """−Σ P·(centered + offset), without a second block in memory."""
+        weighted = torch.linalg.vecdot(block.weights, block.centered)
+        state[block.at] -= weighted + block.weights.sum(-1) * block.offset.squeeze(-1)
+
+    def finish(self, state: Tensor) -> Tensor:
+        """Rounding may leave −1e−8 for a row on one key."""
+        return state.clamp_(min=0)
+
+
+class Mass(Reduction):
+    """Σ_j P_ij: [B, H, L]. 1, less where sinks take a share, 0 where nothing is visible."""
+
+    def start(self, shape: Shape, like: Tensor) -> Tensor:
+        """Zeros, [B, H, L]."""
+        return like.new_zeros(shape[:3])
+
+    def update(self, state: Tensor, block: Block) -> None:
+        """Add up the rows."""
+        state[block.at] += block.weights.sum(-1)
+
+
+class TopK(Reduction):
+    """The k largest weights of each row, largest first: values and key positions, each [B, H, L, k].
+
+    The k largest lie in the k chunks with the largest maxima, so only those chunks are sorted.
+    """
+
+    _CHUNK = 32
+
+    def __init__(self, k: int) -> None:
+        if k < 1:
+            raise ValueError(f"topk got k={k}: at least 1.")
+        self.k = k
+
+    def start(self, shape: Shape, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Nothing found yet. Raises ValueError when there are fewer than k keys."""
+        if self.k > shape[3]:
+            raise ValueError(f"topk got k={self.k}, but there are only {shape[3]} keys.")
+        size = (*shape[:3], self.k)
+        empty = torch.full(size, -1, dtype=torch.int64, device=like.device)
+        return like.new_full(size, -torch.inf), empty
+
+    def update(self, state: tuple[Tensor, Tensor], block: Block) -> None:
+        """Merge the best of this block with the best so far."""
+        values, indices = self._best(block.centered)
+        values = values + block.offset
+        held_values, held_indices = state[0][block.at], state[1][block.at]
+        values = torch.cat([held_values, values], -1)
+        indices = torch.cat([held_indices, indices + block.keys.start], -1)
+        best = values.topk(self.k, -1)
+        held_values.copy_(best.values)
+        held_indices.copy_(indices.gather(-1, best.indices))
+
+    def _best(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        size, width = self._CHUNK, x.shape[-1]
+        chunks = width // size
+        if chunks <= 2 * self.k:
+            best = x.topk(min(self.k, width), -1)
+            return best.values, best.indices
+        whole = x[..., : chunks * size].unflatten(-1, (chunks, size))
+        where = whole.amax(-1).topk(self.k, -1).indices  # [.., r, k]
+        picked = whole.gather(-2, where.unsqueeze(-1).expand(*where.shape, size))
+        indices = (where * size).unsqueeze(-1) + torch.arange(size, device=x.device)
+        values, indices = picked.flatten(-2), indices.flatten(-2)
+        if chunks * size < width:
+            rest = torch.arange(chunks * size, width, device=x.device)
+            values = torch.cat([values, x[..., chunks * size :]], -1)
+            indices = torch.cat([indices, rest.expand(*indices.shape[:-1], -1)], -1)
+        best = values.topk(self.k, -1)
+        return best.values, indices.gather(-1, best.indices)
+
+    def finish(self, state: tuple[Tensor, Tensor]) -> WeightsAt:
+        """Weights from their logarithms; −1 where the row sees fewer than k keys."""
+        values, indices = state
+        unseen = values <= LOWEST / 2
+        return WeightsAt(values.exp_().masked_fill_(unseen, 0), indices.masked_fill_(unseen, -1))
+
+
+class Max(TopK):
+    """The largest weight of each row and its key: values and indices, each [B, H, L]."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def _best(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        size, width = self._CHUNK, x.shape[-1]
+        whole = width // size * size
+        if whole < 2 * size:
+            best = x.max(-1, keepdim=True)
+            return best.values, best.indices
+        chunks = x[..., :whole].unflatten(-1, (-1, size))
+        where = chunks.amax(-1).max(-1, keepdim=True).indices
+        picked = chunks.gather(-2, where.unsqueeze(-1).expand(*where.shape, size)).squeeze(-2)
+        best = picked.max(-1, keepdim=True)
+        values, indices = best.values, where * size + best.indices
+        if whole < width:
+            rest = x[..., whole:].max(-1, keepdim=True)
+            better = rest.values > values
+            values = torch.where(better, rest.values, values)
+            indices = torch.where(better, rest.indices + whole, indices)
+        return values, indices
+
+    def finish(self, state: tuple[Tensor, Tensor]) -> WeightsAt:
+        """One value a row."""
+        values, indices = super().finish(state)
+        return WeightsAt(values.squeeze(-1), indices.squeeze(-1))
+
+
+class Offsets(Reduction):
+    """P[i, i+δ] for δ = −radius … radius: [B, H, L, 2·radius+1]; 0 where there is no such key."""
+
+    def __init__(self, radius: int) -> None:
+        if radius < 0:
+            raise ValueError(f"offsets got radius={radius}: it counts positions, from 0 up.")
+        self.radius = radius
+
+    def start(self, shape: Shape, like: Tensor) -> Tensor:
+        """Zeros, [B, H, L, 2·radius+1]."""
+        return like.new_zeros((*shape[:3], 2 * self.radius + 1))
+
+    def update(self, state: Tensor, block: Block) -> None:
+        """Pick the diagonals that cross this block."""
+        span = block.scores.positions(block.rows)
+        if block.keys.start > span.stop - 1 + self.radius:
+            return
+        if block.keys.stop - 1 < span.start - self.radius:
+            return
+        shifts = torch.arange(-self.radius, self.radius + 1, device=state.device)
+        where = block.q_idx + shifts - block.keys.start  # [r, 2·radius+1]
+        width = block.weights.shape[-1]
+        inside = (where >= 0) & (where < width)
+        index = where.clamp(0, width - 1).expand(*block.weights.shape[:2], -1, -1)
+        state[block.at] += block.weights.gather(-1, index) * inside

@@ -1,0 +1,226 @@
+"""What attention weights are made of: s = QKᵀ·scale, capped, plus a bias, hidden where the mask says so.
+
+The scores of any block are computed here, and nowhere is more than a block of them held.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from headscope.masks import Mask, dense
+
+__all__ = ["LOWEST", "Scores", "make_scores"]
+
+LOWEST = -1e30  # stands for the logarithm of a hidden weight, so that 0 · log 0 is 0
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """The operands of attention, and the scores of any block of them.
+
+    B batch, H query heads, G key/value heads, L queries, S keys, D head size. ``origin`` is where this part
+    stands in the whole: (batch, head, absolute position of the first query).
+    """
+
+    query: Tensor  # [B, H, L, D]
+    key: Tensor  # [B, G, S, D]
+    mask: Mask | None
+    bias: Tensor | None  # 4-D, broadcastable to [B, H, L, S], added after the cap
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None  # [H], one logit a head, in the denominator only
+    origin: tuple[int, int, int]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, L, S)."""
+        batch, heads, queries, _ = self.query.shape
+        return batch, heads, queries, self.key.shape[2]
+
+    @property
+    def per_group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Weights are float32, and float64 for float64 inputs."""
+        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+
+    def positions(self, rows: slice) -> slice:
+        """Absolute positions of some query rows."""
+        return slice(rows.start + self.origin[2], rows.stop + self.origin[2])
+
+    def queries(self, b: slice, g: slice, q: slice) -> Tensor:
+        """Scaled queries as [b·g, per_group·q, D]: the heads of a group share one product with its keys."""
+        heads = slice(g.start * self.per_group, g.stop * self.per_group)
+        part = self.query[b, heads, q].to(self.dtype) * self.scale
+        return part.reshape(-1, self.per_group * part.shape[2], part.shape[3])
+
+    def block(self, queries: Tensor, b: slice, g: slice, q: slice, k: slice) -> Tensor:
+        """Scores [b, heads, q, k] of one block, not yet hidden; ``queries`` comes from :meth:`queries`."""
+        keys = self.key[b, g, k].to(self.dtype).flatten(0, 1)
+        flat = torch.bmm(queries, keys.transpose(1, 2))
+        heads = slice(g.start * self.per_group, g.stop * self.per_group)
+        shape = (b.stop - b.start, heads.stop - heads.start, q.stop - q.start, k.stop - k.start)
+        scores = flat.view(shape)
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if self.bias is not None:
+            scores = scores + _cut(self.bias, b, heads, q, k).to(scores.dtype)
+        return scores
+
+    def visible(self, b: slice, heads: slice, q: slice, k: slice) -> Tensor:
+        """What the mask says of a block, as a bool tensor broadcastable to [b, heads, q, k]."""
+        assert self.mask is not None  # asked only where spans() said that the mask matters
+        first_b, first_h, _ = self.origin
+        return self.mask.block(
+            slice(b.start + first_b, b.stop + first_b),
+            slice(heads.start + first_h, heads.stop + first_h),
+            self.positions(q),
+            k,
+            self.query.device,
+        )
+
+    def spans(self, b: slice, q: slice) -> list[tuple[int, int, bool]]:
+        """Keys that some of these queries may see, as (start, stop, mixed)."""
+        num_keys = self.key.shape[2]
+        if self.mask is None:
+            return [(0, num_keys, False)]
+        batch = slice(b.start + self.origin[0], b.stop + self.origin[0])
+        return self.mask.spans(batch, self.positions(q), num_keys)
+
+    def narrow(self, b: slice, h: slice, q: slice) -> Scores:
+        """The same attention for some batch rows, heads and queries only; every key stays."""
+        n = self.per_group
+        if h.start % n == 0 and h.stop % n == 0:
+            key = self.key[b, h.start // n : h.stop // n]
+        elif h.start // n == (h.stop - 1) // n:
+            key = self.key[b, h.start // n : h.start // n + 1]
+        else:
+            key = self.key[b, torch.arange(h.start, h.stop, device=self.key.device) // n]
+        every = slice(0, self.key.shape[2])
+        return replace(
+            self,
+            query=self.query[b, h, q],
+            key=key,
+            bias=None if self.bias is None else _cut(self.bias, b, h, q, every),
+            sinks=None if self.sinks is None else self.sinks[h],
+            origin=(
+                self.origin[0] + b.start,
+                self.origin[1] + h.start,
+                self.origin[2] + q.start,
+            ),
+        )
+
+    def refuse_nonfinite(self) -> None:
+        """Raise ValueError where a question would be answered from NaN or infinite numbers."""
+        for name, tensor in (("query", self.query), ("key", self.key)):
+            bad = ~torch.isfinite(tensor)
+            if bool(bad.any()):
+                raise ValueError(_describe(name, tensor, bad))
+        for name, added in (("bias", self.bias), ("sinks", self.sinks)):
+            if added is not None:
+                bad = added.isnan() | (added == math.inf)
+                if bool(bad.any()):
+                    raise ValueError(_describe(name, added, bad))
+
+
+def make_scores(
+    query: Tensor,
+    key: Tensor,
+    mask: Mask | Tensor | None,
+    bias: Tensor | None,
+    scale: float | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Scores:
+    """Check the operands of attention against each other. Raises ValueError with both sides and the mend."""
+    _check_operands(query, key)
+    batch, heads, queries, width = query.shape
+    shape = (batch, heads, queries, key.shape[2])
+    if isinstance(mask, Tensor):
+        mask = dense(mask)
+    if mask is not None:
+        if not isinstance(mask, Mask):
+            raise ValueError(f"mask is a {type(mask).__name__}; wanted a headscope mask, a bool tensor or None.")
+        mask.check(shape)
+    if bias is not None:
+        bias = _check_bias(bias, shape)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}: it must be above 0, or None for no cap.")
+    if sinks is not None:
+        if sinks.numel() != heads:
+            raise ValueError(f"sinks has {sinks.numel()} values, but there are {heads} heads: give one a head.")
+        sinks = sinks.reshape(heads)
+    if scale is None:
+        scale = 1 / math.sqrt(width)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}: it must be a finite number; 1/√D is {1 / math.sqrt(width):.4g} here.")
+    origin = (0, 0, shape[3] - shape[2])
+    return Scores(query, key, mask, bias, float(scale), softcap, sinks, origin)
+
+
+def _check_operands(query: Tensor, key: Tensor) -> None:
+    for name, tensor, letters in (("query", query, "[B, H, L, D]"), ("key", key, "[B, G, S, D]")):
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, wanted 4 axes {letters}: "
+                "heads stand before positions; see unflatten and transpose."
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}, wanted floating point: convert it with .float().")
+    if 0 in query.shape or 0 in key.shape:
+        raise ValueError(
+            f"query {tuple(query.shape)} or key {tuple(key.shape)} is empty: attention needs at least one of each."
+        )
+    if query.dtype != key.dtype or query.device != key.device:
+        raise ValueError(
+            f"query is {query.dtype} on {query.device}, key is {key.dtype} on {key.device}: "
+            "they must agree; convert one with .to(other)."
+        )
+    if query.shape[0] != key.shape[0]:
+        raise ValueError(
+            f"query has batch {query.shape[0]}, key has {key.shape[0]}: give both the same, or expand one of them."
+        )
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(f"query has head size {query.shape[3]}, key has {key.shape[3]}: a dot product needs the same.")
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"{query.shape[1]} query heads cannot share {key.shape[1]} key heads evenly: "
+            "the first must be a multiple of the second."
+        )
+
+
+def _check_bias(bias: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    if not bias.is_floating_point():
+        raise ValueError(
+            f"bias is {bias.dtype}, wanted floating point: it is added to the scores. "
+            "What may be seen goes in mask= (True: may attend)."
+        )
+    if bias.dim() == 2:
+        bias = bias[None, None]
+    fits = bias.dim() == 4 and all(n in (1, m) for n, m in zip(bias.shape, shape, strict=True))
+    if not fits:
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}, the scores are {shape} as (B, H, L, S): "
+            "it must be [L, S], or 4-D with each axis 1 or equal."
+        )
+    return bias
+
+
+def _cut(tensor: Tensor, *parts: slice) -> Tensor:
+    index = tuple(p if n > 1 else slice(None) for p, n in zip(parts, tensor.shape, strict=True))
+    return tensor[index]
+
+
+def _describe(name: str, tensor: Tensor, bad: Tensor) -> str:
+    first = [int(i) for i in bad.nonzero()[0]]
+    return (
+        f"{name} holds {int(bad.sum())} values that are NaN or infinite, the first {tensor[tuple(first)].item()} "
+        f"at {first}: weights computed from them would mean nothing. Look at what made them."
+    )

@@ -1,0 +1,72 @@
+"""Where a running model's attention calls are seen and altered: three ways in, one kind of call out.
+
+1. transformers (:mod:`.huggingface`): its lookup of attention functions;
+2. other torch code (:mod:`.sdpa`): scaled_dot_product_attention;
+3. torch.nn (:mod:`.torch_nn`): nn.MultiheadAttention, nn.TransformerEncoderLayer.
+
+The first that applies sees a call; nothing of the model's own computation is changed or switched.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from headscope.seam import huggingface, sdpa, torch_nn, watching
+from headscope.seam.call import AttentionCall, Output, matrix_of
+from headscope.seam.watching import Forward, Watch, invisible, with_output
+
+__all__ = ["AttentionCall", "Forward", "Output", "Watch", "invisible", "matrix_of", "watch", "with_output"]
+
+_lock = threading.Lock()
+watching._ON_ENTER[:] = [sdpa.enter]
+watching._ON_LEAVE[:] = [sdpa.leave]
+
+
+@contextmanager
+def watch(
+    model: nn.Module,
+    on_call: Callable[[AttentionCall, Forward], None] | None = None,
+    *,
+    edit: Callable[[AttentionCall], AttentionCall] | None = None,
+    on_end: Callable[[Forward], None] | None = None,
+) -> Iterator[Watch]:
+    """See every attention call of ``model`` while the block runs; everything is put back at its end.
+
+    Args:
+        model: any module; calls are named as in its named_modules().
+        on_call: is told of each call, after it ran, and of the forward it is part of.
+        edit: may return an altered call, whose output then goes on in the model.
+        on_end: is told when a forward of the model has ended.
+
+    Raises:
+        UnsupportedAttention: a compiled model, or an attention of a kind that cannot be read;
+        ProofError: weights that do not lead to the output that the model's function returned.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.MultiheadAttention(16, 4)
+        >>> shapes = []
+        >>> with watch(layer, lambda call, forward: shapes.append(tuple(call.shape))):
+        ...     _ = layer(*[torch.randn(7, 2, 16)] * 3)
+        >>> shapes
+        [(2, 4, 7, 7)]
+    """
+    own = Watch(model, on_call, edit, on_end)
+    with _lock:
+        own.attach()
+        watching._WATCHES.append(own)
+        huggingface.install()
+        torch_nn.install()
+    try:
+        yield own
+    finally:
+        with _lock:
+            own.detach()
+            watching._WATCHES.remove(own)
+            if not watching._WATCHES:
+                huggingface.remove()
+                torch_nn.remove()

@@ -1,0 +1,89 @@
+"""What an attention function received and returned, whichever library called it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from headscope.matrix import AttentionMatrix
+from headscope.scores import Scores
+
+__all__ = ["AttentionCall", "Output"]
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """What the model's own function returned, and how head outputs P @ V [B, H, L, Dv] lead to it.
+
+    ``finish`` takes head outputs of some rows, [N, H, Dv] with their batch rows and query rows [N], to what
+    the function returns for those rows; ``rows`` reads them from what it did return.
+    """
+
+    raw: Tensor
+    finish: Callable[[Tensor, Tensor, Tensor], Tensor]
+    rows: Callable[[Tensor, Tensor], Tensor]
+    replace_heads: Callable[[Tensor], Tensor]  # new head outputs [B, H, L, Dv] → what should be returned
+    heads: Tensor | None = None  # [B, H, L, Dv], where the function returns just that
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """One attention call of a running model: ``call.matrix()`` is what it attended to.
+
+    Letters: B batch, H heads, G key/value heads, L queries, S keys, D head size.
+    """
+
+    name: str  # the module, as in named_modules()
+    occurrence: int  # which of its calls within one forward of the model
+    way: str  # "huggingface", "sdpa" or "torch.nn"
+    scores: Scores
+    value: Tensor  # [B, G, S, Dv]
+    output: Output
+    dropout_p: float = 0.0
+    proof: float | None = None  # relative difference of P @ V, rebuilt, from what was returned; None: unproved
+    edited: bool = False
+
+    @property
+    def query(self) -> Tensor:
+        """[B, H, L, D]."""
+        return self.scores.query
+
+    @property
+    def key(self) -> Tensor:
+        """[B, G, S, D]."""
+        return self.scores.key
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, H, L, S)."""
+        return torch.Size(self.scores.shape)
+
+    def matrix(self) -> AttentionMatrix:
+        """The attention weights of this call, as an operator."""
+        return matrix_of(self.scores)
+
+    def head_outputs(self) -> Tensor:
+        """P @ V, [B, H, L, Dv]: as returned, or rebuilt where the function returned something further on."""
+        if self.output.heads is not None and not self.edited:
+            return self.output.heads
+        return self.matrix() @ self.value
+
+    def at(self, name: str, occurrence: int) -> AttentionCall:
+        """The same call as another watch names it."""
+        return replace(self, name=name, occurrence=occurrence)
+
+
+def matrix_of(scores: Scores) -> AttentionMatrix:
+    """An AttentionMatrix of operands that were checked before."""
+    return AttentionMatrix(
+        scores.query,
+        scores.key,
+        mask=scores.mask,
+        bias=scores.bias,
+        scale=scores.scale,
+        softcap=scores.softcap,
+        sinks=scores.sinks,
+    )

@@ -1,0 +1,154 @@
+"""The way in for transformers: its lookup of attention functions is wrapped; the function runs unchanged."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headscope.errors import UnsupportedAttention
+from headscope.masks import causal
+from headscope.scores import Scores, make_scores
+from headscope.seam.call import Output
+from headscope.seam.inputs import Read, combine, read_mask
+from headscope.seam.sdpa import causal_from_the_top
+from headscope.seam.watching import Forward, active, autocast_operands, cached, inside, seen
+
+__all__ = ["install", "remove"]
+
+_ORIGINAL: dict[str, Any] = {}
+_OPERANDS = ("module", "query", "key", "value", "attention_mask")
+_SPARSE = ("indices", "block_indices")  # top-k choices: in the mask already where attention is eager or sdpa
+
+
+def install() -> None:
+    """Wrap the lookup, if transformers is there at all."""
+    if "transformers" not in sys.modules:
+        return
+    from transformers.modeling_utils import AttentionInterface
+
+    if "lookup" in _ORIGINAL:
+        return
+    original = AttentionInterface.get_interface
+    _ORIGINAL["lookup"] = original
+
+    @wraps(original)
+    def get_interface(self: Any, attn_implementation: str, default: Any) -> Any:
+        function = original(self, attn_implementation, default)
+        return _watched(function, attn_implementation or "eager") if active() else function
+
+    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+
+
+def remove() -> None:
+    """Put the lookup back."""
+    if "lookup" in _ORIGINAL:
+        from transformers.modeling_utils import AttentionInterface
+
+        AttentionInterface.get_interface = _ORIGINAL.pop("lookup")  # type: ignore[method-assign]
+
+
+def _watched(function: Callable[..., Any], implementation: str) -> Callable[..., Any]:
+    @wraps(function)
+    def attention(*args: Any, **kwargs: Any) -> Any:
+        if not active():
+            return function(*args, **kwargs)
+        with inside():
+            result = function(*args, **kwargs)
+        given = dict(zip(_OPERANDS, args, strict=False)) | kwargs
+        return _saw(implementation, result, given)
+
+    return attention
+
+
+def _saw(implementation: str, result: Any, given: dict[str, Any]) -> Any:
+    output, weights = result[0], result[1] if len(result) > 1 else None
+    module: nn.Module = given["module"]
+    if implementation not in ("eager", "sdpa") and any(given.get(k) is not None for k in _SPARSE):
+        raise UnsupportedAttention(
+            f"{type(module).__name__} chooses its keys inside {implementation!r}, where they cannot be seen: "
+            'use model.set_attn_implementation("sdpa").'
+        )
+    query, key, value = autocast_operands(given["query"], given["key"], given["value"])
+    shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+
+    def candidates(forward: Forward) -> Iterator[Scores]:
+        for sinks in _sinks(implementation, given, shape):
+            for rule, bias in _masks(forward, implementation, given, shape):
+                yield make_scores(query, key, rule, bias, given.get("scaling"), given.get("softcap"), sinks)
+
+    dropout = float(given.get("dropout") or 0.0)
+    if implementation == "eager" and not module.training:
+        dropout = 0.0
+    edited = seen(module, "huggingface", candidates, value, _output(output, shape, value), dropout)
+    if edited is output:
+        return result
+    return (edited, weights, *result[2:])
+
+
+def _output(output: Tensor, shape: tuple[int, int, int, int], value: Tensor) -> Output:
+    """transformers' functions return P @ V as [B, L, H, Dv]."""
+    batch, heads, queries, _ = shape
+    view = output.view(output.shape[0], queries, heads, -1)
+
+    def write(new: Tensor) -> Tensor:
+        return new.transpose(1, 2).reshape(output.shape)
+
+    return Output(output, lambda x, b, r: x, lambda b, r: view[b, r], write, view.transpose(1, 2))
+
+
+def _sinks(implementation: str, given: dict[str, Any], shape: tuple[int, int, int, int]) -> Iterator[Tensor | None]:
+    """Readings of the sink logits: the argument, the module's own (some read only that), none."""
+    own = given.get("s_aux")
+    if own is None and implementation != "sdpa":
+        own = getattr(given["module"], "sinks", None)
+    if isinstance(own, Tensor):
+        if own.numel() != shape[1]:
+            raise UnsupportedAttention(
+                f"{type(given['module']).__name__} has attention sinks of shape {tuple(own.shape)}; "
+                f"one for each of the {shape[1]} heads can be read, not one for each query."
+            )
+        yield own.detach()
+        if implementation != "eager":
+            yield None
+    else:
+        yield None
+
+
+def _masks(
+    forward: Forward, implementation: str, given: dict[str, Any], shape: tuple[int, int, int, int]
+) -> Iterator[Read]:
+    """Readings of what may be seen, likeliest first; the proof decides between them."""
+    mask, position_bias = given.get("attention_mask"), given.get("position_bias")
+    extra: Read = (None, None)
+    if isinstance(position_bias, Tensor):
+        extra = (None, position_bias.detach()[(None,) * (4 - position_bias.dim())][..., : shape[3]])
+    if mask is not None:
+        kind = (id(mask), shape)
+        read: Read = cached(forward, kind, mask, lambda: read_mask(mask, shape))
+        if extra[1] is not None and _is_bool(mask):
+            yield combine(_uniform_where_blind(mask, shape), extra)
+        yield combine(read, extra)
+        yield extra  # some eager functions ignore their mask
+        return
+    flag = given.get("is_causal")
+    flag = getattr(given["module"], "is_causal", True) if flag is None else flag
+    from_the_top = combine((causal_from_the_top(shape), None), extra)
+    readings = [extra, from_the_top, combine((causal(), None), extra)]
+    if flag and shape[2] > 1 and implementation != "eager":
+        readings = [from_the_top, readings[2], extra]
+    yield from readings
+
+
+def _is_bool(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dtype == torch.bool
+
+
+def _uniform_where_blind(mask: Tensor, shape: tuple[int, int, int, int]) -> Read:
+    """With a position bias, sdpa writes finfo.min where a bool mask hides: a blind row becomes uniform."""
+    lowest = torch.finfo(torch.float32).min
+    return read_mask(torch.where(mask, 0.0, lowest), shape)

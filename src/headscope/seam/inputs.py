@@ -1,0 +1,63 @@
+"""Reading the masks that libraries pass: bool, additive, BlockMask; each becomes a rule, a bias, or both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headscope.errors import UnsupportedAttention
+from headscope.masks import Mask, compact
+
+__all__ = ["combine", "read_mask"]
+
+Read = tuple[Mask | None, Tensor | None]
+
+
+def read_mask(mask: Any, shape: tuple[int, int, int, int]) -> Read:
+    """A library's mask for an attention of ``shape`` (B, H, L, S), as (rule, bias); both None: all visible."""
+    if mask is None:
+        return None, None
+    if hasattr(mask, "mask_mod"):
+        mask = _from_block_mask(mask, shape)
+    if not isinstance(mask, Tensor) or not 2 <= mask.dim() <= 4:
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise UnsupportedAttention(f"an attention function was given a mask of kind {got}; 2 to 4 axes can be read.")
+    mask = mask[(None,) * (4 - mask.dim())][..., : shape[3]]
+    if mask.dtype == torch.bool or not mask.is_floating_point():
+        return compact(mask.bool(), shape[0]), None
+    return _from_additive(mask, shape)
+
+
+def _from_additive(mask: Tensor, shape: tuple[int, int, int, int]) -> Read:
+    """0 for visible and a huge negative number for hidden is a rule; anything between is a bias.
+
+    A row that is hidden whole by a finite number is uniform over all its keys, as softmax makes it: a bias
+    of that number on the row says so. A row of −inf has no weights.
+    """
+    lowest = torch.finfo(mask.dtype).min / 2
+    seen = mask == 0
+    hidden = mask <= lowest
+    if not bool((seen | hidden).all()):
+        return None, mask.detach()
+    blank = ~seen.any(-1, keepdim=True)
+    uniform = blank & (mask > -torch.inf).all(-1, keepdim=True)
+    if not bool(uniform.any()):
+        return compact(seen, shape[0]), None
+    bias = torch.where(uniform, torch.finfo(torch.float32).min, 0.0)
+    return compact(seen | uniform, shape[0]), bias
+
+
+def _from_block_mask(mask: Any, shape: tuple[int, int, int, int]) -> Tensor:
+    from torch.nn.attention.flex_attention import create_mask
+
+    batch, heads = mask.shape[0], mask.shape[1]
+    return create_mask(mask.mask_mod, batch, heads, shape[2], shape[3], device=str(mask.kv_num_blocks.device))
+
+
+def combine(first: Read, second: Read) -> Read:
+    """Two masks at once, as torch adds them up."""
+    rule = first[0] if second[0] is None else second[0] if first[0] is None else first[0] & second[0]
+    bias = first[1] if second[1] is None else second[1] if first[1] is None else first[1] + second[1]
+    return rule, bias

@@ -1,0 +1,105 @@
+"""A picture carries its proof: P @ V is rebuilt for four rows and held against what the model returned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from headscope.blockwise import by_rows
+from headscope.errors import ProofError
+from headscope.scores import Scores
+from headscope.seam.call import Output
+
+__all__ = ["TOLERANCE", "prove"]
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_ROWS = 4
+
+
+def prove(
+    where: str, candidates: Iterable[Scores], value: Tensor, output: Output, valid: Tensor | None
+) -> tuple[Scores, float]:
+    """The first reading of a call that explains its output, and how closely.
+
+    Raises:
+        ProofError: no reading does: a cap, a sink, a mask or a bias is not understood.
+    """
+    best: tuple[float, Scores] | None = None
+    for scores in candidates:
+        difference = _difference(scores, value, output, valid)
+        if difference <= TOLERANCE.get(scores.query.dtype, 1e-4):
+            return scores, difference
+        if best is None or difference < best[0]:
+            best = difference, scores
+    assert best is not None  # every way in offers at least one reading
+    scores = best[1]
+    raise ProofError(
+        f"{where}: softmax of its queries and keys, times its values, differs by {best[0]:.2g} from what its own "
+        f"function returned (tolerance {TOLERANCE.get(scores.query.dtype, 1e-4):.0e}, {scores.query.dtype}). "
+        "Its attention does something that is not understood here, so no weights are shown."
+    )
+
+
+def _difference(scores: Scores, value: Tensor, output: Output, valid: Tensor | None) -> float:
+    """Largest difference over the proved rows, relative to the largest number there; NaN rows prove nothing."""
+    batch, row = choose_rows(scores, valid)
+    if not len(batch):
+        return 0.0
+    rebuilt = torch.cat([_head_outputs(scores, value, b, r) for b, r in zip(batch.tolist(), row.tolist(), strict=True)])
+    wanted = output.rows(batch, row).float()
+    got = output.finish(rebuilt.to(value.dtype), batch, row).float()
+    scale = wanted.abs().max().clamp(min=1e-6)
+    difference = float((wanted - got).abs().max() / scale)
+    return math.inf if math.isnan(difference) else difference
+
+
+def _head_outputs(scores: Scores, value: Tensor, b: int, r: int) -> Tensor:
+    """P @ V of one row, [1, H, Dv]."""
+    heads = slice(0, scores.shape[1])
+    part = scores.narrow(slice(b, b + 1), heads, slice(r, r + 1))
+
+    def ask(weights: Tensor, _: Tensor, rows: slice, value: Tensor) -> Tensor:
+        grouped = weights.unflatten(1, (value.shape[1], -1))
+        return (grouped @ value.to(weights.dtype).unsqueeze(2)).flatten(1, 2)
+
+    return next(by_rows(part, ask, value[b : b + 1]))[:, :, 0]
+
+
+def choose_rows(scores: Scores, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Up to four (batch row, query row) pairs that are text and see something."""
+    batch, heads, queries, keys = scores.shape
+    picked: list[tuple[int, int]] = []
+    rows_each = max(1, _ROWS // batch)
+    for b in sorted({0, batch - 1}) if batch < _ROWS else range(0, batch, math.ceil(batch / _ROWS)):
+        rows = _valid_rows(valid, b, batch, queries, keys, scores.origin[2])
+        if rows is None:
+            rows = list(range(queries))
+        wanted = [rows[-1], rows[len(rows) // 2], rows[0], rows[len(rows) // 3]] if rows else []
+        for r in list(dict.fromkeys(wanted))[:rows_each]:
+            if _sees_something(scores, b, r):
+                picked.append((b, r))
+    pairs = torch.tensor(picked[:_ROWS], dtype=torch.int64).view(-1, 2)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def _valid_rows(valid: Tensor | None, b: int, batch: int, queries: int, keys: int, first: int) -> list[int] | None:
+    if valid is None or valid.dim() != 2 or valid.shape[0] != batch:
+        return None
+    if valid.shape[1] == queries:
+        rows = valid[b]
+    elif valid.shape[1] > queries and queries <= keys:
+        rows = valid[b, -queries:]  # the queries are the last of the positions so far
+    else:
+        return None
+    return [int(i) for i in rows.nonzero().flatten()]
+
+
+def _sees_something(scores: Scores, b: int, r: int) -> bool:
+    if scores.mask is None:
+        return True
+    every = slice(0, scores.shape[3])
+    seen = scores.visible(slice(b, b + 1), slice(0, scores.shape[1]), slice(r, r + 1), every)
+    return bool(seen.any(-1).all())

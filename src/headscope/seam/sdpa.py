@@ -1,0 +1,146 @@
+"""The way in for torch's scaled_dot_product_attention, also where it was imported by name."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+
+from headscope.masks import causal, padding, window
+from headscope.scores import Scores, make_scores
+from headscope.seam.call import Output
+from headscope.seam.inputs import Read, combine, read_mask
+from headscope.seam.watching import Forward, active, autocast_operands, cached, inside, seen
+
+__all__ = ["SdpaMode", "enter", "leave", "suspended"]
+
+_local = threading.local()
+
+
+class SdpaMode(TorchFunctionMode):
+    """Sees every torch function; acts on one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call it unchanged; tell of it if it is attention."""
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or not active():
+            return func(*args, **kwargs)
+        with inside():
+            output = func(*args, **kwargs)
+        return _saw(output, *args, **kwargs)
+
+
+def enter() -> None:
+    """A watched model starts in this thread."""
+    stack: list[SdpaMode] = _modes()
+    mode = SdpaMode()
+    mode.__enter__()
+    stack.append(mode)
+
+
+def leave() -> None:
+    """It ends."""
+    stack = _modes()
+    if stack:
+        stack.pop().__exit__(None, None, None)
+
+
+def _modes() -> list[SdpaMode]:
+    if not hasattr(_local, "modes"):
+        _local.modes = []
+    modes: list[SdpaMode] = _local.modes
+    return modes
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """Without our modes, unless there are others: torch.nn leaves its fast path when it sees a mode."""
+    stack = _get_current_function_mode_stack()
+    ours = [] if any(not isinstance(mode, SdpaMode) for mode in stack) else stack
+    popped = [_pop_mode() for _ in ours]
+    try:
+        yield
+    finally:
+        for mode in reversed(popped):
+            _push_mode(mode)
+
+
+def _saw(
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    lengths = None
+    if query.is_nested:
+        query, lengths = unnest(query)
+        (key, key_lengths), (value, _) = unnest(key), unnest(value)
+    q, k, v = (as_four(t) for t in autocast_operands(query, key, value))
+    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+
+    def candidates(forward: Forward) -> Iterator[Scores]:
+        kind = (id(attn_mask), shape, is_causal, lengths is None)
+        read: Read = cached(forward, kind, attn_mask, lambda: read_mask(attn_mask, shape))
+        if is_causal:
+            read = combine(read, (causal_from_the_top(shape), None))
+        if lengths is not None:
+            read = combine(read, (padding(key_lengths), None))
+        yield make_scores(q, k, *read, scale)
+
+    return seen(None, "sdpa", candidates, v, direct(output, lengths), dropout_p)
+
+
+def causal_from_the_top(shape: tuple[int, int, int, int]) -> Any:
+    """torch's is_causal: aligned to the first key, whatever the number of keys."""
+    return causal() if shape[2] == shape[3] else window(None, shape[2] - shape[3])
+
+
+def as_four(tensor: Tensor) -> Tensor:
+    """[…, L, D] as [B, H, L, D]: two axes in front are made, or more than two are joined."""
+    if tensor.dim() < 4:
+        return tensor[(None,) * (4 - tensor.dim())]
+    return tensor.flatten(0, -4) if tensor.dim() > 4 else tensor
+
+
+def unnest(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """A nested [B, H, *, D] with zeros for what is not there, and the lengths."""
+    parts = [part.transpose(-2, -3) for part in tensor.unbind()]
+    lengths = torch.tensor([len(part) for part in parts])
+    return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True).transpose(1, 2), lengths
+
+
+def direct(output: Tensor, lengths: Tensor | None = None) -> Output:
+    """Of a function that returns P @ V as […, H, L, Dv]."""
+    heads = as_four(unnest(output)[0] if output.is_nested else output)
+
+    def write(new: Tensor) -> Tensor:
+        if lengths is None:
+            return new.reshape(output.shape)
+        parts = [new[b, :, : int(n)] for b, n in enumerate(lengths)]
+        return renest(parts, output)
+
+    return Output(output, _same, lambda b, r: heads[b, :, r], write, heads)
+
+
+def renest(parts: list[Tensor], like: Tensor) -> Tensor:
+    """Parts [H, n, D] as a nested tensor with the layout of ``like``."""
+    if like.layout == torch.jagged:
+        rows = torch.nested.as_nested_tensor([p.transpose(0, 1) for p in parts], layout=torch.jagged)
+        return rows.transpose(1, 2)
+    return torch.nested.as_nested_tensor(parts)
+
+
+def _same(heads: Tensor, batch: Tensor, rows: Tensor) -> Tensor:
+    return heads

@@ -1,0 +1,340 @@
+"""The way in for torch.nn: nn.MultiheadAttention and nn.TransformerEncoderLayer on all their paths.
+
+The three functions that those modules end in are wrapped where they are looked up, and run unchanged; queries
+and keys are computed again from their arguments. torch's masks say True for *hidden*; only this file knows.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headscope.errors import UnsupportedAttention
+from headscope.masks import padding
+from headscope.scores import Scores, make_scores
+from headscope.seam.call import Output
+from headscope.seam.inputs import Read, combine, read_mask
+from headscope.seam.sdpa import causal_from_the_top, suspended
+from headscope.seam.watching import Forward, active, autocast_operands, inside, is_plain_layer, seen, watches_of
+
+__all__ = ["install", "remove"]
+
+_ORIGINAL: list[tuple[Any, str, Any]] = []
+_local = threading.local()
+
+
+def install() -> None:
+    """Wrap the functions and the two modules' forward."""
+    if _ORIGINAL:
+        return
+    _wrap(F, "multi_head_attention_forward", _saw_slow)
+    _wrap(torch, "_native_multi_head_attention", _saw_native)
+    _wrap(torch, "_transformer_encoder_layer_fwd", _saw_layer)
+    for kind in (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder):
+        _wrap_forward(kind)
+
+
+def remove() -> None:
+    """Put them back."""
+    while _ORIGINAL:
+        owner, name, original = _ORIGINAL.pop()
+        setattr(owner, name, original)
+
+
+def _wrap(owner: Any, name: str, saw: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+    _ORIGINAL.append((owner, name, original))
+
+    @wraps(original)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if not active():
+            return original(*args, **kwargs)
+        with inside():
+            result = original(*args, **kwargs)
+        return saw(result, *args, **kwargs)
+
+    setattr(owner, name, function)
+
+
+def _wrap_forward(kind: type[nn.Module]) -> None:
+    original = kind.forward
+    _ORIGINAL.append((kind, "forward", original))
+
+    @wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _running(self, args, kwargs):
+            return original(self, *args, **kwargs)
+
+    kind.forward = forward  # type: ignore[method-assign]
+
+
+@contextmanager
+def _running(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Inside a torch.nn attention module: its name is known, and no mode of ours turns its fast path off.
+
+    An nn.TransformerEncoderLayer bears no hooks, so that it tells its watches here that it runs.
+    """
+    with ExitStack() as undo:
+        if is_plain_layer(module):
+            for watch in watches_of(module):
+                name = watch.names[id(module)]
+                undo.callback(watch.leave, name)
+                watch.enter(name, module, args, kwargs)
+        if active():
+            stack = _stack()
+            stack.append(module)
+            undo.callback(stack.pop)
+            if _is_all_torch(module):
+                undo.enter_context(suspended())
+        yield
+
+
+def _is_all_torch(module: nn.Module) -> bool:
+    """Whether attention inside can only be torch's own, so that our modes are not needed."""
+    if isinstance(module, nn.TransformerEncoder):
+        return all(is_plain_layer(layer) and _is_all_torch(layer) for layer in module.layers)
+    if isinstance(module, nn.TransformerEncoderLayer):
+        own_block = type(module)._sa_block is nn.TransformerEncoderLayer._sa_block
+        return own_block and type(module.self_attn) is nn.MultiheadAttention
+    return True
+
+
+def _stack() -> list[nn.Module]:
+    if not hasattr(_local, "running"):
+        _local.running = []
+    running: list[nn.Module] = _local.running
+    return running
+
+
+def _module() -> nn.Module | None:
+    return _stack()[-1] if _stack() else None
+
+
+def _saw_slow(
+    result: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> Any:
+    """F.multi_head_attention_forward: [L, B, E], or [L, E] without a batch."""
+    if static_k is not None or static_v is not None:
+        raise UnsupportedAttention("multi_head_attention_forward was given static_k or static_v: these are not read.")
+    if use_separate_proj_weight:
+        weights = (q_proj_weight, k_proj_weight, v_proj_weight)
+    else:
+        assert in_proj_weight is not None  # the function itself has asked for it
+        weights = in_proj_weight.chunk(3)
+    biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+    flat = query.dim() == 2
+    inputs = [x.unsqueeze(1) if flat else x for x in (query, key, value)]
+    q, k, v = (F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
+    extra = 0
+    if bias_k is not None and bias_v is not None:
+        k, v = (torch.cat([x, b.expand(1, x.shape[1], -1)]) for x, b in ((k, bias_k), (v, bias_v)))
+        extra += 1
+    if add_zero_attn:
+        k, v = (torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in (k, v))
+        extra += 1
+    q, k, v = (x.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for x in autocast_operands(q, k, v))
+    shape = (q.shape[0], num_heads, q.shape[2], k.shape[2])
+    padding_read = _read(_rows_of(key_padding_mask), shape, extra)
+
+    def candidates(_: Forward) -> Iterator[Scores]:
+        if attn_mask is None or not is_causal:
+            yield make_scores(q, k, *combine(_read(_four(attn_mask, shape), shape, extra), padding_read), None)
+        else:
+            yield make_scores(q, k, *combine((causal_from_the_top(shape), None), padding_read), None)
+            yield make_scores(q, k, *combine(_read(_four(attn_mask, shape), shape, extra), padding_read), None)
+
+    returned = result[0].unsqueeze(1) if flat else result[0]
+
+    def finish(heads: Tensor, b: Tensor, r: Tensor) -> Tensor:
+        return F.linear(heads.flatten(-2), out_proj_weight, out_proj_bias)
+
+    def write(new: Tensor) -> Tensor:
+        return finish(new.permute(2, 0, 1, 3), new, new).view_as(result[0])
+
+    output = Output(result[0], finish, lambda b, r: returned[r, b], write)
+    valid = _valid(key_padding_mask, shape)
+    edited = seen(_module(), "torch.nn", candidates, v, output, dropout_p if training else 0.0, valid=valid)
+    return result if edited is result[0] else (edited, *result[1:])
+
+
+def _saw_native(
+    result: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim: int,
+    num_heads: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    mask: Tensor | None = None,
+    need_weights: bool = True,
+    average_attn_weights: bool = True,
+    mask_type: int | None = None,
+) -> Any:
+    """The fast path of nn.MultiheadAttention: [B, L, E], also nested."""
+
+    def finish(heads: Tensor, b: Tensor, r: Tensor) -> Tensor:
+        return F.linear(heads.flatten(-2), proj_weight, proj_bias)
+
+    projected = (query, qkv_weight, qkv_bias, num_heads)
+    edited = _saw_fast(result[0], projected, (mask, mask_type), finish)
+    return result if edited is result[0] else (edited, *result[1:])
+
+
+def _saw_layer(
+    result: Tensor,
+    src: Tensor,
+    embed_dim: int,
+    num_heads: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    use_gelu: bool,
+    norm_first: bool,
+    eps: float,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    ffn1_weight: Tensor,
+    ffn1_bias: Tensor,
+    ffn2_weight: Tensor,
+    ffn2_bias: Tensor,
+    mask: Tensor | None = None,
+    mask_type: int | None = None,
+) -> Tensor:
+    """The fast path of nn.TransformerEncoderLayer, which returns the whole layer's output."""
+
+    def norm1(x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], norm1_weight, norm1_bias, eps)
+
+    def norm2(x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], norm2_weight, norm2_bias, eps)
+
+    def feed_forward(x: Tensor) -> Tensor:
+        hidden = F.linear(x, ffn1_weight, ffn1_bias)
+        return F.linear(F.gelu(hidden) if use_gelu else F.relu(hidden), ffn2_weight, ffn2_bias)
+
+    whole = _padded(src)[0]
+
+    def finish(heads: Tensor, b: Tensor, r: Tensor) -> Tensor:
+        x = whole[b, r] + F.linear(heads.flatten(-2), proj_weight, proj_bias)
+        if norm_first:
+            return x + feed_forward(norm2(x))
+        x = norm1(x)
+        return norm2(x + feed_forward(x))
+
+    into = norm1(whole) if norm_first else whole
+    lengths = _padded(src)[1]
+    projected = (into, qkv_weight, qkv_bias, num_heads)
+    return _saw_fast(result, projected, (mask, mask_type), finish, lengths, ".self_attn")
+
+
+def _saw_fast(
+    returned: Tensor,
+    projected: tuple[Tensor, Tensor, Tensor, int],
+    masked: tuple[Tensor | None, int | None],
+    finish: Callable[[Tensor, Tensor, Tensor], Tensor],
+    lengths: Tensor | None = None,
+    suffix: str = "",
+) -> Tensor:
+    x, weight, bias, num_heads = projected
+    if x.is_nested:
+        x, lengths = _padded(x)
+    q, k, v = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in F.linear(x, weight, bias).chunk(3, -1))
+    shape = (q.shape[0], num_heads, q.shape[2], k.shape[2])
+    outputs = _padded(returned)[0]
+
+    def candidates(_: Forward) -> Iterator[Scores]:
+        mask, kind = masked
+        hidden = None if mask is None else mask.bool()  # what the op itself makes of it: any number but 0 hides
+        hidden = _rows_of(hidden) if kind == 1 else _four(hidden, shape)
+        read = _read(hidden, shape, 0)
+        yield make_scores(q, k, *(read if lengths is None else combine(read, (padding(lengths), None))), None)
+
+    def write(new: Tensor) -> Tensor:
+        b, r = torch.meshgrid(torch.arange(shape[0]), torch.arange(shape[2]), indexing="ij")
+        rows = finish(new.transpose(1, 2).flatten(0, 1), b.flatten(), r.flatten()).view(*outputs.shape)
+        if not returned.is_nested:
+            return rows
+        return torch.nested.as_nested_tensor([rows[i, : int(n)] for i, n in enumerate(lengths)])  # type: ignore[arg-type]
+
+    valid = None if lengths is None else torch.arange(shape[2]) < lengths[:, None]
+    if masked[1] == 1 and masked[0] is not None:
+        valid = ~masked[0].bool()
+    output = Output(returned, finish, lambda b, r: outputs[b, r], write)
+    return seen(_module(), "torch.nn", candidates, v, output, suffix=suffix, valid=valid)
+
+
+def _padded(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+    if not tensor.is_nested:
+        return tensor, None
+    parts = list(tensor.unbind())
+    lengths = torch.tensor([len(part) for part in parts])
+    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), lengths
+
+
+def _four(mask: Tensor | None, shape: tuple[int, int, int, int]) -> Tensor | None:
+    """[L, S], [1, L, S], [B·H, L, S] or 4-D as 4-D."""
+    if mask is None or mask.dim() == 4:
+        return mask
+    if mask.dim() == 2 or len(mask) == 1:
+        return mask.view(1, 1, *mask.shape[-2:])
+    return mask.view(shape[0], shape[1], *mask.shape[-2:])
+
+
+def _rows_of(mask: Tensor | None) -> Tensor | None:
+    """A key padding mask [B, S] (or [S]) as [B, 1, 1, S]."""
+    return None if mask is None else mask.view(-1, 1, 1, mask.shape[-1])
+
+
+def _read(mask: Tensor | None, shape: tuple[int, int, int, int], extra: int) -> Read:
+    """A torch.nn mask, bool (True: hidden) or additive; ``extra`` keys were added behind it."""
+    if mask is None:
+        return None, None
+    seen_or_bias = ~mask if mask.dtype == torch.bool else mask
+    if extra:
+        seen_or_bias = F.pad(seen_or_bias, (0, extra), value=mask.dtype == torch.bool)
+    return read_mask(seen_or_bias, shape)
+
+
+def _valid(mask: Tensor | None, shape: tuple[int, int, int, int]) -> Tensor | None:
+    if mask is None or mask.dim() != 2:
+        return None
+    valid = ~mask if mask.dtype == torch.bool else mask == 0
+    return valid if shape[2] == valid.shape[1] else None

@@ -1,0 +1,283 @@
+"""Who watches which model: module names, forwards, and what happens when an attention call is seen."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from headscope.errors import EditError, UnsupportedAttention
+from headscope.scores import Scores
+from headscope.seam.call import AttentionCall, Output
+from headscope.seam.proof import prove
+
+__all__ = ["Forward", "Watch", "active", "inside", "invisible", "seen"]
+
+Edit = Callable[[AttentionCall], AttentionCall]
+
+
+@dataclass(eq=False)
+class Forward:
+    """One forward of the watched model, from its outermost module in to out."""
+
+    root: str
+    valid: Tensor | None  # [B, S] bool, from the attention_mask the outermost module was given
+    ran: set[str] = field(default_factory=set)
+    stack: list[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    masks: dict[Any, Any] = field(default_factory=dict)  # masks already read in this forward
+    calls: int = 0
+
+
+class Watch:
+    """Hooks on one model's modules, and what to do with each attention call inside it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        on_call: Callable[[AttentionCall, Forward], None] | None = None,
+        edit: Edit | None = None,
+        on_end: Callable[[Forward], None] | None = None,
+    ) -> None:
+        self.model, self.on_call, self.edit, self.on_end = model, on_call, edit, on_end
+        self.names = {id(module): name for name, module in model.named_modules(remove_duplicate=True)}
+        self._local = threading.local()
+        self._handles: list[Any] = []
+
+    @property
+    def forward(self) -> Forward | None:
+        """The forward that this thread is in, or None."""
+        return getattr(self._local, "forward", None)
+
+    def attach(self) -> None:
+        """Put hooks on the modules; not inside nn.TransformerEncoderLayer, which would leave its fast path."""
+        refuse_compiled(self.model)
+        covered: set[int] = set()
+        for module in self.model.modules():
+            if is_plain_layer(module):
+                covered |= {id(m) for m in module.modules()}
+        for name, module in self.model.named_modules():
+            if id(module) in covered:
+                continue
+            before, after = self._hooks(name)
+            self._handles.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(after, always_call=True))
+
+    def detach(self) -> None:
+        """Take the hooks off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            self.enter(name, module, args, kwargs)
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            self.leave(name)
+
+        return before, after
+
+    def enter(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """A module starts. The outermost one starts a forward."""
+        if self.forward is None:
+            if torch._C._current_graph_task_id() != -1:
+                return  # a backward pass computes something again: it was seen before
+            if self.edit is not None:
+                refuse_checkpointing(self.model)
+            self._local.forward = Forward(name, read_valid(module, args, kwargs))
+            ways_enter()
+        forward = self.forward
+        if forward is not None:
+            forward.stack.append(name)
+            forward.ran.add(name)
+
+    def leave(self, name: str) -> None:
+        """A module ends, also by an exception. The outermost one ends the forward."""
+        forward = self.forward
+        if forward is None or name not in forward.stack:
+            return
+        while forward.stack.pop() != name:
+            pass
+        if not forward.stack:
+            self._local.forward = None
+            ways_leave()
+            if self.on_end is not None:
+                self.on_end(forward)
+
+    def name_of(self, module: nn.Module | None) -> str:
+        """The module's name in the watched model, or that of the innermost module running."""
+        known = self.names.get(id(module)) if module is not None else None
+        forward = self.forward
+        if known is None:
+            return forward.stack[-1] if forward is not None and forward.stack else ""
+        return known
+
+
+_WATCHES: list[Watch] = []
+_local = threading.local()
+_ON_ENTER: list[Callable[[], None]] = []
+_ON_LEAVE: list[Callable[[], None]] = []
+
+
+def is_plain_layer(module: nn.Module) -> bool:
+    """An nn.TransformerEncoderLayer with torch's own forward: it has a fast path, and leaves it for hooks."""
+    return type(module).forward is nn.TransformerEncoderLayer.forward
+
+
+def watches_of(module: nn.Module) -> list[Watch]:
+    """The watches in whose model this module is."""
+    return [watch for watch in list(_WATCHES) if id(module) in watch.names]
+
+
+def ways_enter() -> None:
+    """Switch on what must be on in a thread while a watched model runs in it."""
+    for action in _ON_ENTER:
+        action()
+
+
+def ways_leave() -> None:
+    """Switch it off again."""
+    for action in _ON_LEAVE:
+        action()
+
+
+def active() -> list[Watch]:
+    """The watches whose model is running in this thread, in the order in which they began."""
+    if getattr(_local, "depth", 0):
+        return []
+    return [watch for watch in list(_WATCHES) if watch.forward is not None]
+
+
+@contextmanager
+def inside() -> Iterator[None]:
+    """While a call that is being watched runs: what it calls further down is the same call."""
+    _local.depth = getattr(_local, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _local.depth -= 1
+
+
+@contextmanager
+def invisible() -> Iterator[None]:
+    """Our own computations: no gradients, no autocast, and no mode of anybody's sees them."""
+    with (
+        inside(),
+        torch.no_grad(),
+        torch._C.DisableTorchFunction(),
+        _disable_current_modes(),
+        torch.autocast("cpu", enabled=False),
+    ):
+        yield
+
+
+def cached(forward: Forward, key: Any, keep: Any, make: Callable[[], Any]) -> Any:
+    """``make()``, once a forward for each key; ``keep`` stays alive so that ids stay its own."""
+    if key not in forward.masks:
+        forward.masks[key] = (make(), keep)
+    return forward.masks[key][0]
+
+
+def seen(
+    module: nn.Module | None,
+    way: str,
+    candidates: Callable[[Forward], Iterable[Scores]],
+    value: Tensor,
+    output: Output,
+    dropout_p: float = 0.0,
+    suffix: str = "",
+    valid: Tensor | None = None,
+) -> Tensor:
+    """An attention call has run: prove it, edit it, hand it to the watches. Gives what it should return.
+
+    Raises:
+        ProofError: no candidate reading explains the output; UnsupportedAttention: an edit under dropout.
+    """
+    watches = active()
+    forwards = [watch.forward for watch in watches]
+    first = next(f for f in forwards if f is not None)
+    name = (watches[0].name_of(module) + suffix).removeprefix(".")
+    with invisible():
+        readings = list(candidates(first))
+        proof: float | None = None
+        scores = readings[0]
+        if not dropout_p:
+            scores, proof = prove(
+                name or type(module).__name__, readings, value, output, valid if valid is not None else first.valid
+            )
+    call = AttentionCall(name, 0, way, scores, value, output, dropout_p, proof)
+    with inside():
+        for watch, forward in zip(watches, forwards, strict=True):
+            assert forward is not None  # active() gives only those
+            own = (watch.name_of(module) + suffix).removeprefix(".")
+            occurrence = forward.counts.get(own, 0)
+            forward.counts[own] = occurrence + 1
+            if watch.edit is not None:
+                call = watch.edit(call.at(own, occurrence))
+        returned = call.output.raw
+        for watch, forward in zip(watches, forwards, strict=True):
+            assert forward is not None
+            own = (watch.name_of(module) + suffix).removeprefix(".")
+            if watch.on_call is not None:
+                watch.on_call(call.at(own, forward.counts[own] - 1), forward)
+            forward.calls += 1
+    return returned
+
+
+def autocast_operands(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What the kernel receives: autocast turns float32 into its own dtype before it."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.dtype == torch.float32 else t for t in tensors)
+
+
+def read_valid(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """Which positions are text, [B, S], if the outermost module was told in a 2-D attention_mask."""
+    mask = kwargs.get("attention_mask")
+    if mask is None and args:
+        names = module.forward.__code__.co_varnames[1:] if hasattr(module.forward, "__code__") else ()
+        mask = dict(zip(names, args, strict=False)).get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask.detach().bool()
+    return None
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """A compiled model runs code in which hooks and lookups no longer exist."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            where = f"module {name!r} of the model" if name else "the model"
+            raise UnsupportedAttention(
+                f"{where} is compiled (torch.compile): its attention calls no longer pass where they can be seen. "
+                "Watch the uncompiled module, which shares its weights: compiled._orig_mod, or the module before "
+                ".compile()."
+            )
+
+
+def refuse_checkpointing(model: nn.Module) -> None:
+    """The recomputation of a checkpoint would run after the edit has ended, without it."""
+    if not torch.is_grad_enabled():
+        return
+    for name, module in model.named_modules():
+        if getattr(module, "gradient_checkpointing", False) and module.training:
+            raise EditError(
+                f"{name or 'the model'} uses gradient checkpointing and gradients are on: the backward pass would "
+                "compute the layers again without the edit. Call model.gradient_checkpointing_disable() or use "
+                "torch.no_grad()."
+            )
+
+
+def with_output(call: AttentionCall, heads: Tensor, scores: Scores | None = None) -> AttentionCall:
+    """The call with other head outputs [B, H, L, Dv], and other weights if ``scores`` are given."""
+    raw = call.output.replace_heads(heads)
+    output = replace(call.output, raw=raw, heads=heads)
+    return replace(call, output=output, scores=scores or call.scores, edited=True)

@@ -1,0 +1,37 @@
+"""What all tests share: a fixed seed, no hub, shape checks, and the two real models."""
+
+import importlib.util
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+if importlib.util.find_spec("jaxtyping") and importlib.util.find_spec("beartype"):
+    from jaxtyping import install_import_hook
+
+    # Kept for the whole run: shapes in annotations are checked on every call.
+    SHAPES_CHECKED = install_import_hook("headscope", "beartype.beartype")
+
+from headscope import models
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(20261122)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> models.Loaded:
+    """SmolLM2-135M-Instruct: a decoder of 30 layers with 9 heads."""
+    models.pull("smollm2")
+    return models.load("smollm2")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> models.Loaded:
+    """all-MiniLM-L6-v2: an encoder of 6 layers with 12 heads."""
+    models.pull("minilm")
+    return models.load("minilm")

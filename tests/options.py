@@ -1,0 +1,106 @@
+"""Masks and biases of every kind, for any sizes: as headscope takes them, and as cells by brute force."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import jaxtyping
+import torch
+from tests.reference import FINFO_MIN, all_in, seen_where
+from torch import Tensor
+
+from headscope import masks
+from headscope.masks import Mask
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Without the tests' shape checks, so that it is our own errors that are seen."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+Sizes = tuple[int, int, int, int]  # (B, H, L, S)
+Rule = Callable[[int, int, int, int], bool]
+
+
+def _lengths(sizes: Sizes) -> list[int]:
+    """Text of falling length: the last batch row has least."""
+    return [max(1, sizes[3] - 3 * b) for b in range(sizes[0])]
+
+
+def _ids(sizes: Sizes) -> list[int]:
+    return [min(j // 4, 2) for j in range(sizes[3])]
+
+
+def _random(sizes: Sizes) -> Tensor:
+    """Two cells of three, and one query row that sees nothing."""
+    seen = torch.rand(sizes, generator=torch.Generator().manual_seed(5)) < 0.67
+    seen[-1, :, -1] = False
+    return seen
+
+
+def _left(sizes: Sizes) -> tuple[Mask, Rule]:
+    lengths = _lengths(sizes)
+    mask = masks.causal() & masks.padding(lengths, "left", sizes[3])
+    return mask, lambda b, h, i, j: sizes[3] - lengths[b] <= j <= i
+
+
+def _documents(sizes: Sizes) -> tuple[Mask, Rule]:
+    ids = _ids(sizes)
+    return masks.causal() & masks.documents(ids), lambda b, h, i, j: j <= i and ids[i] == ids[j]
+
+
+def _dense(sizes: Sizes) -> tuple[Mask | Tensor, Rule]:
+    seen, first = _random(sizes), sizes[3] - sizes[2]
+    return seen, lambda b, h, i, j: bool(seen[b, h, i - first, j])
+
+
+def _packed(sizes: Sizes) -> tuple[Mask, Rule]:
+    seen, first = _random(sizes)[:, :1], sizes[3] - sizes[2]
+    return masks.packed(seen), lambda b, h, i, j: bool(seen[b, 0, i - first, j])
+
+
+MASKS: dict[str, Callable[[Sizes], tuple[Mask | Tensor | None, Rule]]] = {
+    "none": lambda sizes: (None, lambda b, h, i, j: True),
+    "causal": lambda sizes: (masks.causal(), lambda b, h, i, j: j <= i),
+    "window": lambda sizes: (masks.sliding_window(2, 1), lambda b, h, i, j: i - 2 <= j <= i + 1),
+    "prefix": lambda sizes: (masks.causal() | masks.prefix(2), lambda b, h, i, j: j <= i or j < 2),
+    "padding": lambda sizes: (masks.padding(_lengths(sizes)), all_in(_lengths(sizes))),
+    "left padding": lambda sizes: (
+        masks.causal() & _left(sizes)[0],
+        lambda *at: at[3] <= at[2] and _left(sizes)[1](*at),
+    ),
+    "documents": _documents,
+    "dense": _dense,
+    "packed": _packed,
+    "function": lambda sizes: (
+        masks.function(lambda b, h, i, j: (i + j + h) % 3 > 0),
+        lambda b, h, i, j: (i + j + h) % 3 > 0,
+    ),
+    "nothing": lambda sizes: (masks.prefix(0), lambda b, h, i, j: False),
+}
+
+
+def masked(name: str, sizes: Sizes) -> tuple[Mask | Tensor | None, Tensor]:
+    """The mask, and its cells."""
+    mask, rule = MASKS[name](sizes)
+    return mask, seen_where(rule, *sizes)
+
+
+def _with(value: float, where: Rule, sizes: Sizes) -> Tensor:
+    bias = torch.randn(1, *sizes[1:])
+    return bias.masked_fill(seen_where(where, 1, *sizes[1:], origin=0), value)
+
+
+BIASES: dict[str, Callable[[Sizes], Tensor | None]] = {
+    "none": lambda sizes: None,
+    "[L, S]": lambda sizes: torch.randn(sizes[2:]),
+    "[B, 1, L, S]": lambda sizes: torch.randn(sizes[0], 1, *sizes[2:]),
+    "key only": lambda sizes: torch.randn(1, sizes[1], 1, sizes[3]),
+    "query only": lambda sizes: torch.randn(1, sizes[1], sizes[2], 1),
+    "-inf": lambda sizes: _with(-torch.inf, lambda b, h, i, j: (i + j) % 3 == 0 or i == 1, sizes),
+    "finfo.min": lambda sizes: _with(FINFO_MIN, lambda b, h, i, j: (i + j) % 3 == 0 or i == 1, sizes),
+}

@@ -1,0 +1,354 @@
+"""attention() against its definition: every mask and bias, any shapes, dtypes, gradients, dropout, errors."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests import reference
+from tests.options import BIASES, MASKS, masked, unchecked
+from tests.reference import operands
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from headscope import attention, blockwise, kernels, masks
+
+SIZES = (2, 6, 7, 11)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every loop over blocks goes round several times."""
+    monkeypatch.setattr(kernels, "_ROWS", 3)
+    monkeypatch.setattr(blockwise, "_AUTOGRAD", 2 * 6 * 11 * 2)
+
+
+def compare(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(found.double(), wanted, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("bias_name", BIASES)
+@pytest.mark.parametrize("mask_name", MASKS)
+def test_it_is_its_definition(mask_name: str, bias_name: str, tiny: None) -> None:
+    query, key, value = operands()
+    mask, seen = masked(mask_name, SIZES)
+    bias = BIASES[bias_name](SIZES)
+    wanted = reference.attend(reference.weights(query, key, seen=seen, bias=bias), value)
+    compare(attention(query, key, value, mask=mask, bias=bias), wanted)
+    trained = None if bias is None else bias.clone().requires_grad_()
+    compare(attention(query, key, value, mask=mask, bias=trained).detach(), wanted)
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> dict[str, int]:
+    sizes = {"batch": 3, "kv_heads": 3, "shared": 3, "queries": 9, "keys": 13, "size": 6, "width": 14}
+    return {name: draw(st.integers(1, largest)) for name, largest in sizes.items()}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shapes(),
+    st.sampled_from([name for name in MASKS if name != "documents"]),
+    st.sampled_from(list(BIASES)),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from([None, 0.3, -1.7]),
+)
+def test_any_shapes(
+    shape: dict[str, int], mask_name: str, bias_name: str, dtype: torch.dtype, scale: float | None
+) -> None:
+    query, key, value = operands(**shape, dtype=dtype)
+    sizes = (*query.shape[:3], key.shape[2])
+    mask, seen = masked(mask_name, sizes)
+    bias = BIASES[bias_name](sizes)
+    out = attention(query, key, value, mask=mask, bias=bias, scale=scale)
+    assert out.dtype == dtype
+    p = reference.weights(query, key, seen=seen, bias=bias, scale=scale)
+    compare(out, reference.attend(p, value), 1e-5 if dtype == torch.float32 else 1e-11)
+
+
+@pytest.mark.parametrize("queries", [300, 700])
+@pytest.mark.parametrize("mask_name", ["none", "causal", "window", "padding"])
+def test_a_realistic_size(mask_name: str, queries: int) -> None:
+    query, key, value = operands(kv_heads=2, queries=queries, keys=700, size=64, width=96)
+    lengths = torch.tensor([700, 411])
+    mask = masks.padding(lengths) if mask_name == "padding" else masked(mask_name, (1, 1, 1, 1))[0]
+    i = torch.arange(700 - queries, 700)[:, None]
+    j = torch.arange(700)[None]
+    cells = {
+        "none": (j >= 0).expand(queries, -1),
+        "causal": j <= i,
+        "window": (j >= i - 2) & (j <= i + 1),
+        "padding": (j < lengths[:, None, None])[:, None],
+    }
+    wanted = reference.attend(reference.weights(query, key, seen=cells[mask_name]), value)
+    compare(attention(query, key, value, mask=mask), wanted)
+
+
+# The softmax of 0 and ln n can be worked out by hand: 1 : n.
+HAND = torch.tensor([[[[1.0]]]]), torch.tensor([[[[0.0], [math.log(3)], [math.log(4)]]]]), torch.eye(3)[None, None]
+BY_HAND: dict[str, tuple[dict[str, Any], list[float]]] = {
+    "1 : 3 : 4": ({}, [1 / 8, 3 / 8, 4 / 8]),
+    "scale 2 squares": ({"scale": 2.0}, [1 / 26, 9 / 26, 16 / 26]),
+    "scale 0 is even": ({"scale": 0.0}, [1 / 3, 1 / 3, 1 / 3]),
+    "hidden is left out": ({"mask": torch.tensor([[True, True, False]])}, [1 / 4, 3 / 4, 0]),
+    "a bias adds": ({"bias": torch.tensor([[math.log(5), 0, 0]])}, [5 / 12, 3 / 12, 4 / 12]),
+    "a bias is not scaled": ({"bias": torch.tensor([[math.log(5), 0, 0]]), "scale": 0.0}, [5 / 7, 1 / 7, 1 / 7]),
+    "-inf hides": ({"bias": torch.tensor([[0, -math.inf, 0]])}, [1 / 5, 0, 4 / 5]),
+    "finfo.min hides": ({"bias": torch.tensor([[0, reference.FINFO_MIN, 0]])}, [1 / 5, 0, 4 / 5]),
+    "finfo.min everywhere is even": ({"bias": torch.full((1, 3), reference.FINFO_MIN)}, [1 / 3, 1 / 3, 1 / 3]),
+    "nothing visible": ({"mask": masks.prefix(0)}, [0, 0, 0]),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_values_worked_out_by_hand(name: str) -> None:
+    options, wanted = BY_HAND[name]
+    compare(attention(*HAND, **options), torch.tensor(wanted, dtype=torch.float64).view(1, 1, 1, 3), 1e-6)
+
+
+def test_the_default_scale_is_one_over_root_of_the_head_size() -> None:
+    query, key = torch.ones(1, 1, 1, 4), torch.tensor([[[[0.0] * 4, [1.0] * 4]]])
+    out = attention(query, key, torch.eye(2)[None, None])
+    compare(out.flatten(), torch.tensor([1 / (1 + math.e**2), math.e**2 / (1 + math.e**2)], dtype=torch.float64), 1e-6)
+
+
+def test_heads_share_keys_in_consecutive_groups() -> None:
+    value = torch.arange(3.0).view(1, 3, 1, 1).expand(1, 3, 11, 1)
+    out = attention(torch.randn(1, 6, 7, 5), torch.randn(1, 3, 11, 5), value)
+    compare(out[0, :, 0, 0], torch.tensor([0, 0, 1, 1, 2, 2], dtype=torch.float64), 1e-6)
+
+
+def test_a_step_with_a_cache_is_the_last_row_of_the_whole() -> None:
+    query, key, value = operands(queries=11)
+    whole = attention(query, key, value, mask=masks.causal())
+    step = attention(query[:, :, -2:], key, value, mask=masks.causal())
+    compare(step, whole[:, :, -2:].double(), 1e-6)
+
+
+@pytest.mark.parametrize("bias_name", ["none", "key only", "[L, S]", "finfo.min"])
+@pytest.mark.parametrize("mask_name", ["none", "causal", "padding", "dense"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+def test_half_precision(dtype: torch.dtype, tolerance: float, mask_name: str, bias_name: str) -> None:
+    query, key, value = operands(dtype=dtype)
+    mask, seen = masked(mask_name, SIZES)
+    bias = BIASES[bias_name](SIZES)
+    out = attention(query, key, value, mask=mask, bias=bias)
+    assert out.dtype == dtype
+    compare(out, reference.attend(reference.weights(query, key, seen=seen, bias=bias), value), tolerance)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 1e-9])
+@pytest.mark.parametrize("bias_name", ["none", "[L, S]"])
+def test_under_autocast(bias_name: str, dropout_p: float) -> None:
+    query, key, value = operands()
+    mask, seen = masked("padding", SIZES)
+    bias = BIASES[bias_name](SIZES)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(query, key, value, mask=mask, bias=bias, dropout_p=dropout_p)
+    wanted = reference.attend(reference.weights(query, key, seen=seen, bias=bias), value)
+    compare(out, wanted, 3e-2)
+
+
+def test_a_bias_may_have_another_precision() -> None:
+    query, key, value = operands()
+    for name in ("key only", "[L, S]"):
+        bias = BIASES[name](SIZES)
+        assert bias is not None
+        wanted = reference.attend(reference.weights(query, key, bias=bias), value)
+        compare(attention(query, key, value, bias=bias.double()), wanted)
+        half = reference.attend(reference.weights(query, key, bias=bias.half()), value)
+        compare(attention(query, key, value, bias=bias.half()), half)
+
+
+def hidden_rows() -> tuple[Tensor, Tensor]:
+    """A mask whose query rows 0 and 4 see nothing, in every batch row and head."""
+    seen = torch.rand(7, 11) < 0.8
+    blind = torch.tensor([0, 4])
+    seen[blind] = False
+    seen[:, 2] |= ~seen.any(-1) & (torch.arange(7)[:, None] != blind).all(1)
+    return seen, blind
+
+
+@pytest.mark.parametrize("how", ["mask", "mask and bias", "-inf bias", "trained -inf bias", "dropout"])
+def test_a_query_that_sees_nothing_gives_zeros_and_zero_gradients(how: str, tiny: None) -> None:
+    query, key, value = (x.requires_grad_() for x in operands())
+    seen, blind = hidden_rows()
+    hiding = torch.zeros(7, 11).masked_fill(~seen, -torch.inf).requires_grad_(how.startswith("trained"))
+    options: dict[str, dict[str, Any]] = {
+        "mask": {"mask": seen},
+        "mask and bias": {"mask": seen, "bias": torch.randn(7, 11)},
+        "-inf bias": {"bias": hiding},
+        "trained -inf bias": {"bias": hiding},
+        "dropout": {"mask": seen, "dropout_p": 0.5},
+    }
+    out = attention(query, key, value, **options[how])
+    assert bool((out[:, :, blind] == 0).all())
+    assert bool((out[:, :, 1:4] != 0).any(-1).any(1).all())
+    out.backward(torch.randn_like(out))
+    assert query.grad is not None
+    assert bool((query.grad[:, :, blind] == 0).all())
+    for tensor in (query, key, value):
+        assert tensor.grad is not None
+        assert bool(tensor.grad.isfinite().all())
+        assert bool((tensor.grad != 0).any())
+    if hiding.requires_grad:
+        assert hiding.grad is not None
+        assert bool(hiding.grad.isfinite().all())
+        assert bool((hiding.grad[blind] == 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_if_nobody_sees_anything_all_is_zero(dtype: torch.dtype) -> None:
+    query, key, value = (x.detach().mul(1e4).to(dtype).requires_grad_() for x in operands())
+    out = attention(query, key, value, mask=masks.prefix(0))
+    assert bool((out == 0).all())
+    out.sum().backward()
+    for tensor in (query, key, value):
+        assert tensor.grad is not None
+        assert bool((tensor.grad == 0).all())
+    only_value = value.detach().requires_grad_()
+    attention(query.detach(), key.detach(), only_value, mask=masks.prefix(0)).sum().backward()
+    assert only_value.grad is not None
+    assert bool((only_value.grad == 0).all())
+
+
+def small(mask_name: str, bias_name: str) -> tuple[list[Tensor], Any, Tensor | None]:
+    """Operands of few numbers, in float64, that want gradients; mask and bias."""
+    sizes = (1, 2, 3, 4)
+    inputs = [x.requires_grad_() for x in operands(1, 1, 2, 3, 4, 2, 3, dtype=torch.float64)]
+    bias = BIASES[bias_name](sizes)
+    return inputs, masked(mask_name, sizes)[0], None if bias is None else bias.double()
+
+
+@pytest.mark.parametrize("bias_name", ["none", "key only", "[L, S]"])
+@pytest.mark.parametrize("mask_name", ["none", "causal", "padding", "dense"])
+def test_gradients_by_differences(mask_name: str, bias_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_ROWS", 2)
+    inputs, mask, bias = small(mask_name, bias_name)
+    assert gradcheck(lambda *given: attention(*given, mask=mask, bias=bias), inputs)
+
+
+@pytest.mark.parametrize(
+    ("mask_name", "bias_name"), [("none", "key only"), ("causal", "[L, S]"), ("dense", "query only")]
+)
+def test_gradients_with_a_trained_bias_by_differences(
+    mask_name: str, bias_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blockwise, "_AUTOGRAD", 2 * 4 * 2)
+    inputs, mask, bias = small(mask_name, bias_name)
+    assert bias is not None
+    inputs.append(bias.requires_grad_())
+    assert gradcheck(lambda q, k, v, b: attention(q, k, v, mask=mask, bias=b), inputs)
+
+
+@pytest.mark.parametrize("mask_name", ["none", "causal", "padding", "documents"])
+def test_gradients_are_those_of_the_definition(mask_name: str, tiny: None) -> None:
+    query, key, value = (x.requires_grad_() for x in operands(queries=11, width=7))
+    mask, seen = masked(mask_name, (2, 6, 11, 11))
+    ours = attention(query, key, value, mask=mask)
+    wanted = reference.attend(reference.weights(query, key, seen=seen), value)
+    sent = torch.randn_like(ours)
+    found = torch.autograd.grad(ours, (query, key, value), sent)
+    defined = torch.autograd.grad(wanted, (query, key, value), sent.double())
+    for one, other in zip(found, defined, strict=True):
+        compare(one, other.double(), 2e-5)
+
+
+def test_dropout_drops_its_share_and_scales_the_rest(tiny: None) -> None:
+    query, key, _ = operands()
+    eye = torch.eye(11).expand(2, 3, 11, 11)
+    mask, seen = masked("causal", SIZES)
+    p = reference.weights(query, key, seen=seen)
+    draws = torch.stack([attention(query, key, eye, mask=mask, dropout_p=0.3) for _ in range(60)]).double()
+    kept = draws != 0
+    compare(draws[kept], (p / 0.7).expand_as(draws)[kept])
+    assert not bool(kept[:, ~seen].any())
+    visible = int(seen.sum()) * 60
+    share = 1 - float(kept.sum()) / visible
+    assert abs(share - 0.3) < 5 * math.sqrt(0.3 * 0.7 / visible)
+    spread = p.amax() * math.sqrt(0.3 / 0.7 / 60)
+    assert float((draws.mean(0) - p).abs().max()) < 5 * float(spread)
+
+
+def test_dropout_repeats_with_its_seed_and_its_gradient_drops_the_same(tiny: None) -> None:
+    query, key, _ = operands()
+    eye = torch.eye(11).expand(2, 3, 11, 11).clone().requires_grad_()
+
+    def draw() -> Tensor:
+        torch.manual_seed(77)
+        return attention(query, key, eye, dropout_p=0.4)
+
+    first, second = draw(), draw()
+    assert first.equal(second)
+    assert not first.equal(attention(query, key, eye, dropout_p=0.4))
+    first.sum().backward()
+    assert eye.grad is not None
+    dropped = first.detach().sum(2).unflatten(1, (3, 2)).sum(2)  # column sums, by key/value head
+    compare(eye.grad, dropped.double().unsqueeze(-1).expand(-1, -1, -1, 11))
+
+
+@pytest.mark.parametrize("mask_name", ["none", "causal", "padding"])
+@pytest.mark.parametrize("same", ["query", "key", "value", "all"])
+def test_inputs_need_not_be_contiguous(same: str, mask_name: str) -> None:
+    query, key, value = operands(queries=11, width=5)
+    turned = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (query, key, value)]
+    given = [
+        t if same in (n, "all") else x
+        for n, t, x in zip(("query", "key", "value"), turned, (query, key, value), strict=True)
+    ]
+    mask, seen = masked(mask_name, (2, 6, 11, 11))
+    compare(attention(*given, mask=mask), reference.attend(reference.weights(query, key, seen=seen), value))
+    projected = torch.randn(2, 11, 6 * 5)
+    split = projected.unflatten(2, (6, 5)).transpose(1, 2)  # as it comes out of a projection
+    compare(attention(split, key, value, mask=mask), reference.attend(reference.weights(split, key, seen=seen), value))
+
+
+Q, K, V = operands()
+MASK_OF_12, SHORT = torch.ones(7, 12).bool(), torch.ones(7, 11, dtype=torch.int16)
+ERRORS: dict[str, tuple[Callable[[], object], list[str]]] = {
+    "3 axes": (lambda: attention(Q[0], K, V), ["query", "(6, 7, 5)", "[B, H, L, D]"]),
+    "key of 5 axes": (lambda: attention(Q, K[None], V), ["key", "(1, 2, 3, 11, 5)", "[B, G, S, D]"]),
+    "integers": (lambda: attention(Q.int(), K, V), ["query is torch.int32", ".float()"]),
+    "empty": (lambda: attention(Q[:, :, :0], K, V), ["(2, 6, 0, 5)", "empty"]),
+    "dtype": (lambda: attention(Q.double(), K, V), ["torch.float64", "torch.float32", ".to(other)"]),
+    "batch": (lambda: attention(Q, K[:1], V), ["batch 2", "key has 1"]),
+    "head size": (lambda: attention(Q, K[..., :3], V), ["head size 5", "key has 3"]),
+    "heads": (lambda: attention(Q[:, :5], K, V), ["5 query heads", "3 key heads", "multiple"]),
+    "more key heads": (lambda: attention(Q[:, :2], K, V), ["2 query heads", "3 key heads"]),
+    "value rows": (lambda: attention(Q, K, V[:, :, :10]), ["10 rows", "11 keys"]),
+    "value heads": (lambda: attention(Q, K, V[:, :2]), ["2 heads", "heads 1, 3 or 6"]),
+    "value batch": (lambda: attention(Q, K, V.repeat(2, 1, 1, 1)), ["batch 4", "batch 1 or 2"]),
+    "value axes": (lambda: attention(Q, K, V[0]), ["(3, 11, 4)", "[B, G, S, N]"]),
+    "value of integers": (lambda: attention(Q, K, V.int()), ["torch.int32", ".float()"]),
+    "value without columns": (lambda: attention(Q, K, V[..., :0]), ["(2, 3, 11, 0)", "no columns"]),
+    "mask of 3 axes": (lambda: attention(Q, K, V, mask=torch.ones(6, 7, 11).bool()), ["(6, 7, 11)", "unsqueeze"]),
+    "mask of numbers": (lambda: attention(Q, K, V, mask=torch.zeros(7, 11)), ["torch.float32", "bias="]),
+    "mask shape": (
+        lambda: attention(Q, K, V, mask=MASK_OF_12),
+        ["(1, 1, 7, 12)", "(2, 6, 7, 11)", "axis S"],
+    ),
+    "mask of a list": (lambda: attention(Q, K, V, mask=[True]), ["list", "bool tensor"]),  # type: ignore[arg-type]
+    "bias of integers": (
+        lambda: attention(Q, K, V, bias=SHORT),
+        ["torch.int16", "mask="],
+    ),
+    "bias of booleans": (lambda: attention(Q, K, V, bias=torch.ones(7, 11).bool()), ["torch.bool", "mask="]),
+    "bias shape": (lambda: attention(Q, K, V, bias=torch.ones(7, 13)), ["(1, 1, 7, 13)", "(2, 6, 7, 11)"]),
+    "bias of 3 axes": (lambda: attention(Q, K, V, bias=torch.ones(6, 7, 11)), ["(6, 7, 11)", "4-D"]),
+    "scale": (lambda: attention(Q, K, V, scale=math.inf), ["scale is inf", "0.4472"]),
+    "dropout": (lambda: attention(Q, K, V, dropout_p=1.5), ["1.5", "from 0 up to but not 1"]),
+    "dropout of all": (lambda: attention(Q, K, V, dropout_p=1.0), ["1.0"]),
+    "dropout below 0": (lambda: attention(Q, K, V, dropout_p=-0.25), ["-0.25"]),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_says_what_came_and_what_was_wanted(name: str) -> None:
+    ask, words = ERRORS[name]
+    with unchecked(), pytest.raises(ValueError) as caught:
+        ask()
+    assert [word for word in words if word not in str(caught.value)] == []

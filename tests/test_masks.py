@@ -1,0 +1,271 @@
+"""Masks: each against loops over all cells, alone and combined, and what they say of blocks."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.options import unchecked
+from tests.reference import all_in, seen_where
+from torch import Tensor
+
+from headscope import masks
+from headscope.masks import Mask
+
+BATCH, HEADS, QUERIES, KEYS = 2, 3, 7, 11
+Rule = Callable[[int, int, int, int], bool]
+IDS = [0, 0, 0, 1, 1, 2, 2, 2, 2, 5, 5]
+UNORDERED = [[0, 1, 0, 1, 1, 0, 2, 2, 0, 1, 1], [3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3]]
+SEEN = torch.rand(BATCH, HEADS, QUERIES, KEYS, generator=torch.Generator().manual_seed(3)) < 0.6
+FIRST = KEYS - QUERIES
+
+EACH: dict[str, tuple[Mask, Rule]] = {
+    "causal": (masks.causal(), lambda b, h, i, j: j <= i),
+    "window": (masks.sliding_window(2), lambda b, h, i, j: i - 2 <= j <= i),
+    "window of one": (masks.sliding_window(0), lambda b, h, i, j: i == j),
+    "window both sides": (masks.sliding_window(3, right=1), lambda b, h, i, j: i - 3 <= j <= i + 1),
+    "prefix": (masks.prefix(4), lambda b, h, i, j: j < 4),
+    "prefix of all": (masks.prefix(11), lambda b, h, i, j: True),
+    "padding": (masks.padding([11, 5]), all_in([11, 5])),
+    "left padding": (
+        masks.padding([11, 5], side="left", num_keys=KEYS),
+        lambda b, h, i, j: j >= KEYS - [11, 5][b],
+    ),
+    "padding of nothing": (masks.padding([0, 5]), all_in([0, 5])),
+    "documents": (masks.documents(IDS), lambda b, h, i, j: IDS[i] == IDS[j]),
+    "documents that mix": (
+        masks.documents(torch.tensor(UNORDERED)),
+        lambda b, h, i, j: UNORDERED[b][i] == UNORDERED[b][j],
+    ),
+    "dense": (masks.dense(SEEN), lambda b, h, i, j: bool(SEEN[b, h, i - FIRST, j])),
+    "dense [L, S]": (masks.dense(SEEN[0, 0]), lambda b, h, i, j: bool(SEEN[0, 0, i - FIRST, j])),
+    "dense [1, H, 1, S]": (masks.dense(SEEN[:1, :, :1]), lambda b, h, i, j: bool(SEEN[0, h, 0, j])),
+    "dense [B, 1, 1, 1]": (masks.dense(SEEN[:, :1, :1, :1]), lambda b, h, i, j: bool(SEEN[b, 0, 0, 0])),
+    "packed": (masks.packed(SEEN), lambda b, h, i, j: bool(SEEN[b, h, i - FIRST, j])),
+    "packed [B, 1, 1, S]": (masks.packed(SEEN[:, :1, :1]), lambda b, h, i, j: bool(SEEN[b, 0, 0, j])),
+    "function": (
+        masks.function(lambda b, h, i, j: (i + j + b) % (h + 2) == 0),
+        lambda b, h, i, j: (i + j + b) % (h + 2) == 0,
+    ),
+}
+
+
+def expected(rule: Rule) -> Tensor:
+    return seen_where(rule, BATCH, HEADS, QUERIES, KEYS)
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_each_mask_is_its_rule(name: str) -> None:
+    mask, rule = EACH[name]
+    assert mask.tensor(QUERIES, KEYS, BATCH, HEADS).equal(expected(rule))
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_it_can_be_asked_cell_by_cell(name: str) -> None:
+    mask, rule = EACH[name]
+    cells = [c.flatten() for c in torch.meshgrid(*map(torch.arange, (BATCH, HEADS, QUERIES, KEYS)), indexing="ij")]
+    answers = mask(cells[0], cells[1], cells[2] + FIRST, cells[3])
+    assert answers.view(BATCH, HEADS, QUERIES, KEYS).equal(expected(rule))
+
+
+def test_masks_combine() -> None:
+    a, b, c = (EACH[name] for name in ("causal", "documents that mix", "padding"))
+    both, either, negated = a[0] & b[0], a[0] | b[0], ~c[0]
+    size = (QUERIES, KEYS, BATCH, HEADS)
+    assert both.tensor(*size).equal(expected(a[1]) & expected(b[1]))
+    assert either.tensor(*size).equal(expected(a[1]) | expected(b[1]))
+    assert negated.tensor(*size).equal(~expected(c[1]))
+    assert (a[0] & (b[0] | ~c[0])).tensor(*size).equal(expected(a[1]) & (expected(b[1]) | ~expected(c[1])))
+
+
+def test_only_causal_alone_says_that_it_is_causal() -> None:
+    assert masks.causal().is_causal
+    others = [mask for name, (mask, _) in EACH.items() if name != "causal"]
+    others += [masks.causal() & masks.causal(), ~masks.causal(), masks.causal() | masks.prefix(1)]
+    assert [mask for mask in others if mask.is_causal] == []
+
+
+def test_queries_are_the_last_of_the_positions() -> None:
+    step = masks.causal().tensor(2, 5)[0, 0].int().tolist()
+    assert step == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    more_queries = masks.causal().tensor(5, 2)[0, 0].int().tolist()
+    assert more_queries == [[0, 0], [0, 0], [0, 0], [1, 0], [1, 1]]
+    window = masks.sliding_window(1).tensor(2, 5)[0, 0].int().tolist()
+    assert window == [[0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]
+
+
+def test_a_dense_mask_may_have_one_key_where_there_is_one() -> None:
+    seen = torch.tensor([[True], [False], [True]])
+    assert masks.dense(seen).tensor(3, 1)[0, 0].equal(seen)
+
+
+def test_packed_takes_an_eighth_of_dense() -> None:
+    seen = torch.rand(1, 1, 64, 64) < 0.5
+    assert masks.packed(seen).bits.nbytes * 8 == seen.nbytes
+    assert masks.packed(seen).tensor(64, 64).equal(seen)
+
+
+Case = tuple[Callable[[], Mask], Tensor]
+
+
+@st.composite
+def leaves(draw: st.DrawFn, queries: int, keys: int) -> Case:
+    """How to make a mask, and its cells by brute force."""
+    number = st.integers(0, keys + 1)
+    kind = draw(
+        st.sampled_from(["causal", "window", "prefix", "padding", "left", "documents", "dense", "packed", "function"])
+    )
+    ids = draw(st.lists(st.integers(0, 3), min_size=keys, max_size=keys))
+    lengths = draw(st.lists(st.integers(0, keys), min_size=BATCH, max_size=BATCH))
+    left, right = draw(number), draw(number)
+    seen = torch.rand(BATCH, HEADS, queries, keys, generator=torch.Generator().manual_seed(left * 100 + right)) < 0.7
+    ids = sorted(ids) if right % 2 else ids
+    first = keys - queries
+    options: dict[str, tuple[Callable[[], Mask], Rule]] = {
+        "causal": (masks.causal, lambda b, h, i, j: j <= i),
+        "window": (lambda: masks.sliding_window(left, right), lambda b, h, i, j: i - left <= j <= i + right),
+        "prefix": (lambda: masks.prefix(left), lambda b, h, i, j: j < left),
+        "padding": (lambda: masks.padding(lengths), all_in(lengths)),
+        "left": (lambda: masks.padding(lengths, "left", keys), lambda b, h, i, j: j >= keys - lengths[b]),
+        "documents": (lambda: masks.documents(ids), lambda b, h, i, j: ids[i] == ids[j]),
+        "dense": (lambda: masks.dense(seen), lambda b, h, i, j: bool(seen[b, h, i - first, j])),
+        "packed": (lambda: masks.packed(seen), lambda b, h, i, j: bool(seen[b, h, i - first, j])),
+        "function": (
+            lambda: masks.function(lambda b, h, i, j: (i * left + j + h) % 3 > 0),
+            lambda b, h, i, j: (i * left + j + h) % 3 > 0,
+        ),
+    }
+    make, rule = options[kind]
+    return make, seen_where(rule, BATCH, HEADS, queries, keys)
+
+
+@st.composite
+def compositions(draw: st.DrawFn, queries: int, keys: int, depth: int = 3) -> Case:
+    kind = draw(st.sampled_from(["leaf", "and", "or", "not"])) if depth else "leaf"
+    if kind == "leaf":
+        return draw(leaves(queries, keys))
+    make, seen = draw(compositions(queries, keys, depth - 1))
+    if kind == "not":
+        return lambda: ~make(), ~seen
+    other, also = draw(compositions(queries, keys, depth - 1))
+    if kind == "and":
+        return lambda: make() & other(), seen & also
+    return lambda: make() | other(), seen | also
+
+
+def part(draw: st.DrawFn, size: int) -> slice:
+    start = draw(st.integers(0, size - 1))
+    return slice(start, draw(st.integers(start + 1, size)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_what_a_mask_says_of_blocks_is_never_wrong(data: st.DataObject) -> None:
+    keys = data.draw(st.integers(1, 14))
+    queries = data.draw(st.integers(1, keys))
+    make, seen = data.draw(compositions(queries, keys))
+    mask = make()
+    assert mask.tensor(queries, keys, BATCH, HEADS).equal(seen)
+
+    b, q, k = part(data.draw, BATCH), part(data.draw, queries), part(data.draw, keys)
+    at = slice(q.start + keys - queries, q.stop + keys - queries)
+    verdict = mask.classify(b, at, k)
+    block = seen[b, :, q, k]
+    assert verdict is None or bool((block == verdict).all())
+
+    covered = torch.zeros(keys, dtype=torch.bool)
+    spans = mask.spans(b, at, keys, step=data.draw(st.integers(1, 5)))
+    for (start, stop, mixed), following in pairwise([*spans, (keys, keys, False)]):
+        assert start < stop <= following[0]
+        assert mixed or bool(seen[b, :, q, start:stop].all())
+        covered[start:stop] = True
+    assert not bool(seen[b, :, q][..., ~covered].any())
+
+
+@pytest.mark.parametrize("name", [name for name in EACH if name != "function"])
+def test_a_block_of_one_cell_is_always_known(name: str) -> None:
+    mask, rule = EACH[name]
+    seen = expected(rule)
+    same = seen[:, :1].eq(seen).all(1)  # a verdict speaks for every head
+    for b, i, j in [(0, 0, 0), (1, 3, 4), (0, 6, 10), (1, 6, 5), (1, 2, 6)]:
+        verdict = mask.classify(slice(b, b + 1), slice(FIRST + i, FIRST + i + 1), slice(j, j + 1))
+        assert verdict == (bool(seen[b, 0, i, j]) if same[b, i, j] else None)
+
+
+def test_most_of_a_long_causal_or_windowed_mask_is_skipped_in_a_few_looks() -> None:
+    looks = []
+
+    class Watched(type(masks.causal())):  # type: ignore[misc]
+        def classify(self, *block: slice) -> bool | None:
+            looks.append(block)
+            return super().classify(*block)
+
+    rows = slice(600_000, 600_256)
+    start, stop, mixed = Watched(None, 0).spans(slice(0, 1), rows, 1_000_000)[0]
+    assert (start, mixed) == (0, False)
+    assert 600_001 - 64 <= stop <= 600_001
+    spans = Watched(1000, 0).spans(slice(0, 1), rows, 1_000_000)
+    assert 1256 <= spans[-1][1] - spans[0][0] <= 1256 + 2 * 64
+    assert len(looks) < 200
+
+
+ERRORS: dict[str, tuple[Callable[[], object], list[str]]] = {
+    "window": (lambda: masks.sliding_window(-3, 2), ["left=-3", "right=2", "from 0 up"]),
+    "prefix": (lambda: masks.prefix(-17), ["-17", "counts keys"]),
+    "padding below zero": (lambda: masks.padding([4, -13]), ["[4, -13]", "one whole number"]),
+    "padding of no rows": (lambda: masks.padding([]), ["[]", "each batch row"]),
+    "padding side": (lambda: masks.padding([4], side="top"), ["'top'", "'left' or 'right'"]),
+    "left padding of what": (lambda: masks.padding([4], side="left"), ["num_keys"]),
+    "padding rows": (lambda: masks.padding([4, 5, 6]).tensor(7, 11, 2), ["3 lengths", "2 rows"]),
+    "padding length": (lambda: masks.padding([4, 13]).tensor(7, 11, 2), ["13 keys", "only 11"]),
+    "left padding keys": (lambda: masks.padding([4], "left", 12).tensor(7, 11), ["12 keys", "there are 11"]),
+    "documents shape": (lambda: masks.documents(torch.zeros(2, 3, 5)), ["(2, 3, 5)", "[B, S]"]),
+    "documents length": (lambda: masks.documents([0] * 12).tensor(7, 11), ["(1, 12)", "11 positions"]),
+    "documents batch": (lambda: masks.documents(torch.zeros(3, 11)).tensor(7, 11, 2), ["(3, 11)", "2 batch rows"]),
+    "more queries than documents": (lambda: masks.documents([0] * 11).tensor(13, 11), ["13 queries", "11 keys"]),
+    "dense of numbers": (lambda: masks.dense(torch.zeros(7, 11)), ["torch.float32", "bias="]),
+    "dense of integers": (lambda: masks.dense(torch.ones(7, 11, dtype=torch.int64)), ["torch.int64", "bool"]),
+    "dense of a list": (lambda: masks.dense([[True]]), ["list", "bool"]),  # type: ignore[arg-type]
+    "dense of 3 axes": (lambda: masks.dense(torch.ones(2, 7, 11).bool()), ["(2, 7, 11)", "unsqueeze"]),
+    "dense of 1 key": (
+        lambda: masks.dense(torch.ones(7, 1).bool()).tensor(7, 11),
+        ["(1, 1, 7, 1)", "11 keys"],
+    ),
+    "packed of numbers": (lambda: masks.packed(torch.zeros(7, 11)), ["torch.float32"]),
+    "dense shape": (lambda: masks.dense(SEEN).tensor(7, 12, 2, 3), ["(2, 3, 7, 11)", "(2, 3, 7, 12)", "axis S", "12"]),
+    "packed shape": (lambda: masks.packed(SEEN).tensor(7, 12, 2, 3), ["(2, 3, 7, 11)", "(2, 3, 7, 12)"]),
+    "function of numbers": (lambda: masks.function(lambda b, h, i, j: i * 1.0).tensor(7, 11), ["Tensor", "bool"]),
+    "function of python": (
+        lambda: masks.function(lambda b, h, i, j: True).tensor(7, 11),
+        ["bool", "wanted a bool tensor"],
+    ),
+    "inside a composition": (lambda: (masks.causal() & ~masks.padding([4, 13])).tensor(7, 11, 2), ["13", "11"]),
+    "inside the other side": (lambda: (masks.padding([4, 13]) | masks.causal()).tensor(7, 11, 2), ["13", "11"]),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_says_what_came_and_what_was_wanted(name: str) -> None:
+    ask, words = ERRORS[name]
+    with unchecked(), pytest.raises(ValueError) as caught:
+        ask()
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_a_mask_combines_with_masks_only() -> None:
+    with pytest.raises(TypeError):
+        masks.causal() & SEEN
+    with pytest.raises(TypeError):
+        masks.causal() | True
+
+
+def test_a_mask_shows_what_it_is() -> None:
+    mask = masks.causal() & ~(masks.prefix(2) | masks.documents(IDS))
+    assert repr(mask) == "causal() & ~(prefix(2) | documents(4 documents))"
+    assert repr(masks.padding([3, 5])) == "padding([3, 5], side='right')"
+    assert repr(masks.padding(range(9))) == "padding([0, 1, 2, 3, 4, 5, … 9 in all], side='right')"
+    assert repr(masks.sliding_window(3, 1) | masks.causal()) == "sliding_window(3, right=1) | causal()"
+    assert repr(masks.dense(SEEN)) == "dense((2, 3, 7, 11))"
+    assert repr(masks.packed(SEEN)) == "packed((2, 3, 7, 11))"
