@@ -41,8 +41,8 @@ format: .venv/.installed-dev
 	$(PYTHON) -m ruff check --fix .
 
 bench: .venv/.installed-dev
-	@ls bench/*.py >/dev/null 2>&1 || { echo 'There is no bench/*.py to run.' >&2; exit 1; }
-	@for script in bench/*.py; do echo "$$script"; $(PYTHON) "$$script" || exit 1; done
+	@ls benchmarks/*.py >/dev/null 2>&1 || { echo 'There is no benchmarks/*.py to run.' >&2; exit 1; }
+	@for script in benchmarks/*.py; do echo "$$script"; $(PYTHON) "$$script" || exit 1; done
 
 clean:
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -69,10 +69,7 @@ MASKS: dict[str, Callable[[Sizes], tuple[Mask | Tensor | None, Rule]]] = {
     "window": lambda sizes: (masks.sliding_window(2, 1), lambda b, h, i, j: i - 2 <= j <= i + 1),
     "prefix": lambda sizes: (masks.causal() | masks.prefix(2), lambda b, h, i, j: j <= i or j < 2),
     "padding": lambda sizes: (masks.padding(_lengths(sizes)), all_in(_lengths(sizes))),
-    "left padding": lambda sizes: (
-        masks.causal() & _left(sizes)[0],
-        lambda *at: at[3] <= at[2] and _left(sizes)[1](*at),
-    ),
+    "left padding": _left,
     "documents": _documents,
     "dense": _dense,
     "packed": _packed,

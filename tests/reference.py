@@ -82,7 +82,7 @@ def entropy(p: Tensor) -> Tensor:
 
 def topk(p: Tensor, seen: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest visible weights of each row and their keys; weight 0 and key −1 past the visible."""
-    found = torch.where(seen.expand(p.shape), p, -1.0).sort(-1, descending=True, stable=True)
+    found = torch.where(seen.expand(p.shape), p, -1.0).sort(dim=-1, descending=True, stable=True)
     missing = found.values[..., :k] < 0
     return found.values[..., :k].masked_fill(missing, 0), found.indices[..., :k].masked_fill(missing, -1)
 

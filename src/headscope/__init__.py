@@ -1,7 +1,30 @@
-"""Multi-head attention that you can run, look inside and trust."""
+"""Multi-head attention that you can run, look inside and trust.
+
+In the order in which data passes: a model is loaded, its text tokenized, its attention recorded; each recorded
+site is an AttentionMatrix that is never built and answers questions; edits change what heads do.
+"""
 
 from headscope import masks, reductions
+from headscope.edits import ablate, edit, knock_out, patch
 from headscope.errors import HeadscopeError
 from headscope.matrix import AttentionMatrix, attention
+from headscope.models import load, pull
+from headscope.recording import Recording, record
+from headscope.tokens import tokenize
 
-__all__ = ["AttentionMatrix", "HeadscopeError", "attention", "masks", "reductions"]
+__all__ = [
+    "AttentionMatrix",
+    "HeadscopeError",
+    "Recording",
+    "ablate",
+    "attention",
+    "edit",
+    "knock_out",
+    "load",
+    "masks",
+    "patch",
+    "pull",
+    "record",
+    "reductions",
+    "tokenize",
+]

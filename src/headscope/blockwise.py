@@ -7,7 +7,7 @@ time, and its weights are final before any question sees them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -200,21 +200,24 @@ def by_rows(scores: Scores, ask: Callable[..., Tensor], *values: Tensor | None) 
     rows = max(1, min(queries, _AUTOGRAD // (batch * heads * keys)))
     for q in range(0, queries, rows):
         span = slice(q, min(queries, q + rows))
+        operands = (scores.query, scores.key, scores.bias, scores.sinks, *values)
+        yield checkpoint(_answer, scores, ask, span, *operands, use_reentrant=False)
 
-        def strip(
-            query: Tensor,
-            key: Tensor,
-            bias: Tensor | None,
-            sinks: Tensor | None,
-            span: slice,
-            *given: Any,
-        ) -> Tensor:
-            whole = Scores(query, key, scores.mask, bias, scores.scale, scores.softcap, sinks, scores.origin)
-            with torch.autocast(query.device.type, enabled=False):
-                return ask(*_weights_of_rows(whole, span), span, *given)
 
-        operands = (scores.query, scores.key, scores.bias, scores.sinks, span, *values)
-        yield checkpoint(strip, *operands, use_reentrant=False)
+def _answer(
+    scores: Scores,
+    ask: Callable[..., Tensor],
+    rows: slice,
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    *values: Any,
+) -> Tensor:
+    """What ``ask`` says of a few rows; the operands come as arguments, so that the checkpoint knows them."""
+    whole = replace(scores, query=query, key=key, bias=bias, sinks=sinks)
+    with torch.autocast(query.device.type, enabled=False):
+        return ask(*_weights_of_rows(whole, rows), rows, *values)
 
 
 def _weights_of_rows(scores: Scores, rows: slice) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,9 @@ This is the only file that knows torch's private ops.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,10 +23,8 @@ __all__ = ["fused", "fused_with_normalizer", "is_fused", "product"]
 _MASK_BLOCK = 1 << 22  # cells of a mask that may exist at once
 _ROWS = 256  # queries in a block, where the mask must be cut up
 
-try:
-    _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-except AttributeError:  # a torch without it: every answer still comes, by the public way
-    _flash_cpu = None
+# A torch without it gives None: every answer still comes, by the public way.
+_flash_cpu: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 def is_fused(scores: Scores, dropout_p: float = 0.0) -> bool:
@@ -37,12 +38,14 @@ def product(scores: Scores, value: Tensor, dropout_p: float = 0.0) -> Tensor:
     if is_fused(scores, dropout_p):
         return fused(scores, value)
 
-    def ask(weights: Tensor, _: Tensor, rows: slice, value: Tensor) -> Tensor:
-        weights = F.dropout(weights, dropout_p) if dropout_p else weights
-        grouped = weights.unflatten(1, (value.shape[1], -1))
-        return (grouped @ value.to(weights.dtype).unsqueeze(2)).flatten(1, 2)
-
+    ask = partial(_weighted, dropout_p)
     return torch.cat(list(by_rows(scores, ask, value)), 2).to(value.dtype)
+
+
+def _weighted(dropout_p: float, weights: Tensor, _: Tensor, rows: slice, value: Tensor) -> Tensor:
+    weights = F.dropout(weights, dropout_p) if dropout_p else weights
+    grouped = weights.unflatten(1, (value.shape[1], -1))
+    return (grouped @ value.to(weights.dtype).unsqueeze(2)).flatten(1, 2)
 
 
 def fused(scores: Scores, value: Tensor) -> Tensor:

@@ -193,11 +193,7 @@ class AttentionMatrix:
         if not self._needs_grad():
             return self._one(Entropy())
         self._check()
-
-        def ask(weights: Tensor, log_weights: Tensor, _: slice) -> Tensor:
-            return -(weights * log_weights).sum(-1)
-
-        return torch.cat(list(by_rows(self._scores, ask)), 2)
+        return torch.cat(list(by_rows(self._scores, _entropy_of_rows)), 2)
 
     def max(self) -> WeightsAt:
         """The largest weight of each row and its key: values and indices [B, H, L]; −1 for an empty row."""
@@ -337,15 +333,20 @@ class _Transposed:
         return output.squeeze(-1) if flat else output
 
     def _differentiable(self, x: Tensor) -> Tensor:
-        def ask(weights: Tensor, _: Tensor, rows: slice, x: Tensor) -> Tensor:
-            return weights.transpose(-1, -2) @ x[:, :, rows].to(weights.dtype)
-
         self._matrix._check()
-        parts = by_rows(self._matrix.operands, ask, x)
+        parts = by_rows(self._matrix.operands, _sent_by_rows, x)
         total = next(parts)
         for part in parts:
             total = total + part
         return total.to(x.dtype)
+
+
+def _entropy_of_rows(weights: Tensor, log_weights: Tensor, _: slice) -> Tensor:
+    return -(weights * log_weights).sum(-1)
+
+
+def _sent_by_rows(weights: Tensor, _: Tensor, rows: slice, x: Tensor) -> Tensor:
+    return weights.transpose(-1, -2) @ x[:, :, rows].to(weights.dtype)
 
 
 def _as_value(value: Tensor, scores: Scores, name: str) -> Tensor:
@@ -377,7 +378,7 @@ def _parse_bytes(limit: int | str) -> int:
     return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
 
 
-def _bytes(count: float) -> str:
+def _bytes(count: int | float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.4g} {unit}"

@@ -171,6 +171,7 @@ class _Not(Mask):
 
 
 def arange(part: slice, device: torch.device) -> Tensor:
+    """The positions of a slice."""
     return torch.arange(part.start, part.stop, device=device)
 
 

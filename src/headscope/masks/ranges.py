@@ -28,7 +28,7 @@ def window(left: int | None, right: int | None) -> Mask:
 
 
 def prefix(n: int) -> Mask:
-    """Every query sees the first ``n`` keys. With ``causal() | prefix(n)``: a prefix language model."""
+    """The first n keys are seen by every query; joined with causal() it makes a prefix language model."""
     if n < 0:
         raise ValueError(f"prefix() got {n}: it counts keys, from 0 up.")
     return _Prefix(int(n))
@@ -143,7 +143,7 @@ class _Padding(Mask):
     def check(self, shape: tuple[int, int, int, int]) -> None:
         if len(self.lengths) != shape[0]:
             raise ValueError(
-                f"padding() holds {len(self.lengths)} lengths, but the batch has {shape[0]} rows: give one length a row."
+                f"padding() holds {len(self.lengths)} lengths, but the batch has {shape[0]} rows: give one a row."
             )
         if int(self.lengths.max()) > shape[3]:
             raise ValueError(f"padding() says {int(self.lengths.max())} keys are text, but there are only {shape[3]}.")

@@ -17,8 +17,8 @@ def heads(ids: Iterable[int]) -> Mask:
 
 
 def queries(positions: Iterable[int]) -> Mask:
-    """True for the queries at these positions."""
-    return _Chosen("queries", _sorted("queries", positions))
+    """True for the queries at these positions (negative ones exist where L is more than S)."""
+    return _Chosen("queries", tuple(sorted({int(p) for p in positions})))
 
 
 def keys(positions: Iterable[int]) -> Mask:

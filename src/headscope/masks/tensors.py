@@ -143,7 +143,8 @@ def _check_dense(seen: Tensor) -> None:
     if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
         got = f"a {seen.dtype} tensor" if isinstance(seen, Tensor) else type(seen).__name__
         raise ValueError(
-            f"a dense mask must be a bool tensor (True: may attend), got {got}. Values to add to the scores go in bias=."
+            f"a dense mask must be a bool tensor (True: may attend), got {got}. Values to add to the scores go "
+            "in bias=."
         )
     if seen.dim() not in (2, 4):
         raise ValueError(

@@ -31,7 +31,7 @@ def watch(
     model: nn.Module,
     on_call: Callable[[AttentionCall, Forward], None] | None = None,
     *,
-    edit: Callable[[AttentionCall], AttentionCall] | None = None,
+    edit: Callable[[AttentionCall, Forward], AttentionCall] | None = None,
     on_end: Callable[[Forward], None] | None = None,
 ) -> Iterator[Watch]:
     """See every attention call of ``model`` while the block runs; everything is put back at its end.

@@ -45,6 +45,7 @@ class AttentionCall:
     dropout_p: float = 0.0
     proof: float | None = None  # relative difference of P @ V, rebuilt, from what was returned; None: unproved
     edited: bool = False
+    is_cross: bool = False  # the module said that its queries are not the last of its keys
 
     @property
     def query(self) -> Tensor:
@@ -67,7 +68,7 @@ class AttentionCall:
 
     def head_outputs(self) -> Tensor:
         """P @ V, [B, H, L, Dv]: as returned, or rebuilt where the function returned something further on."""
-        if self.output.heads is not None and not self.edited:
+        if self.output.heads is not None:
             return self.output.heads
         return self.matrix() @ self.value
 

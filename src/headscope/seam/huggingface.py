@@ -84,15 +84,17 @@ def _saw(implementation: str, result: Any, given: dict[str, Any]) -> Any:
     dropout = float(given.get("dropout") or 0.0)
     if implementation == "eager" and not module.training:
         dropout = 0.0
-    edited = seen(module, "huggingface", candidates, value, _output(output, shape, value), dropout)
-    if edited is output:
+    call = seen(module, "huggingface", candidates, value, _output(output, shape, value), dropout)
+    if call.output.raw is output:
         return result
-    return (edited, weights, *result[2:])
+    if isinstance(weights, Tensor) and weights.shape == call.shape:
+        weights = call.matrix().dense(limit=weights.numel() * 8).to(weights.dtype)
+    return (call.output.raw, weights, *result[2:])
 
 
 def _output(output: Tensor, shape: tuple[int, int, int, int], value: Tensor) -> Output:
-    """transformers' functions return P @ V as [B, L, H, Dv]."""
-    batch, heads, queries, _ = shape
+    """Transformers' functions return P @ V as [B, L, H, Dv]."""
+    queries, heads = shape[2], shape[1]
     view = output.view(output.shape[0], queries, heads, -1)
 
     def write(new: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def _head_outputs(scores: Scores, value: Tensor, b: int, r: int) -> Tensor:
 
 def choose_rows(scores: Scores, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Up to four (batch row, query row) pairs that are text and see something."""
-    batch, heads, queries, keys = scores.shape
+    batch, _, queries, keys = scores.shape
     picked: list[tuple[int, int]] = []
     rows_each = max(1, _ROWS // batch)
     for b in sorted({0, batch - 1}) if batch < _ROWS else range(0, batch, math.ceil(batch / _ROWS)):

@@ -40,7 +40,7 @@ def enter() -> None:
     """A watched model starts in this thread."""
     stack: list[SdpaMode] = _modes()
     mode = SdpaMode()
-    mode.__enter__()
+    _push_mode(mode)
     stack.append(mode)
 
 
@@ -48,7 +48,8 @@ def leave() -> None:
     """It ends."""
     stack = _modes()
     if stack:
-        stack.pop().__exit__(None, None, None)
+        stack.pop()
+        _pop_mode()
 
 
 def _modes() -> list[SdpaMode]:
@@ -99,11 +100,11 @@ def _saw(
             read = combine(read, (padding(key_lengths), None))
         yield make_scores(q, k, *read, scale)
 
-    return seen(None, "sdpa", candidates, v, direct(output, lengths), dropout_p)
+    return seen(None, "sdpa", candidates, v, direct(output, lengths), dropout_p).output.raw
 
 
 def causal_from_the_top(shape: tuple[int, int, int, int]) -> Any:
-    """torch's is_causal: aligned to the first key, whatever the number of keys."""
+    """Torch's is_causal: aligned to the first key, whatever the number of keys."""
     return causal() if shape[2] == shape[3] else window(None, shape[2] - shape[3])
 
 

@@ -72,7 +72,7 @@ def _wrap_forward(kind: type[nn.Module]) -> None:
         with _running(self, args, kwargs):
             return original(self, *args, **kwargs)
 
-    kind.forward = forward  # type: ignore[method-assign]
+    kind.forward = forward
 
 
 @contextmanager
@@ -148,15 +148,13 @@ def _saw_slow(
     """F.multi_head_attention_forward: [L, B, E], or [L, E] without a batch."""
     if static_k is not None or static_v is not None:
         raise UnsupportedAttention("multi_head_attention_forward was given static_k or static_v: these are not read.")
-    if use_separate_proj_weight:
-        weights = (q_proj_weight, k_proj_weight, v_proj_weight)
-    else:
-        assert in_proj_weight is not None  # the function itself has asked for it
-        weights = in_proj_weight.chunk(3)
-    biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+    weights = [q_proj_weight, k_proj_weight, v_proj_weight]
+    if not use_separate_proj_weight and in_proj_weight is not None:
+        weights = list(in_proj_weight.chunk(3))
+    biases = [None, None, None] if in_proj_bias is None else in_proj_bias.chunk(3)
     flat = query.dim() == 2
     inputs = [x.unsqueeze(1) if flat else x for x in (query, key, value)]
-    q, k, v = (F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
+    q, k, v = (F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True) if w is not None)
     extra = 0
     if bias_k is not None and bias_v is not None:
         k, v = (torch.cat([x, b.expand(1, x.shape[1], -1)]) for x, b in ((k, bias_k), (v, bias_v)))
@@ -185,7 +183,8 @@ def _saw_slow(
 
     output = Output(result[0], finish, lambda b, r: returned[r, b], write)
     valid = _valid(key_padding_mask, shape)
-    edited = seen(_module(), "torch.nn", candidates, v, output, dropout_p if training else 0.0, valid=valid)
+    call = seen(_module(), "torch.nn", candidates, v, output, dropout_p if training else 0.0, valid=valid)
+    edited = call.output.raw
     return result if edited is result[0] else (edited, *result[1:])
 
 
@@ -298,7 +297,7 @@ def _saw_fast(
     if masked[1] == 1 and masked[0] is not None:
         valid = ~masked[0].bool()
     output = Output(returned, finish, lambda b, r: outputs[b, r], write)
-    return seen(_module(), "torch.nn", candidates, v, output, suffix=suffix, valid=valid)
+    return seen(_module(), "torch.nn", candidates, v, output, suffix=suffix, valid=valid).output.raw
 
 
 def _padded(tensor: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -19,8 +19,6 @@ from headscope.seam.proof import prove
 
 __all__ = ["Forward", "Watch", "active", "inside", "invisible", "seen"]
 
-Edit = Callable[[AttentionCall], AttentionCall]
-
 
 @dataclass(eq=False)
 class Forward:
@@ -33,6 +31,9 @@ class Forward:
     counts: dict[str, int] = field(default_factory=dict)
     masks: dict[Any, Any] = field(default_factory=dict)  # masks already read in this forward
     calls: int = 0
+
+
+Edit = Callable[[AttentionCall, Forward], AttentionCall]
 
 
 class Watch:
@@ -116,7 +117,7 @@ class Watch:
         known = self.names.get(id(module)) if module is not None else None
         forward = self.forward
         if known is None:
-            return forward.stack[-1] if forward is not None and forward.stack else ""
+            known = forward.stack[-1] if forward is not None and forward.stack else ""
         return known
 
 
@@ -194,8 +195,8 @@ def seen(
     dropout_p: float = 0.0,
     suffix: str = "",
     valid: Tensor | None = None,
-) -> Tensor:
-    """An attention call has run: prove it, edit it, hand it to the watches. Gives what it should return.
+) -> AttentionCall:
+    """An attention call has run: prove it, edit it, hand it to the watches. Gives the call as edited.
 
     Raises:
         ProofError: no candidate reading explains the output; UnsupportedAttention: an edit under dropout.
@@ -212,7 +213,7 @@ def seen(
             scores, proof = prove(
                 name or type(module).__name__, readings, value, output, valid if valid is not None else first.valid
             )
-    call = AttentionCall(name, 0, way, scores, value, output, dropout_p, proof)
+    call = AttentionCall(name, 0, way, scores, value, output, dropout_p, proof, is_cross=_is_cross(module, way, scores))
     with inside():
         for watch, forward in zip(watches, forwards, strict=True):
             assert forward is not None  # active() gives only those
@@ -220,15 +221,21 @@ def seen(
             occurrence = forward.counts.get(own, 0)
             forward.counts[own] = occurrence + 1
             if watch.edit is not None:
-                call = watch.edit(call.at(own, occurrence))
-        returned = call.output.raw
+                call = watch.edit(call.at(own, occurrence), forward)
         for watch, forward in zip(watches, forwards, strict=True):
             assert forward is not None
             own = (watch.name_of(module) + suffix).removeprefix(".")
             if watch.on_call is not None:
                 watch.on_call(call.at(own, forward.counts[own] - 1), forward)
             forward.calls += 1
-    return returned
+    return call
+
+
+def _is_cross(module: nn.Module | None, way: str, scores: Scores) -> bool:
+    """Queries and keys of different numbers in a module that is not causal."""
+    if scores.shape[2] == scores.shape[3]:
+        return False
+    return way == "torch.nn" or getattr(module, "is_causal", None) is False
 
 
 def autocast_operands(*tensors: Tensor) -> tuple[Tensor, ...]:

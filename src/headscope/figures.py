@@ -1,0 +1,338 @@
+"""Answers as figures: every head as a thumbnail, or one head's map with the words beside it."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
+from matplotlib.text import Text
+from torch import Tensor
+
+from headscope.links import Head
+from headscope.matrix import AttentionMatrix
+from headscope.output import whole_file
+from headscope.recording import Recording
+from headscope.reductions import Pool
+from headscope.tokens import Tokens
+from headscope.words import FEW_WORDS, label, word_map
+
+__all__ = ["EXTENSIONS", "Drawn", "check_extension", "head_map", "thumbnails"]
+
+EXTENSIONS = (".png", ".svg", ".pdf")
+_BINS = 64  # a thumbnail has at most so many rows and columns
+_INCH = 0.62  # a thumbnail with its gap
+_LABELLED = 60  # up to so many words stand on a map's axes, each
+_WORDS = LinearSegmentedColormap.from_list("words", ["#ffffff", "#c6dbef", "#4292c6", "#08519c", "#041f45"])
+_REST = LinearSegmentedColormap.from_list("rest", ["#ffffff", "#bdbdbd", "#404040"])
+_HIDDEN = "#f3f0ea"  # what the mask hides
+_TICKS = [0, 0.05, 0.25, 0.5, 1]
+_FALLBACKS = (
+    "Noto Sans CJK SC",
+    "Noto Sans SC",
+    "Source Han Sans SC",
+    "Source Han Sans CN",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "PingFang SC",
+    "Hiragino Sans GB",
+    "Heiti SC",
+    "Microsoft YaHei",
+    "SimHei",
+    "Droid Sans Fallback",
+    "Arial Unicode MS",
+    "Noto Sans",
+    "Noto Sans Devanagari",
+    "Noto Sans Thai",
+    "Noto Emoji",
+)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure that was written.
+
+    Attributes:
+        path: Where it is.
+        missing: Characters of the text that no installed font has; numbers stand for their words.
+    """
+
+    path: Path
+    missing: str
+
+
+def check_extension(path: Path) -> None:
+    """Find out before the work is done whether such a figure can be made.
+
+    Raises:
+        ValueError: The name ends in something else than .png, .svg or .pdf.
+    """
+    if path.suffix.lower() not in EXTENSIONS:
+        ending = repr(path.suffix) if path.suffix else "no extension"
+        raise ValueError(f"{path} has {ending}: a figure is .png, .svg or .pdf, by the end of its name.")
+
+
+def thumbnails(
+    recording: Recording,
+    tokens: Tokens,
+    path: str | Path,
+    *,
+    model: str = "",
+    on_layer: Callable[[int, int], None] | None = None,
+) -> Drawn:
+    """Every head of a model over one text, in one figure: layers are rows, heads are columns.
+
+    Each thumbnail is a head's map: a row for each word that looks, a column for each word that is
+    looked at. What rests on special tokens is the grey strip at its left. A text of more than 64 words
+    is drawn in 64 × 64 parts, each with its largest weight.
+
+    Args:
+        recording: The model's run over the text.
+        tokens: The text.
+        path: Where to write it: .png, .svg or .pdf.
+        model: The model's name, for the title.
+        on_layer: Told after each layer: how many are done, and of how many.
+
+    Raises:
+        ValueError: Another extension.
+        HeadscopeError: The file cannot be written.
+    """
+    path = Path(path)
+    check_extension(path)
+    layers, heads = len(recording), max(int(site.shape[1]) for site in recording.sites)
+    mosaic, strips = Tensor(), Tensor()
+    for layer in range(layers):
+        maps, rest = _small_maps(recording[layer], tokens)
+        if layer == 0:
+            side, gap = maps.shape[-1], max(2, round(maps.shape[-1] / 6))
+            strip = max(1, round(side / 14))
+            first = strip + max(1, round(side / 24))
+            tall, wide = side + gap, first + side + gap
+            mosaic = torch.full((layers * tall, heads * wide), torch.nan)
+            strips = mosaic.clone()
+        for head, (one, beside) in enumerate(zip(maps, rest, strict=True)):
+            y, x = layer * tall, head * wide
+            mosaic[y : y + side, x + first : x + first + side] = one
+            strips[y : y + side, x : x + strip] = beside[:, None]
+        if on_layer is not None:
+            on_layer(layer + 1, layers)
+    fonts = _Fonts(tokens.text)
+    parts = side if len(tokens.words) > _BINS else 0
+    broad, high = heads * _INCH * wide / tall, layers * _INCH
+    title = _title(model, f"{layers} layers × {heads} heads")
+    lines = _caption(tokens, recording, fonts, parts)
+    figure, axes = _page((0.65, 0.45, broad, high), title, lines)
+    image = _draw(axes, mosaic, strips)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_yticks([layer * tall + side / 2 - 0.5 for layer in range(layers)], [str(i) for i in range(layers)])
+    axes.set_xticks([head * wide + first + side / 2 - 0.5 for head in range(heads)], [str(i) for i in range(heads)])
+    axes.tick_params(length=0, labelsize=8, top=False, labeltop=True, bottom=False, labelbottom=False)
+    axes.set_ylabel("layer", fontsize=9)
+    axes.set_xlabel("head", fontsize=9)
+    axes.xaxis.set_label_position("top")
+    fonts = _Fonts(tokens.text)
+    _bar(figure, axes, image)
+    return Drawn(_write(figure, path, fonts), fonts.missing)
+
+
+def head_map(recording: Recording, tokens: Tokens, head: Head, path: str | Path, *, model: str = "") -> Drawn:
+    """One head's map, with the words on both axes if they are at most 60.
+
+    Args:
+        recording: The model's run over the text.
+        tokens: The text.
+        head: Which head.
+        path: Where to write it: .png, .svg or .pdf.
+        model: The model's name, for the title.
+
+    Raises:
+        ValueError: Another extension.
+        HeadscopeError: The file cannot be written.
+    """
+    path = Path(path)
+    check_extension(path)
+    count = len(tokens.words)
+    fonts = _Fonts(tokens.text)
+    if count <= FEW_WORDS:
+        full = word_map(recording[head.layer], tokens, head.head)
+        main, rest = _unseen_blank(full[:, :count], recording[head.layer]), full[:, count]
+    else:
+        maps, rests = _pooled(recording[head.layer], tokens, 4 * _BINS)
+        main, rest = maps[head.head], rests[head.head]
+    side = main.shape[0]
+    strip, gap = max(1, side // 40), max(1, side // 60)
+    whole = torch.full((side, side + strip + gap), torch.nan)
+    beside = whole.clone()
+    whole[:, strip + gap :] = main
+    beside[:, :strip] = rest[:, None]
+    inch = min(8.0, max(4.0, 0.24 * side))
+    names = [fonts.shown(label(tokens, word), i) for i, word in enumerate(tokens.words)]
+    room = 0.35 + 0.085 * min(24, max(map(_width, names))) if count <= _LABELLED else 0.35
+    special = " ".join(dict.fromkeys(p for p, s in zip(tokens.pieces, tokens.special, strict=True) if s))
+    above = 0.35 + max(room, 0.085 * len(special))
+    lines = _caption(tokens, recording, fonts, side if count > FEW_WORDS else 0)
+    broad = inch * (side + strip + gap) / side
+    figure, axes = _page((room + 0.3, above, broad, inch), _title(model, f"head {head}"), lines)
+    image = _draw(axes, whole, beside)
+    _name_axes(axes, names if count <= _LABELLED else [], side, strip, strip + gap, special)
+    _bar(figure, axes, image)
+    return Drawn(_write(figure, path, fonts), fonts.missing)
+
+
+def _small_maps(matrix: AttentionMatrix, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """The maps of a layer's heads [H, n, n], and what rests on special tokens [H, n]."""
+    count = len(tokens.words)
+    if count > _BINS:
+        return _pooled(matrix, tokens, _BINS)
+    ids, special = _ids(tokens, count)
+    words, rest = matrix.reduce(Pool(ids, ids, "mass"), Pool(ids, special, "mass"))
+    return _unseen_blank(words[0].float(), matrix), rest[0, :, :, 0].float()
+
+
+def _pooled(matrix: AttentionMatrix, tokens: Tokens, bins: int) -> tuple[Tensor, Tensor]:
+    """The same for a long text, whose words are put into `bins` parts: each cell's largest weight."""
+    ids, special = _ids(tokens, bins)
+    words, rest = matrix.reduce(Pool(ids, ids, "max"), Pool(ids, special, "mass"))
+    return _unseen_blank(words[0].float(), matrix), rest[0, :, :, 0].float()
+
+
+def _ids(tokens: Tokens, bins: int) -> tuple[Tensor, Tensor]:
+    """For each token its part of the text (-1: special), and 0 for special tokens (else -1)."""
+    words = torch.tensor(tokens.word_ids())
+    special = torch.tensor(tokens.special)
+    ids = torch.where(words >= 0, words * bins // max(bins, len(tokens.words)), -1)
+    rest = torch.where(special, 0, -1)
+    if not special.any():
+        rest[0] = -1
+        return ids, torch.where(torch.arange(len(rest)) == 0, 1, -1)  # group 0 is empty
+    return ids, rest
+
+
+def _unseen_blank(maps: Tensor, matrix: AttentionMatrix) -> Tensor:
+    """NaN above the diagonal where no word may look ahead."""
+    mask = matrix.operands.mask
+    if mask is not None and mask.is_causal:
+        hidden = torch.ones(maps.shape[-2:], dtype=torch.bool).triu(1)
+        return maps.masked_fill(hidden, torch.nan)
+    return maps
+
+
+def _draw(axes: Any, words: Tensor, rest: Tensor) -> Any:
+    inside = ~(words.isnan() & rest.isnan())
+    rows = inside.any(1, keepdim=True)
+    hidden = torch.where(rows & _within(inside) & words.isnan() & rest.isnan(), 1.0, torch.nan)
+    options = {"interpolation": "nearest", "aspect": "auto"}
+    axes.imshow(hidden.numpy(), cmap=LinearSegmentedColormap.from_list("hidden", [_HIDDEN] * 2), **options)
+    axes.imshow(rest.numpy(), cmap=_REST, norm=PowerNorm(0.5, 0, 1), **options)
+    return axes.imshow(words.numpy(), cmap=_WORDS, norm=PowerNorm(0.5, 0, 1), **options)
+
+
+def _within(inside: Tensor) -> Tensor:
+    """Columns that hold a weight in some row: not the gaps between maps."""
+    return inside.any(0, keepdim=True)
+
+
+def _name_axes(axes: Any, names: Sequence[str], side: int, strip: int, first: int, special: str) -> None:
+    axes.set_ylabel("the word that looks", fontsize=9)
+    axes.set_xlabel("the word that is looked at", fontsize=9)
+    axes.xaxis.set_label_position("top")
+    axes.tick_params(length=0, labelsize=8, top=True, labeltop=True, bottom=False, labelbottom=False)
+    start = [((strip - 1) / 2, special)] if special else []
+    if names:
+        axes.set_yticks(range(side), names)
+        ticks = [*start, *((first + i, name) for i, name in enumerate(names))]
+    else:
+        axes.set_yticks([])
+        ticks = start
+    axes.set_xticks([at for at, _ in ticks], [name for _, name in ticks], rotation=90)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _title(model: str, what: str) -> str:
+    return f"{model}: {what}" if model else what[0].upper() + what[1:]
+
+
+def _caption(tokens: Tokens, recording: Recording, fonts: _Fonts, parts: int) -> list[str]:
+    text = " ".join(tokens.text.split())
+    text = text if len(text) <= 160 else text[:159] + "…"
+    quoted = f"“{text}”" if not fonts.missing else f"A text of {len(tokens.words)} words that no font here can draw."
+    special = " and ".join(dict.fromkeys(p for p, s in zip(tokens.pieces, tokens.special, strict=True) if s))
+    read = "Rows: words that look, from the top. Columns: words looked at, from the left. "
+    if parts:
+        read = f"The text is cut into {parts} parts; a cell shows its largest weight. " + read
+    read += f"Grey strip: what rests on {special}." if special else ""
+    proof = "unproved" if recording.proof is None else f"rebuilt to {recording.proof:.0e}"
+    return [quoted, read, f"Weights {proof}: weights × values match what the model's own attention returned."]
+
+
+def _page(room: tuple[float, float, float, float], title: str, lines: Sequence[str]) -> tuple[Figure, Any]:
+    """A figure with its title and lines at the top; axes with some room left and above, so wide and high (inches)."""
+    left, above, broad, high = room
+    width = max(6.0, left + broad + 1.0)
+    wrapped = [line for given in lines for line in textwrap.wrap(given, int((width - 0.4) * 15.5))]
+    top = 0.6 + 0.165 * len(wrapped) + above
+    height = top + high + 0.3
+    figure = Figure(figsize=(width, height), dpi=150)
+    figure.text(0.25 / width, 1 - 0.3 / height, title, fontsize=12, fontweight="bold", va="center")
+    style: dict[str, Any] = {"fontsize": 7.5, "va": "top", "linespacing": 1.5, "color": "#333333"}
+    figure.text(0.25 / width, 1 - 0.55 / height, "\n".join(wrapped), **style)
+    return figure, figure.add_axes((left / width, 0.3 / height, broad / width, high / height))
+
+
+def _bar(figure: Figure, axes: Any, image: Any) -> None:
+    """The colour bar, at the right of the axes' upper end."""
+    width, height = figure.get_size_inches()
+    box = axes.get_position()
+    place = (box.x1 + 0.25 / width, box.y1 - 1.8 / height, 0.12 / width, 1.6 / height)
+    bar = figure.colorbar(image, cax=figure.add_axes(place), ticks=_TICKS)
+    bar.ax.set_yticklabels([f"{tick:.0%}" for tick in _TICKS], fontsize=7)
+    bar.ax.set_title("share", fontsize=8)
+
+
+class _Fonts:
+    """The installed fonts that draw a text, and the characters that none of them has."""
+
+    def __init__(self, text: str) -> None:
+        installed = {entry.name: entry.fname for entry in font_manager.fontManager.ttflist}
+        wanted = {character for character in text if character.isprintable() and not character.isspace()}
+        self.families = ["DejaVu Sans"]
+        left = wanted - _characters(installed["DejaVu Sans"])
+        for name in _FALLBACKS:
+            if left and name in installed and (has := left & _characters(installed[name])):
+                self.families.append(name)
+                left -= has
+        self.missing = "".join(sorted(left))
+
+    def shown(self, name: str, index: int) -> str:
+        """A word for an axis: itself, or its number if no font has its characters."""
+        if set(name) & set(self.missing):
+            return f"({index})"
+        return name if len(name) <= 24 else name[:23] + "…"
+
+
+def _characters(file: str) -> set[str]:
+    return {chr(code) for code in FT2Font(file).get_charmap()}
+
+
+def _width(name: str) -> int:
+    return sum(2 if ord(c) > 0x2E80 else 1 for c in name)
+
+
+def _write(figure: Figure, path: Path, fonts: _Fonts) -> Path:
+    for text in figure.findobj(Text):
+        text.set_fontfamily(fonts.families)
+        text.set_parse_math(False)
+    FigureCanvasAgg(figure)
+    with whole_file(path) as scratch:
+        figure.savefig(scratch, format=path.suffix[1:].lower(), facecolor="white")
+    return path

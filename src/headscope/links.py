@@ -1,0 +1,324 @@
+"""What a person asks of a text's heads: which word looks at which, in which head, and how much.
+
+A model's weights are between tokens; here they become weights between words by Clark's rule: the
+columns of a split word are summed, its rows averaged (arXiv 1906.04341). What rests on special tokens (the
+start token, [CLS], [SEP]) or on the word itself is kept apart from what goes to other words.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headscope.errors import HeadscopeError
+from headscope.matrix import AttentionMatrix
+from headscope.models import Loaded
+from headscope.recording import Recording, record
+from headscope.seam import AttentionCall
+from headscope.tokens import Tokens, Word
+from headscope.words import FEW_WORDS, Positions, all_words, chosen_words, column_of, label, rows_of
+
+__all__ = ["Head", "Link", "Rest", "View", "ask", "head_of", "run"]
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Head:
+    """A head, written 13.8: layer 13, head 8, both counted from 0.
+
+    >>> print(Head(13, 8))
+    13.8
+    """
+
+    layer: int
+    head: int
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.head}"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One head's weight from a word to another.
+
+    Attributes:
+        layer: The layer, from 0.
+        head: The head in it, from 0.
+        source: The word that looks (the query).
+        target: The word that is looked at (the key).
+        weight: The share of the head's attention, from 0 to 1.
+        words: How many words further the target stands; -1 is the word before.
+        tokens: The same between their first tokens.
+    """
+
+    layer: int
+    head: int
+    source: Word
+    target: Word
+    weight: float
+    words: int
+    tokens: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Rest:
+    """Where a word's attention goes that goes to no other word: each [layers, heads]; NaN where not asked.
+
+    Attributes:
+        source: The word.
+        special: On the start token and other special tokens.
+        itself: On the word itself.
+        blank: On tokens that are spaces or line ends alone.
+    """
+
+    source: Word
+    special: Tensor
+    itself: Tensor
+    blank: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """An answer about one text. Made by `ask`.
+
+    Attributes:
+        tokens: The text.
+        sources: The words that were asked about; empty if every word was (with a target only).
+        target: The word that all links lead to, if one was asked for.
+        head: The head that was asked for, if one was.
+        links: The strongest links: by source in the order of `sources`, then by weight.
+        rest: What goes to no other word, for each word in `sources`.
+        over: For a source and a target: how many heads give it more than a tenth.
+        heads: Heads in each layer.
+        proof: How closely weights times values match what the model's own attention returned: the
+            largest relative difference; None if it could not be proved.
+        notes: What a reader should know about this answer.
+    """
+
+    tokens: Tokens
+    sources: tuple[Word, ...]
+    target: Word | None
+    head: Head | None
+    links: tuple[Link, ...]
+    rest: tuple[Rest, ...]
+    over: int
+    heads: tuple[int, ...]
+    proof: float | None
+    notes: tuple[str, ...]
+
+
+def run(loaded: Loaded, tokens: Tokens, *, on_layer: Callable[[int, int], None] | None = None) -> Recording:
+    """Run the model once over a text, and record what its heads attend to.
+
+    Args:
+        loaded: The model.
+        tokens: The text.
+        on_layer: Told after each layer: how many are done, and of how many.
+    """
+    model = loaded.model
+    inputs = torch.tensor([tokens.ids], device=model.device)
+    entry = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+    known = inspect.signature(entry.forward).parameters
+    options = {name: value for name, value in (("logits_to_keep", 1), ("use_cache", False)) if name in known}
+    layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0))
+    done = 0
+
+    def on_call(_: AttentionCall) -> None:
+        nonlocal done
+        done += 1
+        if on_layer is not None:
+            on_layer(done, max(done, layers))
+
+    with torch.no_grad(), record(entry, tokens=tokens, on_call=on_call) as recording:
+        entry(input_ids=inputs, attention_mask=torch.ones_like(inputs), **options)
+    wrong = [tuple(site.shape) for site in recording.sites if tuple(site.shape[-2:]) != (len(tokens),) * 2]
+    if wrong:
+        raise HeadscopeError(
+            f"{loaded.name} has attention of shape {wrong[0]}, but the text has {len(tokens)} tokens: its positions "
+            "are not those of the text, so no words can be put on them. Use record() and its matrices instead."
+        )
+    return recording
+
+
+def ask(
+    recording: Recording,
+    tokens: Tokens,
+    sources: Sequence[Word] = (),
+    *,
+    target: Word | None = None,
+    head: Head | None = None,
+    top: int | None = None,
+    causal: bool = False,
+    on_layer: Callable[[int, int], None] | None = None,
+) -> View:
+    """The strongest links between words.
+
+    Memory grows with the text, not with its square: each layer is read for the words asked about,
+    and only the strongest heads of each pair of words are kept.
+
+    Args:
+        recording: The model's run over the text.
+        tokens: The text.
+        sources: The words that look. By default `chosen_words`; every word with a target alone, or with a
+            head if the text is short.
+        target: Only links to this word.
+        head: Only this head.
+        top: How many words for each word, and how many heads for each pair of words. By default 5
+            and 4; 10 heads for a pair that was asked for, 3 words for each word of a head.
+        causal: Whether a word sees only those before it (for the notes alone).
+        on_layer: Told after each layer: how many are done, and of how many.
+
+    Raises:
+        ValueError: There is no such head, or `top` is below 1.
+    """
+    if top is not None and top < 1:
+        raise ValueError(f"top is {top}: how many links to show, at least 1.")
+    if head is not None:
+        head = head_of(str(head), recording)
+    everyone = target is not None and not sources
+    if not sources and not everyone:
+        short = head is not None and len(tokens.words) <= FEW_WORDS
+        sources = tokens.words if short else chosen_words(tokens)
+    asked = tokens.words if everyone else tuple(sources)
+    keep = 1 if head else top or (10 if target and not everyone else 4)
+    finder = _Finder(tokens, asked, target, keep)
+    layers = range(len(recording)) if head is None else [head.layer]
+    for done, layer in enumerate(layers, 1):
+        finder.add(layer, recording[layer], None if head is None else head.head)
+        if on_layer is not None:
+            on_layer(done, len(layers))
+    heads = tuple(int(site.shape[1]) for site in recording.sites)
+    return View(
+        tokens=tokens,
+        sources=() if everyone else asked,
+        target=target,
+        head=head,
+        links=finder.links(top or (5 if head is None else 10 if everyone else 3), by_source=not everyone),
+        rest=() if everyone else finder.rest(heads),
+        over=finder.over,
+        heads=heads,
+        proof=recording.proof,
+        notes=_notes(recording, tokens, () if everyone else asked, target, causal),
+    )
+
+
+def head_of(text: str, recording: Recording) -> Head:
+    """The head that is written "13.8".
+
+    Raises:
+        ValueError: It is not written so, or the model has no such head.
+    """
+    match = re.fullmatch(r"(\d+)\.(\d+)", text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is not a head. Write layer.head, both counted from 0: 13.8")
+    layer, head = int(match[1]), int(match[2])
+    if layer >= len(recording):
+        raise ValueError(
+            f"There is no layer {layer}: the model has {len(recording)} attention layers, 0 to {len(recording) - 1}."
+        )
+    count = int(recording.sites[layer].shape[1])
+    if head >= count:
+        raise ValueError(f"There is no head {head}: layer {layer} has {count} heads, 0 to {count - 1}.")
+    return Head(layer, head)
+
+
+class _Finder:
+    """Takes one layer after another; keeps the strongest heads for each pair of words."""
+
+    def __init__(self, tokens: Tokens, asked: Sequence[Word], target: Word | None, keep: int) -> None:
+        self.tokens, self.asked, self.target = tokens, asked, target
+        self.positions = Positions(tokens)
+        self.index = torch.tensor([self.positions.index[word.start] for word in asked])
+        self.alone = target is not None and len(asked) == len(tokens.words)  # a target and no source
+        self.keep, self.over = keep, 0
+        width = self.positions.count if target is None else 1
+        self.weights = torch.zeros(len(asked), width, keep)
+        self.layers = torch.full((len(asked), width, keep), -1)
+        self.heads = torch.full((len(asked), width, keep), -1)
+        self.apart: dict[int, Tensor] = {}
+
+    def add(self, layer: int, matrix: AttentionMatrix, head: int | None) -> None:
+        """Read one layer."""
+        given = self._read(layer, matrix)  # [H, n, W']
+        if head is not None:
+            given = torch.zeros_like(given).index_copy_(0, torch.tensor([head]), given[[head]])
+        self.over += int((given > 0.1).sum()) if self.target is not None else 0
+        weights = torch.cat([self.weights, given.permute(1, 2, 0)], -1)
+        numbers = torch.arange(len(given)).expand(*given.shape[1:], -1)
+        heads = torch.cat([self.heads, numbers], -1)
+        layers = torch.cat([self.layers, torch.full_like(numbers, layer)], -1)
+        self.weights, best = weights.topk(self.keep, -1)
+        self.heads, self.layers = heads.gather(-1, best), layers.gather(-1, best)
+
+    def _read(self, layer: int, matrix: AttentionMatrix) -> Tensor:
+        few = self.positions.count <= FEW_WORDS
+        if self.alone and not few and self.target is not None:
+            return column_of(matrix, self.positions, self.target)
+        if few:
+            rows = all_words(matrix, self.positions)[:, self.index]
+        else:
+            rows = rows_of(matrix, self.positions, self.asked)
+        count = self.positions.count
+        itself = rows.gather(-1, self.index.view(1, -1, 1).expand(len(rows), -1, 1))
+        self.apart[layer] = torch.cat([rows[..., count:], itself], -1)
+        if self.target is None:
+            return rows[..., :count]
+        column = self.positions.index[self.target.start]
+        return rows[..., column : column + 1]
+
+    def links(self, top: int, *, by_source: bool) -> tuple[Link, ...]:
+        """The strongest: for each source its ``top`` targets; or the ``top`` sources of the target."""
+        found = [self._of_source(i, top) for i in range(len(self.asked))]
+        if not by_source:
+            found = sorted((links for links in found if links), key=lambda links: -links[0].weight)[:top]
+        return tuple(link for links in found for link in links)
+
+    def _of_source(self, i: int, top: int) -> list[Link]:
+        source = self.asked[i]
+        best = self.weights[i, :, 0].clone()
+        if self.target is None:
+            best[self.index[i]] = 0
+        elif self.target.start == source.start:
+            best[0] = 0
+        links = []
+        for column in best.topk(min(top, len(best))).indices[: int((best > 0).sum())].tolist():
+            target = self.target or self.tokens.words[column]
+            shares = self.weights[i, column].tolist()
+            for weight, layer, head in zip(
+                shares, self.layers[i, column].tolist(), self.heads[i, column].tolist(), strict=True
+            ):
+                if weight > 0:
+                    words = self.positions.index[target.start] - int(self.index[i])
+                    tokens = target.tokens[0] - source.tokens[0]
+                    links.append(Link(layer, head, source, target, weight, words, tokens))
+        return sorted(links, key=lambda link: -link.weight)
+
+    def rest(self, heads: Sequence[int]) -> tuple[Rest, ...]:
+        """What goes to no other word."""
+        whole = torch.full((len(heads), max(heads), len(self.asked), 3), torch.nan)
+        for layer, part in self.apart.items():
+            whole[layer, : len(part)] = part
+        return tuple(
+            Rest(word, whole[:, :, i, 0], whole[:, :, i, 2], whole[:, :, i, 1]) for i, word in enumerate(self.asked)
+        )
+
+
+def _notes(
+    recording: Recording, tokens: Tokens, sources: Sequence[Word], target: Word | None, causal: bool
+) -> tuple[str, ...]:
+    notes = []
+    if recording.unseen:
+        notes.append(f"This is a part of the model: {len(recording.unseen)} of its attention modules were not seen.")
+    for source in sources if target is not None and causal else ():
+        if target is not None and target.start > source.start:
+            notes.append(
+                f"{label(tokens, source)!r} gives nothing to {label(tokens, target)!r}: in a decoder a word can only "
+                f"look back. Ask the other way round: --from {label(tokens, target)} --to {label(tokens, source)}"
+            )
+    if tokens.unknown_share > 0.05:
+        notes.append(f"The model does not know {tokens.unknown_share:.0%} of this text's tokens.")
+    return tuple(notes)

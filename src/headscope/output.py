@@ -1,0 +1,110 @@
+"""Answers as data, and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from headscope.errors import HeadscopeError
+from headscope.links import Link, View
+from headscope.tokens import Word
+from headscope.words import label
+
+__all__ = ["as_data", "check_writable", "whole_file"]
+
+VERSION = 1
+
+
+def as_data(view: View, *, model: str, source: str) -> dict[str, Any]:
+    """An answer as JSON data; docs/json.md describes each entry.
+
+    Args:
+        view: The answer.
+        model: The model's name.
+        source: Where it was read from.
+    """
+    tokens = view.tokens
+    index = {word.start: i for i, word in enumerate(tokens.words)}
+
+    def word(given: Word) -> dict[str, Any]:
+        return {"text": given.text, "word": index[given.start], "name": label(tokens, given)}
+
+    def link(given: Link) -> dict[str, Any]:
+        return {
+            "layer": given.layer,
+            "head": given.head,
+            "weight": _number(given.weight),
+            "from": word(given.source),
+            "to": word(given.target),
+            "distance": {"words": given.words, "tokens": given.tokens},
+        }
+
+    return {
+        "version": VERSION,
+        "model": {"name": model, "source": source, "layers": len(view.heads), "heads": list(view.heads)},
+        "text": tokens.text,
+        "tokens": [
+            {"id": i, "piece": piece, "special": special, "start": start, "end": end}
+            for i, piece, special, (start, end) in zip(
+                tokens.ids, tokens.pieces, tokens.special, tokens.offsets, strict=True
+            )
+        ],
+        "words": [{"text": w.text, "start": w.start, "end": w.end, "tokens": list(w.tokens)} for w in tokens.words],
+        "asked": {
+            "from": [word(w) for w in view.sources],
+            "to": None if view.target is None else word(view.target),
+            "head": None if view.head is None else str(view.head),
+        },
+        "links": [link(one) for one in view.links],
+        "rest": [
+            {"from": word(r.source), "special": _table(r.special), "itself": _table(r.itself), "blank": _table(r.blank)}
+            for r in view.rest
+        ],
+        "proof": view.proof,
+        "notes": list(view.notes),
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if value != value else float(f"{value:.6g}")
+
+
+def _table(values: Tensor) -> list[list[float | None]]:
+    return [[_number(value) for value in row] for row in values.tolist()]
+
+
+def check_writable(path: Path) -> None:
+    """Find out before the work is done whether a file can be written.
+
+    Raises:
+        HeadscopeError: It cannot: no such folder, no permission, or a folder of that name.
+    """
+    if path.is_dir():
+        raise HeadscopeError(f"Cannot write {path}: it is a folder. Give the name of a file.")
+    if not path.parent.is_dir():
+        raise HeadscopeError(f"Cannot write {path}: there is no folder {path.parent}. Make it, or choose another.")
+    if not os.access(path.parent, os.W_OK):
+        raise HeadscopeError(f"Cannot write {path}: no permission to write in {path.parent}. Choose another folder.")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary name in the same folder, which becomes `path` when the block ends well.
+
+    Raises:
+        HeadscopeError: The file cannot be written.
+    """
+    check_writable(path)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".headscope-", dir=path.parent) as folder:
+            scratch = Path(folder) / path.name
+            yield scratch
+            os.replace(scratch, path)
+    except OSError as error:
+        raise HeadscopeError(f"Cannot write {path}: {error.strerror or error}.") from error

@@ -1,0 +1,276 @@
+"""The recording's file: safetensors with a versioned header; read as hostile until proved otherwise.
+
+The format is described in docs/recording-format.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from headscope.errors import RecordingError
+from headscope.masks.codec import decode, encode
+from headscope.recording.record import Recording, Run
+from headscope.recording.site import Part, SiteCalls
+from headscope.tokens import Tokens, Word
+
+__all__ = ["FORMAT", "VERSION", "load", "save"]
+
+FORMAT = "headscope-recording"
+VERSION = 1
+_HEADER_LIMIT = 100 * 1024 * 1024
+_TENSOR_NAME = re.compile(r"(query|key|value|output|mask|bias|sinks|valid)\.\d{1,9}")
+_SAFE_TEXT = re.compile(r"[^\x00-\x1f\x7f-\x9f]{0,4096}")
+
+
+def save(recording: Recording, path: Path) -> None:
+    """Write ``recording`` to ``path``: all of it or nothing."""
+    writer = _Writer()
+    runs = [writer.run(run) for run in recording.runs]
+    header = {
+        "runs": runs,
+        "unseen": list(recording.unseen),
+        "tokens": _tokens_out(recording.tokens),
+    }
+    metadata = {"format": FORMAT, "version": str(VERSION), "recording": json.dumps(header)}
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(writer.tensors, scratch, metadata=metadata)
+        os.replace(scratch, path)
+    except OSError as error:
+        raise RecordingError(f"{path} cannot be written: {error.strerror or error}.") from error
+    except SafetensorError as error:
+        raise RecordingError(f"{path} cannot be written: {error}.") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+class _Writer:
+    """Gives every tensor a name, and tensors that are shared one name only."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._names: dict[int, str] = {}
+        self._alive: list[Tensor] = []  # so that an id is not used twice
+
+    def keep(self, kind: str, tensor: Tensor | None) -> str | None:
+        """The name under which a tensor is stored."""
+        if tensor is None:
+            return None
+        if id(tensor) not in self._names:
+            name = f"{kind}.{len(self.tensors)}"
+            self.tensors[name] = tensor.detach().cpu().contiguous().clone()
+            self._names[id(tensor)] = name
+            self._alive.append(tensor)
+        return self._names[id(tensor)]
+
+    def run(self, run: Run) -> dict[str, Any]:
+        """A run as plain data."""
+        return {"valid": self.keep("valid", run.valid), "sites": [self.site(s) for s in run.calls_of_sites]}
+
+    def site(self, site: SiteCalls) -> dict[str, Any]:
+        """A site as plain data."""
+        scores = site.scores()
+        return {
+            "name": site.name,
+            "occurrence": site.occurrence,
+            "way": site.way,
+            "scale": site.scale,
+            "softcap": site.softcap,
+            "dropout_p": site.dropout_p,
+            "edited": site.edited,
+            "query": self.keep("query", scores.query),
+            "key": self.keep("key", scores.key),
+            "value": self.keep("value", site.value()),
+            "sinks": self.keep("sinks", site.sinks),
+            "parts": [self.part(part) for part in site.parts],
+        }
+
+    def part(self, part: Part) -> dict[str, Any]:
+        """One call as plain data."""
+        return {
+            "rows": [part.first_row, part.num_rows],
+            "keys": [part.first_key, part.num_keys],
+            "mask": encode(part.mask, lambda tensor: str(self.keep("mask", tensor))),
+            "bias": self.keep("bias", part.bias),
+            "proof": part.proof,
+            "output": self.keep("output", part.output),
+        }
+
+
+def load(path: Path) -> Recording:
+    """Read a recording; its tensors are mapped from the file, not copied."""
+    if not path.is_file():
+        raise RecordingError(f"{path} is not there. Recordings are written by recording.save(path) or see --save.")
+    _check_size(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            _check_version(path, metadata)
+            names = set(file.keys())
+            wrong = [name for name in names if not _TENSOR_NAME.fullmatch(name)]
+            if wrong:
+                raise RecordingError(f"{path} holds a tensor of a name that no recording has: {wrong[0][:40]!r}.")
+            header = json.loads(metadata["recording"])
+            tensors = {name: file.get_tensor(name) for name in names}
+        return _Reader(tensors).recording(header)
+    except SafetensorError as error:
+        raise RecordingError(f"{path} is damaged or not a recording: {error}. Record again.") from error
+    except OSError as error:
+        raise RecordingError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, RuntimeError) as error:
+        raise RecordingError(
+            f"{path} says things of itself that do not fit together ({type(error).__name__}: {str(error)[:200]}). "
+            "It was damaged or not written by Headscope."
+        ) from error
+
+
+def _check_size(path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if size < 10 or length > size - 8:
+        raise RecordingError(
+            f"{path} is cut short or not a recording: it has {size} bytes and its header alone should have {length}."
+        )
+    if length > _HEADER_LIMIT:
+        raise RecordingError(f"{path} has a header of {length} bytes; a recording's has at most {_HEADER_LIMIT}.")
+
+
+def _check_version(path: Path, metadata: dict[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise RecordingError(f"{path} is a safetensors file, but not a recording: its format is not {FORMAT!r}.")
+    version = metadata.get("version", "")
+    if version != str(VERSION):
+        raise RecordingError(
+            f"{path} is a recording of version {version[:20]!r}, this Headscope reads version {VERSION}: "
+            "use the Headscope that wrote it, or record again."
+        )
+
+
+class _Reader:
+    """Plain data back to a recording; every number is checked by the operands' own checks."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def get(self, kind: str, name: Any) -> Tensor | None:
+        """A stored tensor, which must be of its kind."""
+        if name is None:
+            return None
+        if not isinstance(name, str) or not name.startswith(kind + "."):
+            raise ValueError(f"{str(name)[:40]!r} is not a {kind}")
+        return self.tensors[name]
+
+    def must(self, kind: str, name: Any) -> Tensor:
+        """The same, and it must be there."""
+        found = self.get(kind, name)
+        if found is None:
+            raise ValueError(f"a {kind} is missing")
+        return found
+
+    def recording(self, header: Any) -> Recording:
+        """The whole."""
+        recording = Recording([self.run(run) for run in header["runs"]], _tokens_in(header["tokens"]))
+        recording.unseen = tuple(_text(name) for name in header["unseen"])
+        return recording
+
+    def run(self, data: Any) -> Run:
+        """A run."""
+        return Run([self.site(site) for site in data["sites"]], self.get("valid", data["valid"]))
+
+    def site(self, data: Any) -> SiteCalls:
+        """A site, whose joined scores must be consistent."""
+        parts = [self.part(part) for part in data["parts"]]
+        if data["way"] not in ("huggingface", "sdpa", "torch.nn") or not parts:
+            raise ValueError(f"a site of way {str(data['way'])[:20]!r} with {len(parts)} calls")
+        site = SiteCalls(
+            _text(data["name"]),
+            int(data["occurrence"]),
+            data["way"],
+            float(data["scale"]),
+            None if data["softcap"] is None else float(data["softcap"]),
+            self.get("sinks", data["sinks"]),
+            [self.must("query", data["query"])],
+            self.must("key", data["key"]),
+            self.get("value", data["value"]),
+            parts,
+            float(data["dropout_p"]),
+            bool(data["edited"]),
+        )
+        _check_parts(site)
+        site.scores()
+        for index in range(len(parts)):
+            site.call_matrix(index)
+        return site
+
+    def part(self, data: Any) -> Part:
+        """One call."""
+        first_row, rows = (int(n) for n in data["rows"])
+        first_key, keys = (int(n) for n in data["keys"])
+        mask = decode(data["mask"], lambda name: self.must("mask", name))
+        proof = None if data["proof"] is None else float(data["proof"])
+        bias, output = self.get("bias", data["bias"]), self.get("output", data["output"])
+        return Part(first_row, rows, first_key, keys, mask, bias, proof, output)
+
+
+def _check_parts(site: SiteCalls) -> None:
+    query, key = site.queries[0], site.key
+    if query.dim() != 4 or key.dim() != 4:
+        raise ValueError(f"query {tuple(query.shape)} or key {tuple(key.shape)} without 4 axes")
+    row = 0
+    for part in site.parts:
+        inside = part.first_key >= 0 and part.num_keys >= 1 and part.first_key + part.num_keys <= key.shape[2]
+        if part.first_row != row or part.num_rows < 1 or not inside:
+            raise ValueError(f"rows from {part.first_row} or keys from {part.first_key} that do not follow each other")
+        row += part.num_rows
+    if row != query.shape[2]:
+        raise ValueError(f"calls with {row} rows, but {query.shape[2]} queries")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not _SAFE_TEXT.fullmatch(value):
+        raise ValueError("a name that is too long or holds control characters")
+    return value
+
+
+def _tokens_out(tokens: Any) -> Any:
+    if not isinstance(tokens, Tokens):
+        return None
+    return {
+        "text": tokens.text,
+        "ids": list(tokens.ids),
+        "pieces": list(tokens.pieces),
+        "offsets": [list(span) for span in tokens.offsets],
+        "special": list(tokens.special),
+        "unknown": list(tokens.unknown),
+        "words": [[w.text, w.start, w.end, list(w.tokens)] for w in tokens.words],
+    }
+
+
+def _tokens_in(data: Any) -> Tokens | None:
+    if data is None:
+        return None
+    words = tuple(Word(str(t), int(a), int(b), tuple(int(i) for i in held)) for t, a, b, held in data["words"])
+    count = len(data["ids"])
+    lists = ("pieces", "offsets", "special", "unknown")
+    if any(len(data[name]) != count for name in lists):
+        raise ValueError("tokens whose lists have different lengths")
+    if any(not 0 <= i < count for word in words for i in word.tokens):
+        raise ValueError("a word of tokens that are not there")
+    return Tokens(
+        text=str(data["text"]),
+        ids=tuple(int(i) for i in data["ids"]),
+        pieces=tuple(str(p) for p in data["pieces"]),
+        offsets=tuple((int(a), int(b)) for a, b in data["offsets"]),
+        special=tuple(bool(s) for s in data["special"]),
+        words=words,
+        unknown=tuple(bool(u) for u in data["unknown"]),
+    )

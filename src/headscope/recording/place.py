@@ -1,0 +1,48 @@
+"""Where the rows and keys of a call stand in the whole text, while it is generated step by step."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from headscope.recording.site import follows, without_blank_cache
+from headscope.seam import AttentionCall, invisible
+
+__all__ = ["Place", "Tracker"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Absolute positions of a call's first query and first key."""
+
+    first_row: int
+    first_key: int
+
+
+class Tracker:
+    """Follows each attention site through the steps of a generation, by the content of its keys."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, str, int], tuple[Tensor, Place, int]] = {}
+
+    def place(self, call: AttentionCall) -> Place:
+        """Where this call stands. Self-attention's queries are the last of its keys; a cross-attention's begin at 0."""
+        site = (threading.get_ident(), call.name, call.occurrence)
+        with invisible():
+            scores = without_blank_cache(call.scores)
+            _, _, rows, keys = scores.shape
+            before = self._held.get(site)
+            how = None if before is None else follows(before[0], before[1].first_key > 0, scores)
+            if before is None or how is None:
+                place = Place(0 if call.is_cross else max(0, keys - rows), 0)
+            elif how[0] == "cross":
+                place = Place(before[1].first_row + before[2], 0)
+            elif how[0] == "cut":
+                place = Place(keys - rows, 0)
+            else:
+                first_key = before[1].first_key + before[0].shape[2] - how[1]
+                place = Place(first_key + how[1], first_key)
+            self._held[site] = (scores.key.detach().clone(), place, rows)
+        return place

@@ -1,0 +1,351 @@
+"""record(model): every attention call of what runs inside the block, ready to be asked."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headscope.errors import NothingSeen, RecordingError
+from headscope.matrix import AttentionMatrix
+from headscope.recording.site import Captured, SiteCalls, capture
+from headscope.reductions import Reduction
+from headscope.seam import AttentionCall, Forward, invisible, watch
+
+__all__ = ["Answer", "Call", "Recording", "Run", "Site", "record"]
+
+_KEEP = ("query", "key", "value", "output")
+_LIKE_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Site:
+    """An attention site: the n-th call of a module within one forward, over all the forwards of its run."""
+
+    name: str
+    occurrence: int
+    way: str
+    proof: float | None  # how far P @ V, rebuilt, was from what the model returned; None: unproved
+    shape: torch.Size  # (B, H, L, S)
+    edited: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One raw attention call."""
+
+    site: SiteCalls
+    index: int
+
+    @property
+    def name(self) -> str:
+        """The module's name."""
+        return self.site.name
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, H, L, S) of this call."""
+        part = self.site.parts[self.index]
+        return torch.Size((*self.site.shape[:2], part.num_rows, part.num_keys))
+
+    def matrix(self) -> AttentionMatrix:
+        """Its attention weights."""
+        return self.site.call_matrix(self.index)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What ``reduce=`` gave for one call."""
+
+    name: str
+    occurrence: int
+    shape: torch.Size
+    values: Any
+
+
+class Run(Sequence[AttentionMatrix]):
+    """One forward, or the steps of one generation: attention sites in the order of their first calls."""
+
+    def __init__(self, sites: Iterable[SiteCalls] = (), valid: Tensor | None = None) -> None:
+        self.calls_of_sites = list(sites)
+        self.valid = valid
+        self._matrices: dict[int, tuple[torch.Size, AttentionMatrix]] = {}
+
+    def __len__(self) -> int:
+        return len(self.calls_of_sites)
+
+    def __getitem__(self, which: Any) -> Any:
+        if isinstance(which, slice):
+            return [self[i] for i in range(len(self))[which]]
+        index = self._find(which) if isinstance(which, str) else range(len(self))[which]
+        site = self.calls_of_sites[index]
+        held = self._matrices.get(index)
+        if held is None or held[0] != site.shape:
+            self._matrices[index] = held = (site.shape, site.matrix())
+        return held[1]
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Names, ways in, shapes and proofs."""
+        return tuple(Site(s.name, s.occurrence, s.way, s.proof, s.shape, s.edited) for s in self.calls_of_sites)
+
+    def _find(self, name: str) -> int:
+        found = [i for i, site in enumerate(self.calls_of_sites) if site.name == name]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise RecordingError(
+                f"{name!r} was called {len(found)} times in a forward: use one of the numbers {found}."
+            )
+        names = [site.name for site in self.calls_of_sites]
+        listed = ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
+        raise RecordingError(f"no attention site is called {name!r}; there are {len(names)}: {listed}")
+
+    def join(self, calls: list[Captured], valid: Tensor | None) -> bool:
+        """Take a forward's calls if they go on where this run is; otherwise leave it as it is."""
+        known = {(site.name, site.occurrence): site for site in self.calls_of_sites}
+        plans: list[tuple[SiteCalls | None, Captured, tuple[str, int]]] = []
+        for call in calls:
+            site = known.get((call.name, call.occurrence))
+            if site is not None:
+                how = site.continues(call)
+                if how is None:
+                    return False
+                plans.append((site, call, how))
+            else:
+                plans.append((None, call, ("new", 0)))
+        kinds = {how[0] for _, _, how in plans}
+        if not kinds & {"grow", "cut", "new"}:
+            return False
+        for joined, call, (kind, shared) in plans:
+            if joined is None:
+                self.calls_of_sites.append(SiteCalls.of(call))
+            else:
+                joined.add(call, kind, shared)
+        self.valid = valid if valid is not None else self.valid
+        return True
+
+
+class Recording:
+    """What :func:`record` saw. ``recording[i]`` is the i-th attention site's matrix.
+
+    With several independent forwards in the block, each is one of ``recording.runs``.
+    """
+
+    def __init__(self, runs: Iterable[Run] = (), tokens: Any = None) -> None:
+        self.runs = list(runs)
+        self.tokens = tokens
+        self.answers: list[Answer] = []
+        self.unseen: tuple[str, ...] = ()
+
+    @property
+    def run(self) -> Run:
+        """The only run. Raises RecordingError when there are none or several."""
+        if len(self.runs) == 1:
+            return self.runs[0]
+        if not self.runs:
+            kept = " Its answers are in recording.answers." if self.answers else " Run the model inside the block."
+            raise RecordingError("this recording holds no attention matrices." + kept)
+        raise RecordingError(
+            f"this recording holds {len(self.runs)} independent forwards: "
+            f"say which, recording.runs[0] … recording.runs[{len(self.runs) - 1}]."
+        )
+
+    def __len__(self) -> int:
+        return len(self.run) if self.runs else 0
+
+    def __getitem__(self, which: int | str) -> AttentionMatrix:
+        matrix: AttentionMatrix = self.run[which]
+        return matrix
+
+    def __iter__(self) -> Iterator[AttentionMatrix]:
+        return iter(self.run)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Names, ways in, shapes and proofs of the attention sites."""
+        return self.run.sites
+
+    @property
+    def valid(self) -> Tensor | None:
+        """Which positions are text, [B, S] bool, from the model's attention_mask; None: it was given none."""
+        return self.run.valid
+
+    @property
+    def proof(self) -> float | None:
+        """The largest difference of a rebuilt output from the model's own; None: some call is unproved."""
+        found = [site.proof for run in self.runs for site in run.sites]
+        known = [proof for proof in found if proof is not None]
+        return max(known) if known and len(known) == len(found) else None
+
+    @property
+    def calls(self) -> list[Call]:
+        """All raw calls, in the order of runs, sites and steps."""
+        return [
+            Call(site, index) for run in self.runs for site in run.calls_of_sites for index in range(len(site.parts))
+        ]
+
+    def to_attentions(self, *, limit: int | str = "1 GiB") -> tuple[Tensor, ...]:
+        """The maps as transformers' ``output_attentions`` gives them: one [B, H, L, S] a site."""
+        return tuple(matrix.dense(limit=limit) for matrix in self.run)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file; see docs/recording-format.md. Raises RecordingError, OSError."""
+        from headscope.recording.file import save
+
+        save(self, Path(path))
+
+    @staticmethod
+    def load(path: str | Path) -> Recording:
+        """Read such a file; tensors stay on disk until asked. Raises RecordingError."""
+        from headscope.recording.file import load
+
+        return load(Path(path))
+
+    def __repr__(self) -> str:
+        if len(self.runs) != 1:
+            return f"Recording({len(self.runs)} runs, {len(self.answers)} answers)"
+        sites = self.sites
+        proof = "unproved" if self.proof is None else f"rebuilt to {self.proof:.0e}"
+        shapes = {tuple(site.shape) for site in sites}
+        shape = f"each {shapes.pop()}" if len(shapes) == 1 else f"{len(shapes)} different shapes"
+        part = f"; PART of the model: {len(self.unseen)} attention modules were not seen" if self.unseen else ""
+        return f"Recording({len(sites)} attention sites, {shape}; {proof}{part})"
+
+
+class _Recorder:
+    """Collects the calls of each forward, and joins forwards into runs."""
+
+    def __init__(
+        self,
+        recording: Recording,
+        layers: Sequence[int | str] | None,
+        keep: Sequence[str],
+        reduce: Any,
+        detach: bool,
+        on_call: Callable[[AttentionCall], None] | None,
+    ) -> None:
+        self.recording, self.layers, self.keep = recording, layers, keep
+        self.reduce, self.detach, self.on_call = reduce, detach, on_call
+        self.ran: set[str] = set()
+        self.called: set[str] = set()
+        self.forwards = 0
+        self._lock = threading.Lock()
+        self._pending: dict[int, list[Captured]] = {}
+        self._current: dict[int, Run] = {}
+
+    def saw(self, call: AttentionCall, forward: Forward) -> None:
+        """A call of a forward that is still running."""
+        with self._lock:
+            self.called.add(call.name)
+        if self.layers is None or any(_is(layer, forward.calls, call.name) for layer in self.layers):
+            if self.reduce is not None:
+                self._answer(call)
+            else:
+                with invisible() if self.detach else torch.enable_grad():
+                    captured = capture(call, self.keep, self.detach)
+                self._pending.setdefault(id(forward), []).append(captured)
+        if self.on_call is not None:
+            self.on_call(call)
+
+    def _answer(self, call: AttentionCall) -> None:
+        with invisible():
+            if callable(self.reduce) and not isinstance(self.reduce, Reduction):
+                values = self.reduce(call)
+            else:
+                values = call.matrix().reduce(*self.reduce)
+        with self._lock:
+            self.recording.answers.append(Answer(call.name, call.occurrence, call.shape, values))
+
+    def ended(self, forward: Forward) -> None:
+        """A forward is over: it continues this thread's run, or begins another."""
+        with self._lock, invisible():
+            self.forwards += 1
+            self.ran |= forward.ran
+            calls = self._pending.pop(id(forward), [])
+            if not calls:
+                return
+            current = self._current.get(threading.get_ident())
+            if current is None or not current.join(calls, forward.valid):
+                current = Run([SiteCalls.of(call) for call in calls], forward.valid)
+                self._current[threading.get_ident()] = current
+                self.recording.runs.append(current)
+
+    def close(self, model: nn.Module) -> None:
+        """Say what was not seen. Raises NothingSeen when that is everything."""
+        modules = dict(model.named_modules())
+        like = [n for n in sorted(self.ran) if _LIKE_ATTENTION.search(type(modules[n]).__name__) and n]
+        leaves = [n for n in like if not any(other.startswith(n + ".") for other in like)]
+        if self.forwards and not self.called:
+            listed = ", ".join(f"{n} ({type(modules[n]).__name__})" for n in leaves[:5])
+            looks = f" These modules look like attention: {listed}." if leaves else " No module looks like attention."
+            raise NothingSeen(
+                f"{type(model).__name__} ran {self.forwards} times and no attention call passed where it can be "
+                "seen: transformers' attention functions, torch's scaled_dot_product_attention, torch.nn's modules."
+                + looks
+            )
+        self.recording.unseen = tuple(n for n in leaves if not any(_related(n, c) for c in self.called))
+
+
+def _related(name: str, called: str) -> bool:
+    return name == called or called.startswith(name + ".") or name.startswith(called + ".")
+
+
+def _is(layer: int | str, index: int, name: str) -> bool:
+    return layer == index if isinstance(layer, int) else layer == name
+
+
+@contextmanager
+def record(
+    model: nn.Module,
+    *,
+    tokens: Any = None,
+    layers: Iterable[int | str] | None = None,
+    keep: Iterable[str] = ("query", "key"),
+    reduce: Reduction | Iterable[Reduction] | Callable[[AttentionCall], Any] | None = None,
+    detach: bool = True,
+    on_call: Callable[[AttentionCall], None] | None = None,
+) -> Iterator[Recording]:
+    """Record every attention call of ``model`` inside the block; what the model computes stays the same to the bit.
+
+    Args:
+        model: a torch module: transformers, torch.nn, or any code that calls scaled_dot_product_attention.
+        tokens: kept with the recording, so that answers can be given in words.
+        layers: only these sites, by number in the order of calls or by module name.
+        keep: "query" and "key", and if wanted "value" and "output" (P @ V).
+        reduce: answer these reductions (or call this function) at each call and keep nothing else; the answers
+            are in ``recording.answers``.
+        detach: False keeps the graph, so that answers can be differentiated.
+        on_call: is told of each call as it happens, for progress.
+
+    Raises:
+        NothingSeen, UnsupportedAttention, ProofError: see :mod:`headscope.errors`.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.MultiheadAttention(16, 4)
+        >>> with record(layer) as recording:
+        ...     _ = layer(*[torch.randn(7, 2, 16)] * 3)
+        >>> recording[0].entropy().shape
+        torch.Size([2, 4, 7])
+    """
+    kept = tuple(keep)
+    wrong = [name for name in kept if name not in _KEEP]
+    if wrong or not {"query", "key"} <= set(kept):
+        raise ValueError(f"keep got {kept}: wanted 'query' and 'key', and optionally 'value', 'output'.")
+    questions = (reduce,) if isinstance(reduce, Reduction) else reduce
+    if questions is not None and not callable(questions):
+        questions = tuple(questions)
+    recording = Recording(tokens=tokens)
+    chosen = None if layers is None else tuple(layers)
+    recorder = _Recorder(recording, chosen, kept, questions, detach, on_call)
+    with watch(model, recorder.saw, on_end=recorder.ended):
+        yield recording
+    recorder.close(model)

@@ -1,0 +1,315 @@
+"""One attention site of a run: its calls, joined into one matrix whose rows grow as text is generated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from headscope.masks import Mask, Step, causal, compact, stacked
+from headscope.matrix import AttentionMatrix
+from headscope.scores import Scores, make_scores
+from headscope.seam import AttentionCall, matrix_of
+
+__all__ = ["Captured", "Part", "SiteCalls", "capture", "follows", "without_blank_cache"]
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """What is kept of one call."""
+
+    name: str
+    occurrence: int
+    way: str
+    scores: Scores
+    value: Tensor | None
+    output: Tensor | None
+    proof: float | None
+    dropout_p: float
+    edited: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One call inside a site: which rows and keys of the joined matrix are its own."""
+
+    first_row: int
+    num_rows: int
+    first_key: int
+    num_keys: int
+    mask: Mask | None
+    bias: Tensor | None
+    proof: float | None
+    output: Tensor | None
+
+
+def capture(call: AttentionCall, keep: Sequence[str], detach: bool) -> Captured:
+    """Keep what is wanted of a call; tensors that somebody writes into later are copied."""
+    scores = without_blank_cache(call.scores)
+    hold = _held if detach else _as_it_is
+    scores = Scores(
+        hold(scores.query),
+        hold(scores.key),
+        scores.mask,
+        scores.bias,
+        scores.scale,
+        scores.softcap,
+        scores.sinks,
+        scores.origin,
+    )
+    value = hold(call.value[:, :, : scores.shape[3]]) if "value" in keep else None
+    output = hold(call.head_outputs()) if "output" in keep else None
+    return Captured(
+        call.name, call.occurrence, call.way, scores, value, output, call.proof, call.dropout_p, call.edited
+    )
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _held(tensor: Tensor) -> Tensor:
+    """Detached; copied if it was written in place before (a cache's own storage will be again)."""
+    tensor = tensor.detach()
+    reused = tensor.is_inference() or tensor._version > 0
+    return tensor.clone() if reused else tensor
+
+
+def without_blank_cache(scores: Scores) -> Scores:
+    """Without the keys of a preallocated cache that nothing was written to yet: hidden, and exactly zero."""
+    batch, heads, queries, keys = scores.shape
+    if scores.mask is None or queries >= keys:
+        return scores
+    every_b, every_h, rows = slice(0, batch), slice(0, heads), slice(0, queries)
+    stop = keys
+    while stop > queries:
+        part = slice(max(queries, stop - 64), stop)
+        used = scores.visible(every_b, every_h, rows, part).flatten(0, 2).any(0)
+        if bool(used.any()):
+            stop = part.start + int(used.nonzero()[-1]) + 1
+            break
+        stop = part.start
+    if stop == keys or bool(scores.key[:, :, stop:].any()):
+        return scores
+    seen = scores.visible(every_b, every_h, rows, slice(0, stop))
+    seen = seen.expand(-1, -1, queries, -1)
+    bias = scores.bias
+    if bias is not None and bias.shape[3] > 1:
+        bias = bias[..., :stop]
+    mask = compact(seen, batch)
+    return make_scores(scores.query, scores.key[:, :, :stop], mask, bias, scores.scale, scores.softcap, scores.sinks)
+
+
+@dataclass(eq=False)
+class SiteCalls:
+    """A site: module, occurrence, and its calls. ``matrix()`` is all of them as one attention matrix."""
+
+    name: str
+    occurrence: int
+    way: str
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
+    queries: list[Tensor]
+    key: Tensor
+    values: Tensor | None
+    parts: list[Part]
+    dropout_p: float = 0.0
+    edited: bool = False
+    gone: list[Tensor] = field(default_factory=list)  # keys that a sliding cache has dropped
+    gone_values: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, call: Captured) -> SiteCalls:
+        """A site that begins with this call."""
+        scores = call.scores
+        _, _, rows, keys = scores.shape
+        part = Part(0, rows, 0, keys, scores.mask, scores.bias, call.proof, call.output)
+        return cls(
+            call.name,
+            call.occurrence,
+            call.way,
+            scores.scale,
+            scores.softcap,
+            scores.sinks,
+            [scores.query],
+            scores.key,
+            call.value,
+            [part],
+            call.dropout_p,
+            call.edited,
+        )
+
+    @property
+    def num_gone(self) -> int:
+        """Keys that left a sliding cache."""
+        return sum(part.shape[2] for part in self.gone)
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, H, L, S) of the joined matrix."""
+        batch, heads = self.queries[0].shape[:2]
+        rows = sum(part.num_rows for part in self.parts)
+        return torch.Size((batch, heads, rows, self.num_gone + self.key.shape[2]))
+
+    @property
+    def proof(self) -> float | None:
+        """The largest difference found in any of its calls; None if one of them is unproved."""
+        found = [part.proof for part in self.parts]
+        known = [proof for proof in found if proof is not None]
+        return max(known) if len(known) == len(found) else None
+
+    def continues(self, call: Captured) -> tuple[str, int] | None:
+        """How a later call continues this site, by content: which keys it shares. None: it does not.
+
+        ("grow", n): the first n keys are ours, in a sliding cache the last n that we hold; ("cut", n): only our
+        first n keys were kept (rejected drafts); ("cross", S): the same keys, more queries.
+        """
+        if call.scores.query.shape[1] != self.shape[1]:
+            return None
+        return follows(self.key, bool(self.gone), call.scores)
+
+    def add(self, call: Captured, how: str, shared: int) -> None:
+        """Join a call that continues this site."""
+        scores = call.scores
+        _, _, rows, keys = scores.shape
+        if how == "cut":
+            self._cut(shared)
+        first_row = self.shape[2]
+        if how == "grow" and shared < self.key.shape[2]:
+            dropped = self.key.shape[2] - shared
+            self.gone.append(self.key[:, :, :dropped].clone())
+            if self.values is not None:
+                self.gone_values.append(self.values[:, :, :dropped].clone())
+        if how != "cross":
+            self.key = scores.key
+            self.values = call.value if self.values is not None else None
+        first_key = 0 if how == "cross" else self.num_gone
+        self.queries.append(scores.query)
+        self.parts.append(Part(first_row, rows, first_key, keys, scores.mask, scores.bias, call.proof, call.output))
+        self.dropout_p = max(self.dropout_p, call.dropout_p)
+        self.edited = self.edited or call.edited
+
+    def _cut(self, keep: int) -> None:
+        """Forget the rows at and after position ``keep``: their tokens were rejected."""
+        first = self.shape[3] - self.shape[2]
+        rows = keep - first
+        query = torch.cat(self.queries, 2)[:, :, :rows]
+        parts = []
+        for part in self.parts:
+            left = min(part.num_rows, rows - part.first_row)
+            if left > 0:
+                parts.append(_shortened(part, left))
+        self.queries, self.parts = [query], parts
+        self.key = self.key[:, :, :keep]
+        if self.values is not None:
+            self.values = self.values[:, :, :keep]
+
+    def scores(self) -> Scores:
+        """The joined operands."""
+        key = torch.cat([*self.gone, self.key], 2) if self.gone else self.key
+        query = self.queries[0] if len(self.queries) == 1 else torch.cat(self.queries, 2)
+        first = self.parts[0]
+        mask, bias = first.mask, first.bias
+        if len(self.parts) > 1 or first.num_keys != key.shape[2]:
+            mask, bias = self._joined_mask(), self._joined_bias()
+        return make_scores(query, key, mask, bias, self.scale, self.softcap, self.sinks)
+
+    def matrix(self) -> AttentionMatrix:
+        """All calls of the site as one matrix."""
+        return matrix_of(self.scores())
+
+    def call_matrix(self, index: int) -> AttentionMatrix:
+        """One of its calls alone."""
+        part = self.parts[index]
+        whole = self.scores()
+        query = whole.query[:, :, part.first_row : part.first_row + part.num_rows]
+        key = whole.key[:, :, part.first_key : part.first_key + part.num_keys]
+        return matrix_of(make_scores(query, key, part.mask, part.bias, self.scale, self.softcap, self.sinks))
+
+    def _joined_mask(self) -> Mask | None:
+        _, _, rows, keys = self.shape
+        first = keys - rows
+        if all(_is_causal_part(part, first) for part in self.parts):
+            return causal()
+        steps = []
+        for part in self.parts:
+            start = first + part.first_row
+            own = part.num_keys - part.num_rows
+            steps.append(
+                Step(part.mask, slice(start, start + part.num_rows), start - own, part.first_key, part.num_keys)
+            )
+        return stacked(steps)
+
+    def _joined_bias(self) -> Tensor | None:
+        biases = [part.bias for part in self.parts]
+        known = [bias for bias in biases if bias is not None]
+        if not known:
+            return None
+        keys = self.shape[3]
+        heads, batch = max(b.shape[1] for b in known), max(b.shape[0] for b in known)
+        rows = []
+        for part, bias in zip(self.parts, biases, strict=True):
+            whole = known[0].new_zeros((batch, heads, part.num_rows, keys))
+            if bias is not None:
+                whole[..., part.first_key : part.first_key + part.num_keys] = bias
+            rows.append(whole)
+        return torch.cat(rows, 2)
+
+    def output(self) -> Tensor | None:
+        """P @ V of all calls, [B, H, L, Dv], if it was kept."""
+        kept = [part.output for part in self.parts if part.output is not None]
+        return torch.cat(kept, 2) if kept else None
+
+    def value(self) -> Tensor | None:
+        """The values, [B, G, S, Dv], if they were kept."""
+        if self.values is None or not self.gone_values:
+            return self.values
+        return torch.cat([*self.gone_values, self.values], 2)
+
+
+def _is_causal_part(part: Part, first: int) -> bool:
+    if part.bias is not None or part.first_key != 0 or part.num_keys != first + part.first_row + part.num_rows:
+        return False
+    return (part.mask is None and part.num_rows == 1) or (part.mask is not None and part.mask.is_causal)
+
+
+def _shortened(part: Part, rows: int) -> Part:
+    """A call without its last rows, and without the keys that only they brought."""
+    if rows == part.num_rows:
+        return part
+    keys = part.num_keys - (part.num_rows - rows)
+    seen = None
+    if part.mask is not None and not part.mask.is_causal:
+        own = slice(part.num_keys - part.num_rows, part.num_keys - part.num_rows + rows)
+        device = torch.device("cpu")
+        seen = part.mask.block(slice(0, 1), slice(0, 1), own, slice(0, keys), device)
+    mask = part.mask if seen is None else compact(seen.expand(-1, -1, rows, -1), 1)
+    bias = part.bias
+    if bias is not None:
+        bias = bias[:, :, :rows] if bias.shape[2] > 1 else bias
+        bias = bias[..., :keys] if bias.shape[3] > 1 else bias
+    output = None if part.output is None else part.output[:, :, :rows]
+    return Part(part.first_row, rows, part.first_key, keys, mask, bias, part.proof, output)
+
+
+def follows(held: Tensor, slid: bool, scores: Scores) -> tuple[str, int] | None:
+    """How a call's keys go on from the keys held before it, see :meth:`SiteCalls.continues`."""
+    _, _, rows, keys = scores.shape
+    size = held.shape[2]
+    if scores.key.shape[:2] != held.shape[:2]:
+        return None
+    if keys == size and _same(scores.key, held):
+        return "cross", keys
+    shared = keys - rows
+    if 0 < shared <= size and _same(scores.key[:, :, :shared], held[:, :, size - shared :]):
+        return "grow", shared
+    if 0 < shared < size and not slid and _same(scores.key[:, :, :shared], held[:, :, :shared]):
+        return "cut", shared
+    return None
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.equal(first, second)

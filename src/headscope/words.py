@@ -1,0 +1,109 @@
+"""Weights between words, and which words to ask about.
+
+Tokens become words by Clark's rule: the columns of a split word are summed, its rows averaged
+(arXiv 1906.04341). After the columns of the words come two more: what goes to special tokens (the start
+token, [CLS], [SEP]), and to tokens of spaces alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from headscope.errors import TextError
+from headscope.matrix import AttentionMatrix
+from headscope.tokens import Tokens, Word
+
+__all__ = ["FEW_WORDS", "Positions", "all_words", "chosen_words", "column_of", "label", "rows_of", "word_map"]
+
+FEW_WORDS = 400  # up to here the map of all words by all words is made, one layer at a time
+
+
+def label(tokens: Tokens, word: Word) -> str:
+    """How to ask for a word: its text, and its number if it is there more than once, as in "it#2"."""
+    same = [other.start for other in tokens.words if other.text == word.text]
+    return word.text if len(same) == 1 else f"{word.text}#{same.index(word.start) + 1}"
+
+
+def _words(listed: str) -> frozenset[str]:
+    return frozenset(listed.split())
+
+
+_PRONOUNS = _words("it he she they him her them itself himself herself themselves who whom 它 他 她 牠 它们 他们 她们")
+_FUNCTION = _words(
+    """a an the this that these those i you we us me my your his its our their of in on at to from by with for about
+    into over under after before and or but nor so yet because since as if when while although though than then is am
+    are was were be been being do does did has have had will would can could shall should may might must not no too
+    very also just there here what which where how why don't doesn't didn't isn't aren't wasn't weren't won't can't
+    的 了 着 过 吗 呢 吧 啊 是 在 和 与 也 都 就 不 没 有 把 被 给 很 太 这 那 我 你 们"""
+)
+
+
+def chosen_words(tokens: Tokens, most: int = 4) -> tuple[Word, ...]:
+    """The words that are shown when none is asked for: at most four.
+
+    The last two pronouns of the third person (it, she, 他 …), because they stand for another word, then
+    the last words that are not function words (the, because, was …), because they have the most to look
+    back at; if there are none of these, the last words.
+    """
+    folded = [word.text.replace("’", "'").casefold() for word in tokens.words]
+    visible = [i for i, text in enumerate(folded) if any(c.isalnum() for c in text)] or list(range(len(folded)))
+    pronouns = [i for i in visible if folded[i] in _PRONOUNS][-2:]
+    content = [i for i in reversed(visible) if folded[i] not in _PRONOUNS | _FUNCTION]
+    chosen = list(dict.fromkeys(pronouns + content))[:most] or visible[-most:]
+    return tuple(tokens.words[i] for i in chosen)
+
+
+def word_map(matrix: AttentionMatrix, tokens: Tokens, head: int) -> Tensor:
+    """One head's map between words, [W, W + 2]; the last columns: on special tokens, on blanks.
+
+    Raises:
+        TextError: The text has too many words for such a map.
+    """
+    count = len(tokens.words)
+    if count > FEW_WORDS:
+        raise TextError(f"The text has {count} words, and a map of words is made for at most {FEW_WORDS}.")
+    return all_words(matrix, Positions(tokens))[head]
+
+
+class Positions:
+    """Which word each token belongs to."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        self.count = len(tokens.words)
+        self.rows = torch.tensor(tokens.word_ids())
+        special = torch.tensor(tokens.special)
+        other = torch.where(special, self.count, self.count + 1)
+        self.columns = torch.where(self.rows >= 0, self.rows, other)
+        self.index = {word.start: i for i, word in enumerate(tokens.words)}
+
+
+def all_words(matrix: AttentionMatrix, positions: Positions) -> Tensor:
+    """Words by words of every head, [H, W, W + 2]."""
+    pooled = matrix.pool(positions.rows, positions.columns, "mass")[0].float()
+    missing = positions.count + 2 - pooled.shape[-1]
+    return torch.nn.functional.pad(pooled, (0, missing))
+
+
+def rows_of(matrix: AttentionMatrix, positions: Positions, words: Sequence[Word]) -> Tensor:
+    """The rows of some words, [H, n, W + 2], from these words' queries alone."""
+    heads = matrix.shape[1]
+    out = torch.zeros(heads, len(words), positions.count + 2)
+    for i, word in enumerate(words):
+        first, last = word.tokens[0], word.tokens[-1]
+        mine = [t - first for t in word.tokens]
+        row = matrix[0, :, first : last + 1][:, mine].mean(1).float()
+        out[:, i].index_add_(1, positions.columns, row)
+    return out
+
+
+def column_of(matrix: AttentionMatrix, positions: Positions, target: Word) -> Tensor:
+    """What every word gives to one word, [H, W, 1]."""
+    first, last = target.tokens[0], target.tokens[-1]
+    given = matrix[0, :, :, first : last + 1][..., [t - first for t in target.tokens]].sum(-1).float()
+    inside = positions.rows >= 0
+    rows = positions.rows[inside]
+    sums = torch.zeros(len(given), positions.count).index_add_(1, rows, given[:, inside])
+    return (sums / torch.bincount(rows, minlength=positions.count)).unsqueeze(-1)

@@ -1,0 +1,197 @@
+"""Edits do what they say, where they say, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tests.tiny import bart, ids, llama, mistral
+
+from headscope import ablate, edit, knock_out, patch, record
+from headscope.errors import EditError
+
+TEXT = ids(2, 7)
+
+
+def logits(model: torch.nn.Module, *edits: object, text: torch.Tensor = TEXT) -> torch.Tensor:
+    with torch.no_grad():
+        if not edits:
+            return model(text).logits
+        with edit(model, *edits):
+            return model(text).logits
+
+
+def test_ablate_equals_zero_columns_of_the_output_projection() -> None:
+    model = llama()
+    expected = copy.deepcopy(model)
+    with torch.no_grad():
+        expected.model.layers[1].self_attn.o_proj.weight[:, 3 * 4 : 4 * 4] = 0
+    got = logits(model, ablate(1, 3))
+    assert torch.equal(got, logits(expected))
+    assert (got - logits(model)).abs().max() > 0.1
+
+
+def test_ablate_by_module_name_and_several_heads() -> None:
+    model = llama()
+    by_number = logits(model, ablate(0, 1), ablate(0, 4))
+    by_name = logits(model, ablate("model.layers.0.self_attn", [1, 4]))
+    assert torch.equal(by_number, by_name)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_knock_out_hides_the_link_and_renormalises(implementation: str) -> None:
+    model = llama()
+    model.set_attn_implementation(implementation)
+    plain = logits(model)
+    with torch.no_grad(), record(model) as before:
+        model(TEXT)
+    with torch.no_grad(), edit(model, knock_out(query=5, key=2, layers=0, heads=[1, 4])), record(model) as after:
+        edited = model(TEXT, output_attentions=implementation == "eager")
+    old, new = before[0].dense(), after[0].dense()
+    expected = old.clone()
+    row = expected[:, [1, 4], 5]
+    row[..., 2] = 0
+    expected[:, [1, 4], 5] = row / row.sum(-1, keepdim=True)
+    torch.testing.assert_close(new, expected, atol=1e-6, rtol=0)
+    assert new[:, [1, 4], 5, 2].abs().max() == 0
+    assert torch.equal(edited.logits[:, :5], plain[:, :5])
+    assert (edited.logits[:, 5:] - plain[:, 5:]).abs().max() > 1e-3
+    if implementation == "eager":
+        torch.testing.assert_close(edited.attentions[0], new, atol=1e-6, rtol=0)
+
+
+def test_knock_out_of_everything_writes_zeros() -> None:
+    model = llama()
+    same = logits(model, knock_out(query=0, key=0, layers=1))
+    expected = logits(model, ablate(1, range(6)))
+    torch.testing.assert_close(same[:, 0], expected[:, 0])
+
+
+def test_patch_takes_the_pattern_of_another_text_and_the_values_of_this_one() -> None:
+    model = llama()
+    with torch.no_grad():
+        with record(model) as other:
+            model(ids(2, 7, seed=1))
+        with record(model, keep=("query", "key", "value", "output")) as own:
+            model(TEXT)
+        with edit(model, patch(1, [2, 4], from_=other)), record(model, keep=("query", "key", "output")) as edited:
+            model(TEXT)
+    new = edited[1].dense()
+    torch.testing.assert_close(new[:, [2, 4]], other[1].dense()[:, [2, 4]], atol=1e-6, rtol=0)
+    torch.testing.assert_close(new[:, [0, 1, 3, 5]], own[1].dense()[:, [0, 1, 3, 5]], atol=1e-6, rtol=0)
+    value = own.run.calls_of_sites[1].value().repeat_interleave(3, 1)
+    output = edited.run.calls_of_sites[1].output()
+    torch.testing.assert_close(output, new @ value, atol=1e-5, rtol=0)
+
+
+def test_patch_with_its_own_recording_changes_nothing() -> None:
+    model = llama()
+    with torch.no_grad(), record(model) as own:
+        model(TEXT)
+    torch.testing.assert_close(logits(model, patch(1, range(6), from_=own)), logits(model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+def test_knock_out_counts_positions_in_the_whole_generated_text(options: dict[str, str]) -> None:
+    model = llama()
+    with torch.no_grad(), edit(model, knock_out(range(8, 11), 2, layers=0)), record(model) as recording:
+        model.generate(TEXT, max_new_tokens=6, pad_token_id=0, do_sample=False, **options)
+    weights = recording[0].dense()
+    assert weights.shape[2:] == (12, 12)
+    assert weights[:, :, 8:11, 2].abs().max() == 0
+    assert (weights[:, :, [7, 11], 2] > 0).all()
+
+
+def test_knock_out_counts_positions_with_a_sliding_cache() -> None:
+    model = mistral(window=4)
+    with torch.no_grad(), edit(model, knock_out(10, 9, layers=0)), record(model) as recording:
+        model.generate(TEXT, max_new_tokens=6, pad_token_id=0, do_sample=False)
+    weights = recording[0].dense()
+    assert weights[:, :, 10, 9].abs().max() == 0
+    assert (weights[:, :, 11, 9] > 0).all()
+    assert (weights[:, :, 10, 8] > 0).all()
+
+
+def test_knock_out_in_cross_attention_counts_queries_from_0() -> None:
+    model = bart()
+    with torch.no_grad(), record(model) as before:
+        model(input_ids=ids(2, 9), decoder_input_ids=ids(2, 5))
+    cross = next(i for i, site in enumerate(before.sites) if "encoder_attn" in site.name)
+    with torch.no_grad(), edit(model, knock_out(1, 8, layers=cross)), record(model) as after:
+        model(input_ids=ids(2, 9), decoder_input_ids=ids(2, 5))
+    assert after[cross].shape[2:] == (5, 9)
+    hidden = (after[cross].dense() == 0).nonzero()[:, 2:].unique(dim=0)
+    assert hidden.tolist() == [[1, 8]]
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast path", "slow path"])
+def test_edits_in_torch_nn(fast: bool) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(24, 6, 32, batch_first=True, dropout=0.0).train(not fast)
+    x = torch.randn(2, 7, 24)
+    expected = copy.deepcopy(layer)
+    with torch.no_grad():
+        expected.self_attn.out_proj.weight[:, 8:12] = 0
+        with edit(layer, ablate(0, 2)):
+            got = layer(x)
+        torch.testing.assert_close(got, expected(x), atol=1e-5, rtol=0)
+        assert (got - layer(x)).abs().max() > 1e-2
+
+
+def test_gradients_flow_through_an_edit() -> None:
+    model = llama()
+    with edit(model, ablate(1, 3), knock_out(5, 2, layers=0)):
+        model(TEXT).logits.sum().backward()
+    projection = model.model.layers[1].self_attn.o_proj.weight.grad
+    assert projection[:, 12:16].abs().max() == 0
+    assert projection[:, :12].abs().max() > 0
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
+
+
+def test_the_model_is_as_before_after_the_block() -> None:
+    model = llama()
+    before = logits(model)
+    with pytest.raises(RuntimeError, match="on purpose"), edit(model, ablate(0, range(6))):
+        raise RuntimeError("on purpose")
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (ablate(17, 0), r"layers=\(17,\).*changed nothing"),
+        (ablate(0, 41), "has 6 heads, counted from 0; there is no head 41"),
+        (knock_out(500, 2), "changed nothing"),
+    ],
+)
+def test_edits_that_cannot_be_are_refused(change: object, text: str) -> None:
+    model = llama()
+    with pytest.raises(EditError, match=text), torch.no_grad(), edit(model, change):
+        model(TEXT)
+
+
+def test_a_pattern_of_a_shorter_text_is_refused() -> None:
+    model = llama()
+    with torch.no_grad(), record(model) as shorter:
+        model(ids(2, 6))
+    refused = pytest.raises(EditError, match=r"\(2, 6, 7, 7\).*\(2, 6, 6, 6\)")
+    with refused, torch.no_grad(), edit(model, patch(0, 1, from_=shorter)):
+        model(TEXT)
+
+
+def test_dropout_and_checkpointing_are_refused_where_they_would_lie() -> None:
+    model = llama(attention_dropout=0.37).train()
+    with pytest.raises(EditError, match="drops 37% of its weights"), edit(model, knock_out(5, 2)):
+        model(TEXT)
+    model = llama().train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(EditError, match="gradient_checkpointing_disable"), edit(model, ablate(0, 0)):
+        model(TEXT)
+
+
+def test_positions_are_checked() -> None:
+    with pytest.raises(EditError, match="head is -3"):
+        ablate(0, -3)
+    with pytest.raises(EditError, match="query is"):
+        knock_out([], 3)

@@ -1,0 +1,134 @@
+"""P[index] is P.dense()[index]: value, shape and dtype, for every index that torch takes and we do not refuse."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests import reference
+from tests.options import unchecked
+from tests.reference import operands
+
+from headscope import AttentionMatrix, indexing, masks
+
+SIZES = (2, 6, 7, 11)
+QUERY, KEY, VALUE = operands()
+BIAS = torch.randn(1, 6, 7, 11)
+OPTIONS: dict[str, Any] = {"bias": BIAS, "softcap": 2.0, "sinks": torch.randn(6)}
+SEEN = torch.rand(2, 1, 7, 11) < 0.7
+SEEN[1, :, 3] = False
+P = reference.weights(QUERY, KEY, seen=SEEN, **OPTIONS)
+SHAPES = [(3,), (2, 1), (2, 3), (1,), ()]  # they broadcast
+
+
+def one_part(size: int) -> st.SearchStrategy[Any]:
+    """An index for one axis: numbers, slices, tensors and lists of numbers, from either end."""
+    number = st.integers(-size, size - 1)
+    end = st.none() | st.integers(-size - 2, size + 2)
+
+    def tensor(shape: tuple[int, ...]) -> st.SearchStrategy[torch.Tensor]:
+        count = int(np.prod(shape))
+        return st.lists(number, min_size=count, max_size=count).map(lambda given: torch.tensor(given).view(shape))
+
+    return st.one_of(
+        number,
+        number.map(np.int64),
+        st.builds(slice, end, end, st.none() | st.integers(1, 4)),
+        st.sampled_from(SHAPES).flatmap(tensor),
+        tensor((3,)).map(lambda t: t.to(torch.int32)),
+        st.lists(number, min_size=3, max_size=3),
+        tensor((2, 3)).map(lambda t: t.numpy()),
+    )
+
+
+@st.composite
+def indices(draw: st.DrawFn) -> Any:
+    parts = [draw(one_part(size)) for size in SIZES]
+    start, stop = sorted((draw(st.integers(0, 4)), draw(st.integers(0, 4))))
+    if draw(st.booleans()):
+        parts[start:stop] = [Ellipsis]
+    else:
+        parts = parts[:stop]
+    return parts[0] if len(parts) == 1 and draw(st.booleans()) else tuple(parts)
+
+
+@settings(max_examples=250, deadline=None)
+@given(indices(), st.booleans(), st.booleans())
+def test_it_is_the_same_part_of_the_dense_matrix(index: Any, known: bool, small_parts: bool) -> None:
+    matrix = AttentionMatrix(QUERY, KEY, mask=SEEN, **OPTIONS)
+    if known:
+        matrix.entropy()
+    with unchecked(), pytest.MonkeyPatch.context() as patch:
+        if small_parts:
+            patch.setattr(indexing, "_CELLS", 13)
+            patch.setattr(indexing, "_POINTS", 2)
+        found = matrix[index]
+    wanted = P[index]
+    assert found.dtype == torch.float32
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("after", ["nothing", "a product", "an index", "entropy"])
+@pytest.mark.parametrize("mask", [None, masks.causal(), masks.padding([11, 5]), masks.prefix(0)], ids=repr)
+def test_parts_agree_whatever_was_asked_before(mask: masks.Mask | None, after: str) -> None:
+    matrix = AttentionMatrix(QUERY, KEY, mask=mask)
+    earlier = {
+        "nothing": lambda: None,
+        "a product": lambda: matrix @ VALUE,
+        "an index": lambda: matrix[0, 1:3, 2:5],
+        "entropy": lambda: matrix.entropy(),
+    }
+    earlier[after]()
+    seen = torch.ones(1, dtype=torch.bool) if mask is None else mask.tensor(7, 11, 2, 6)
+    wanted = reference.weights(QUERY, KEY, seen=seen)
+    for index in [(), ..., (1, 5), (slice(None), [1, 4], 6), (0, 0, [1, 3, 6], [10, 0, 2]), (1, slice(1, 6, 3))]:
+        torch.testing.assert_close(matrix[index].double(), wanted[index], atol=1e-5, rtol=0)
+
+
+def test_empty_parts_have_their_shape() -> None:
+    matrix = AttentionMatrix(QUERY, KEY)
+    assert matrix[:, 3:3].shape == (2, 0, 7, 11)
+    assert matrix[0, ..., 5:2].shape == (6, 7, 0)
+    assert matrix[[]].shape == (0, 6, 7, 11)
+    assert matrix[:, :, torch.empty(0, dtype=torch.int64), 4].shape == (2, 6, 0)
+    assert matrix[(0, 1), range(2)].shape == (2, 7, 11)
+
+
+def test_far_apart_rows_of_a_long_text_cost_only_themselves() -> None:
+    query, key = torch.randn(1, 2, 30_000, 4), torch.randn(1, 1, 30_000, 4)
+    matrix = AttentionMatrix(query, key, mask=masks.causal())
+    found = matrix[0, 1, [5, 29_000], 3]
+    rows = query[0, 1, [5, 29_000]].double() @ key[0, 0].double().T / 2
+    wanted = torch.stack([torch.softmax(rows[0, :6], 0)[3], torch.softmax(rows[1, :29_001], 0)[3]])
+    torch.testing.assert_close(found.double(), wanted)
+
+
+REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
+    "True": (True, ValueError, "axis B got True"),
+    "None": ((0, None), ValueError, "axis H got None"),
+    "a bool tensor": ((0, 0, torch.ones(7).bool()), ValueError, "axis L got a torch.bool tensor.*nonzero"),
+    "a bool array": ((0, 0, np.ones(7, dtype=bool)), ValueError, "axis L got a torch.bool tensor"),
+    "numpy's True": ((0, np.True_), ValueError, "axis H got a torch.bool tensor"),
+    "a list of bools": ([True, False], ValueError, "axis B got a torch.bool tensor"),
+    "a float tensor": ((0, 0, 0, torch.tensor([1.0])), ValueError, "axis S got a torch.float32 tensor"),
+    "a number": (1.5, TypeError, "float"),
+    "text": ("it", TypeError, "str"),
+    "a step back": ((0, 0, slice(None, None, -2)), ValueError, "axis L got step -2"),
+    "no step": ((0, 0, slice(None, None, 0)), ValueError, "axis L got step 0"),
+    "too far": ((0, 6), IndexError, "6 is out of range for axis H, which has 6"),
+    "too far back": ((0, 0, -8), IndexError, "-8 is out of range for axis L, which has 7"),
+    "a tensor too far": ((0, 0, 0, torch.tensor([3, 11])), IndexError, "11 is out of range for axis S, which has 11"),
+    "a tensor too far back": (torch.tensor([-3, 1]), IndexError, "-3 is out of range for axis B"),
+    "5 axes": ((0, 0, 0, 0, 0), IndexError, "4 axes .* names 5"),
+    "two ellipses": ((..., 0, ...), IndexError, "one ellipsis"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_and_why(name: str) -> None:
+    index, error, text = REFUSED[name]
+    with pytest.raises(error, match=text):
+        AttentionMatrix(QUERY, KEY)[index]

@@ -1,0 +1,581 @@
+"""AttentionMatrix: every question against its definition, over masks, biases, softcap, sinks, blocks, paths."""
+
+import math
+import textwrap
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests import reference
+from tests.options import BIASES, MASKS, masked, unchecked
+from tests.reference import FINFO_MIN, operands
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from headscope import AttentionMatrix, blockwise, indexing, kernels, masks, reductions
+from headscope.masks import Mask
+from headscope.reductions import Block, Entropy, Groups, Mass, Max, Offsets, Pool, Received, Reduction, TopK
+
+SIZES = (2, 6, 7, 11)
+
+
+class Variant(NamedTuple):
+    """What a matrix may have beside query and key."""
+
+    mask: str = "none"
+    bias: str = "none"
+    softcap: float | None = None
+    sinks: bool = False
+    scale: float | None = None
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{name} {value}" for name, value in self._asdict().items() if value not in ("none", None, False)
+        )
+
+
+VARIANTS = [
+    *(Variant(mask) for mask in MASKS),
+    *(Variant("none", bias) for bias in BIASES if bias != "none"),
+    *(Variant("causal", bias) for bias in BIASES if bias != "none"),
+    Variant(softcap=0.8),
+    Variant(sinks=True),
+    Variant(scale=-1.3),
+    Variant("dense", softcap=0.8, sinks=True, scale=2.5),
+    Variant("padding", "[B, 1, L, S]", softcap=1.5, sinks=True),
+    Variant("nothing", "finfo.min", sinks=True),
+    Variant("window", "-inf", softcap=3.0),
+]
+
+
+class Made(NamedTuple):
+    """A matrix, a value for it, and what is true of it."""
+
+    matrix: AttentionMatrix
+    value: Tensor
+    p: Tensor
+    seen: Tensor
+    logsumexp: Tensor
+    shown: Tensor  # cells whose weight is not vanishing
+
+
+def make(
+    variant: Variant, sizes: tuple[int, int, int, int] = SIZES, shared: int = 2, dtype: torch.dtype = torch.float32
+) -> Made:
+    batch, heads, queries, keys = sizes
+    query, key, value = operands(batch, heads // shared, shared, queries, keys, dtype=dtype)
+    mask, seen = masked(variant.mask, sizes)
+    return describe(variant, query, key, value, mask, seen)
+
+
+def describe(
+    variant: Variant, query: Tensor, key: Tensor, value: Tensor, mask: Mask | Tensor | None, seen: Tensor
+) -> Made:
+    sizes = (*query.shape[:3], key.shape[2])
+    bias = BIASES[variant.bias](sizes)
+    sinks = torch.randn(sizes[1]) if variant.sinks else None
+    common = {"bias": bias, "scale": variant.scale, "softcap": variant.softcap}
+    matrix = AttentionMatrix(query, key, mask=mask, sinks=sinks, **common)
+    s = reference.scores(query, key, seen=seen, **common)
+    lse = reference.logsumexp(s, sinks)
+    p = reference.weights(query, key, seen=seen, sinks=sinks, **common)
+    return Made(matrix, value, p, seen, lse, (s - lse.unsqueeze(-1)).nan_to_num(nan=-torch.inf) > -1e29)
+
+
+def compare(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(found.double(), wanted, atol=tolerance, rtol=tolerance)
+
+
+def compare_largest(found: reductions.WeightsAt, made: Made, k: int) -> None:
+    """Ties may come in any order: values are right, and lie where the indices say."""
+    values, indices = found
+    wanted, places = reference.topk(made.p, made.shown, k)
+    compare(values, wanted)
+    assert (indices >= 0).equal(places >= 0)
+    compare(values, made.p.gather(-1, indices.clamp(min=0)) * (indices >= 0))
+    ordered = indices.sort(-1).values
+    assert not bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any())
+
+
+def compare_all(made: Made) -> None:
+    """Every question that a matrix answers without gradients."""
+    matrix, p = made.matrix, made.p
+    batch, _, queries, keys = p.shape
+    ids = torch.arange(keys) * 5 // 3 % 4 - 1
+    by_row = torch.stack([(ids + b + 1) % 4 - 1 for b in range(batch)])
+    rows = torch.arange(queries) // 2 - int(queries > 4)
+    compare(matrix.entropy(), reference.entropy(p))
+    compare_largest(matrix.topk(min(3, keys)), made, min(3, keys))
+    largest = matrix.max()
+    compare_largest(reductions.WeightsAt(*(x.unsqueeze(-1) for x in largest)), made, 1)
+    compare(matrix.received(), reference.received(p))
+    compare(matrix.received(mean=True), reference.received(p, made.seen))
+    compare(matrix.offsets(3), reference.offsets(p, 3))
+    compare(matrix.groups(ids), reference.groups(p, ids, int(ids.max()) + 1))
+    compare(matrix.groups(by_row), reference.groups(p, by_row, int(by_row.max()) + 1))
+    compare(matrix.reduce(Mass())[0], p.sum(-1))
+    for how in ("mean", "max", "mass"):
+        compare(matrix.pool(rows, by_row, how), reference.pool(p, rows, by_row, how))
+        bins = reference.bins(3, queries), reference.bins(4, keys)
+        compare(matrix.pool(3, 4, how), reference.pool(p, *bins, how))
+    x = torch.randn(*p.shape[:3], 2)
+    compare(matrix.T @ x, p.transpose(-1, -2) @ x.double())
+    compare(matrix.dense(), p)
+    compare(matrix[:, -1, -2:, ::3], p[:, -1, -2:, ::3])
+    compare(matrix.logsumexp, made.logsumexp)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strips of a row or two, blocks of 128 keys, parts of few cells: every loop goes round several times."""
+    monkeypatch.setattr(blockwise, "_BLOCK", 1)
+    monkeypatch.setattr(blockwise, "_STRIP", 2 * 2 * 300)
+    monkeypatch.setattr(blockwise, "_AUTOGRAD", 2 * 6 * 300 * 2)
+    monkeypatch.setattr(kernels, "_ROWS", 3)
+    monkeypatch.setattr(indexing, "_CELLS", 2 * 6 * 11 * 3)
+    monkeypatch.setattr(indexing, "_POINTS", 5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_every_answer_is_its_definition(variant: Variant) -> None:
+    made = make(variant)
+    compare_all(made)
+    compare(made.matrix @ made.value, reference.attend(made.p, made.value))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_in_many_strips_and_blocks_too(variant: Variant, tiny: None) -> None:
+    made = make(variant, (2, 6, 5, 300))
+    with unchecked():
+        compare_all(made)
+        compare(made.matrix @ made.value, reference.attend(made.p, made.value))
+
+
+@pytest.mark.parametrize("mask_name", MASKS)
+def test_rows_known_from_the_fused_kernel_give_the_same(mask_name: str) -> None:
+    made = make(Variant(mask_name))
+    assert made.matrix.plan().blocks.endswith("rows summed on the way")
+    compare(made.matrix @ made.value, reference.attend(made.p, made.value))
+    assert made.matrix.plan().blocks.endswith("rows known")
+    compare_all(made)
+
+
+@pytest.mark.parametrize("mask_name", ["none", "causal", "dense"])
+def test_without_torchs_private_op_it_is_the_same(mask_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_flash_cpu", None)
+    made = make(Variant(mask_name))
+    compare(made.matrix @ made.value, reference.attend(made.p, made.value))
+    assert made.matrix.plan().blocks.endswith("rows summed on the way")
+    compare_all(made)
+
+
+@pytest.mark.parametrize("bias_name", ["-inf", "finfo.min"])
+def test_a_bias_keeps_the_fused_kernels_sums_out(bias_name: str) -> None:
+    made = make(Variant("causal", bias_name))
+    compare(made.matrix @ made.value, reference.attend(made.p, made.value))
+    compare_all(made)
+
+
+def test_rows_of_finfo_min_are_even_as_the_model_had_them() -> None:
+    query, key, value = operands()
+    bias = torch.zeros(7, 11)
+    bias[2] = FINFO_MIN
+    matrix = AttentionMatrix(query, key, bias=bias)
+    compare(matrix @ value, reference.attend(reference.weights(query, key, bias=bias), value))
+    compare(matrix.entropy()[:, :, 2], torch.full((2, 6), math.log(11), dtype=torch.float64))
+    compare(matrix[:, :, 2], torch.full((2, 6, 11), 1 / 11, dtype=torch.float64))
+    compare(matrix.max().values[:, :, 2], torch.full((2, 6), 1 / 11, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("after_product", [False, True])
+@pytest.mark.parametrize("mask_name", ["none", "causal", "padding"])
+def test_a_realistic_size(mask_name: str, after_product: bool) -> None:
+    query, key, value = operands(2, 2, 2, 300, 700, 64, 64)
+    i, j = torch.arange(400, 700)[:, None], torch.arange(700)
+    lengths = torch.tensor([700, 411])
+    mask, seen = {
+        "none": (None, torch.ones(300, 700, dtype=torch.bool)),
+        "causal": (masks.causal(), j <= i),
+        "padding": (masks.padding(lengths), (j < lengths[:, None, None])[:, None]),
+    }[mask_name]
+    made = describe(Variant(mask_name), query, key, value, mask, seen)
+    if after_product:
+        compare(made.matrix @ value, reference.attend(made.p, value))
+    compare(made.matrix.entropy(), reference.entropy(made.p))
+    compare(made.matrix.received(mean=True), reference.received(made.p, made.seen), 2e-5)
+    compare(
+        made.matrix.pool(30, 40, "mass"),
+        reference.pool(made.p, reference.bins(30, 300), reference.bins(40, 700), "mass"),
+    )
+    compare(made.matrix.dense(), made.p)
+    for k in (1, 2, 5, 7):
+        compare_largest(made.matrix.topk(k), made, k)
+    values, indices = made.matrix.max()
+    compare_largest(reductions.WeightsAt(values.unsqueeze(-1), indices.unsqueeze(-1)), made, 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.tuples(*(st.integers(1, n) for n in (3, 3, 3, 9, 13))),
+    st.sampled_from([name for name in MASKS if name != "documents"]),
+    st.sampled_from(list(BIASES)),
+    st.sampled_from([None, 1.5]),
+    st.booleans(),
+)
+def test_any_shapes(
+    shape: tuple[int, int, int, int, int], mask: str, bias: str, softcap: float | None, sinks: bool
+) -> None:
+    batch, groups, shared, queries, keys = shape
+    with unchecked():
+        compare_all(make(Variant(mask, bias, softcap, sinks), (batch, groups * shared, queries, keys), shared))
+
+
+@pytest.mark.parametrize("variant", [Variant(), Variant("causal", "key only"), Variant("padding", sinks=True)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_give_float32_answers(dtype: torch.dtype, variant: Variant) -> None:
+    made = make(variant, dtype=dtype)
+    assert made.matrix.dtype == made.matrix.entropy().dtype == made.matrix.dense().dtype == torch.float32
+    compare_all(made)
+    product = made.matrix @ made.value
+    assert product.dtype == dtype
+    compare(product, reference.attend(made.p, made.value), 2e-2)
+    compare_all(made)
+
+
+def test_doubles_give_doubles() -> None:
+    made = make(Variant("causal"), dtype=torch.float64)
+    assert made.matrix.dtype == made.matrix.entropy().dtype == torch.float64
+    compare(made.matrix.entropy(), reference.entropy(made.p), 1e-12)
+    compare(made.matrix.dense(), made.p, 1e-12)
+    compare(made.matrix @ made.value, reference.attend(made.p, made.value), 1e-12)
+
+
+def test_answers_do_not_depend_on_autocast() -> None:
+    made = make(Variant("causal", softcap=1.2))
+    with torch.autocast("cpu", torch.bfloat16):
+        compare_all(made)
+
+
+def test_inputs_need_not_be_contiguous() -> None:
+    query, key, value = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in operands())
+    made = describe(Variant(), query, key, value, None, torch.ones(7, 11, dtype=torch.bool))
+    compare(made.matrix @ value, reference.attend(made.p, value))
+    compare_all(made)
+    for mask_name in ("causal", "padding"):
+        made = describe(Variant(mask_name), query, key, value, *masked(mask_name, SIZES))
+        compare(made.matrix @ value, reference.attend(made.p, value))
+        compare_all(made)
+
+
+X_SHAPES = [(11,), (11, 1), (11, 5), (11, 13), (1, 1, 11, 4), (2, 1, 11, 4), (1, 3, 11, 4), (2, 3, 11, 7)]
+X_SHAPES += [(1, 6, 11, 4), (2, 6, 11, 7)]
+
+
+@pytest.mark.parametrize(
+    "variant", [Variant(), Variant("causal"), Variant("padding", "[L, S]"), Variant(sinks=True)], ids=str
+)
+@pytest.mark.parametrize("shape", X_SHAPES, ids=str)
+def test_product_with_any_x(shape: tuple[int, ...], variant: Variant) -> None:
+    made = make(variant)
+    x = torch.randn(shape)
+    full = (x.unsqueeze(-1) if len(shape) == 1 else x).double()
+    heads = full if full.dim() == 2 or full.shape[1] != 3 else reference.for_each_head(full, 6)
+    wanted = made.p @ heads
+    for _ in range(2):  # the second time with the rows known
+        compare(made.matrix @ x, wanted.squeeze(-1) if len(shape) == 1 else wanted)
+        compare(made.matrix.entropy(), reference.entropy(made.p))
+
+
+@pytest.mark.parametrize("wants_gradient", [False, True])
+@pytest.mark.parametrize("shape", [(7,), (7, 3), (1, 1, 7, 3), (2, 1, 7, 3), (1, 6, 7, 3), (2, 6, 7, 3)], ids=str)
+def test_transposed_product_with_any_x(shape: tuple[int, ...], wants_gradient: bool, tiny: None) -> None:
+    made = make(Variant("causal", "[L, S]"))
+    x = torch.randn(shape, requires_grad=wants_gradient)
+    full = (x.detach().unsqueeze(-1) if len(shape) == 1 else x.detach()).double()
+    wanted = made.p.transpose(-1, -2) @ full
+    out = made.matrix.T @ x
+    assert out.requires_grad == wants_gradient
+    compare(out.detach(), wanted.squeeze(-1) if len(shape) == 1 else wanted)
+    assert made.matrix.T.shape == (2, 6, 11, 7)
+    assert made.matrix.T.T is made.matrix
+
+
+QUESTIONS: dict[str, Callable[[AttentionMatrix, Tensor, Tensor], Tensor]] = {
+    "P @ v": lambda matrix, value, x: matrix @ value,
+    "P.T @ x": lambda matrix, value, x: matrix.T @ x,
+    "entropy": lambda matrix, value, x: matrix.entropy(),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        Variant("causal"),
+        Variant("dense", "[L, S]"),
+        Variant("padding", "query only", softcap=1.1, sinks=True),
+        Variant("none", "-inf", sinks=True),
+    ],
+    ids=str,
+)
+def test_gradients_by_differences(variant: Variant, question: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockwise, "_AUTOGRAD", 2 * 4 * 2)
+    sizes = (1, 2, 3, 4)
+    query, key, value = operands(1, 1, 2, 3, 4, 2, 3, dtype=torch.float64)
+    x, sinks = torch.randn(1, 2, 3, 2).double(), torch.randn(2).double() if variant.sinks else None
+    bias = BIASES[variant.bias](sizes)
+    hidden = None if bias is None else bias == -torch.inf
+    bias = None if bias is None else bias.double().masked_fill(hidden, 0)
+    mask = masked(variant.mask, sizes)[0]
+
+    def ask(query: Tensor, key: Tensor, value: Tensor, x: Tensor, bias: Tensor | None, sinks: Tensor | None) -> Tensor:
+        given = None if bias is None else bias.masked_fill(hidden, -torch.inf)
+        matrix = AttentionMatrix(query, key, mask=mask, bias=given, softcap=variant.softcap, sinks=sinks)
+        return QUESTIONS[question](matrix, value, x)
+
+    inputs = [None if t is None else t.requires_grad_() for t in (query, key, value, x, bias, sinks)]
+    assert ask(*inputs).requires_grad
+    with unchecked():
+        assert gradcheck(ask, inputs)
+
+
+@pytest.mark.parametrize("mask_name", ["none", "dense", "padding"])
+def test_the_value_alone_may_want_a_gradient(mask_name: str) -> None:
+    made = make(Variant(mask_name))
+    value = made.value.requires_grad_()
+    sent = torch.randn(2, 6, 7, 4)
+    (made.matrix @ value).backward(sent)
+    wanted = (made.p.transpose(-1, -2) @ sent.double()).unflatten(1, (3, 2)).sum(2)
+    assert value.grad is not None
+    compare(value.grad, wanted)
+    compare_all(made)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("how", ["fresh", "known", "with gradients"])
+def test_entropy_is_never_below_zero(how: str, dtype: torch.dtype) -> None:
+    query, key, value = operands(queries=200, keys=300, dtype=dtype)
+    matrix = AttentionMatrix(query.mul(30).requires_grad_(how == "with gradients"), key)
+    if how == "known":
+        matrix @ value
+    entropy = matrix.entropy().detach()
+    assert float(entropy.min()) >= 0
+    assert float(entropy.min()) < 1e-6
+    assert float(entropy.max()) > 0.1
+
+
+def test_hidden_keys_before_very_low_scores_do_no_harm(tiny: None) -> None:
+    query, key = torch.full((1, 1, 4, 5), 20.0), torch.full((1, 1, 300, 5), -20.0)
+    seen = torch.ones(4, 300, dtype=torch.bool)
+    seen[1, :200] = False
+    matrix = AttentionMatrix(query, key, mask=seen)
+    counts = torch.tensor([300.0, 100, 300, 300], dtype=torch.float64)
+    compare(matrix.entropy()[0, 0], counts.log())
+    compare(matrix.received()[0, 0, :200], torch.full((200,), 3 / 300, dtype=torch.float64))
+    compare(matrix.dense()[0, 0, 1], seen[1].double() / 100)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 7])
+def test_the_largest_lie_where_they_were_put(k: int) -> None:
+    """Around the edges of the chunks in which they are looked for: chunks of 32, and what is left over."""
+    places = [0, 31, 32, 63, 64, 671, 672, 699, 350]
+    for first in range(len(places)):
+        put = [places[(first + n * 4) % len(places)] for n in range(k)]
+        key = torch.zeros(1, 1, 700, 1)
+        key[0, 0, put, 0] = torch.arange(k, 0, -1.0)
+        values, indices = AttentionMatrix(torch.ones(1, 1, 2, 1), key).topk(k)
+        assert indices[0, 0, 1].tolist() == put
+        compare(values[0, 0, 0], torch.softmax(key.double().flatten(), 0)[put])
+        assert int(AttentionMatrix(torch.ones(1, 1, 2, 1), key).max().indices[0, 0, 0]) == put[0]
+
+
+def test_ties_are_all_found() -> None:
+    key = torch.zeros(1, 1, 700, 1)
+    key[0, 0, [40, 45, 300, 301, 690], 0] = 2.0
+    indices = AttentionMatrix(torch.ones(1, 1, 2, 1), key).topk(5).indices
+    assert sorted(indices[0, 0, 0].tolist()) == [40, 45, 300, 301, 690]
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_rows_with_fewer_visible_keys_than_k(known: bool) -> None:
+    query, key, value = operands(queries=700, keys=700)
+    matrix = AttentionMatrix(query, key, mask=masks.causal())
+    if known:
+        matrix @ value
+    values, indices = matrix.topk(5)
+    for row in range(7):
+        count = min(5, row + 1)
+        assert bool((indices[:, :, row, :count] >= 0).all())
+        assert bool((indices[:, :, row, count:] == -1).all())
+        assert bool((values[:, :, row, count:] == 0).all())
+    empty = AttentionMatrix(query, key, mask=masks.prefix(0)).max()
+    assert bool((empty.values == 0).all())
+    assert bool((empty.indices == -1).all())
+
+
+def test_several_questions_in_one_pass_are_answered_as_each_alone(tiny: None) -> None:
+    made = make(Variant("causal"), (2, 6, 5, 300))
+    ids = torch.arange(300) // 7
+    asked: list[Reduction] = [
+        Entropy(), Max(), TopK(4), Received(), Received(mean=True), Offsets(2), Groups(ids), Pool(2, ids, "max"), Mass()
+    ]  # fmt: skip
+    for answer, question in zip(made.matrix.reduce(*asked), asked, strict=True):
+        alone = made.matrix.reduce(question)[0]
+        for one, other in zip(
+            torch.utils._pytree.tree_leaves(answer), torch.utils._pytree.tree_leaves(alone), strict=True
+        ):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+def test_a_question_can_be_asked_of_many_matrices() -> None:
+    question = TopK(2)
+    first, second = make(Variant()), make(Variant("causal"))
+    compare_largest(first.matrix.reduce(question)[0], first, 2)
+    compare_largest(second.matrix.reduce(question)[0], second, 2)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, (2, 6, 5, 300)], ids=str)
+def test_the_reduction_in_the_docstring_works(sizes: tuple[int, int, int, int], tiny: None) -> None:
+    assert reductions.__doc__ is not None
+    source = textwrap.dedent(reductions.__doc__.split("::", 1)[1])
+    names: dict[str, Any] = {"Reduction": Reduction}
+    exec(source, names)
+    made = make(Variant("causal"), sizes)
+    far = reference.seen_where(lambda b, h, i, j: i - j > 2, *sizes)
+    compare(made.matrix.reduce(names["FarMass"](2))[0], (made.p * far).sum(-1))
+
+
+class Cells(Reduction):
+    """How many cells came by, and whether each came once."""
+
+    def start(self, shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
+        return like.new_zeros(shape)
+
+    def update(self, state: Tensor, block: Block) -> None:
+        state[block.batch, block.heads, block.rows, block.keys] += 1
+        rows = torch.arange(state.shape[2])[block.rows] + state.shape[3] - state.shape[2]
+        assert block.q_idx.flatten().equal(rows)
+        assert block.kv_idx.equal(torch.arange(state.shape[3])[block.keys])
+        hidden = block.weights[block.log_weights < -1e29]
+        assert not bool(hidden.any())
+
+
+@pytest.mark.parametrize("mask_name", MASKS)
+def test_every_visible_cell_comes_once_and_the_plan_says_how_many(mask_name: str, tiny: None) -> None:
+    made = make(Variant(mask_name), (2, 6, 5, 300))
+    with unchecked():
+        cells = made.matrix.reduce(Cells())[0]
+    assert float(cells.max()) <= 1
+    assert bool((cells[made.seen] == 1).all())
+    assert made.matrix.plan().skipped == pytest.approx(1 - float(cells.mean()), abs=1e-6)
+
+
+def test_the_plan_says_what_is_skipped_and_by_which_kernel() -> None:
+    query, key = torch.randn(1, 2, 2048, 8), torch.randn(1, 1, 2048, 8)
+    assert 0.4 < AttentionMatrix(query, key, mask=masks.causal()).plan().skipped <= 0.5
+    assert AttentionMatrix(query, key).plan().skipped == 0
+    window = AttentionMatrix(query, key, mask=masks.sliding_window(64)).plan().skipped
+    assert 0.8 < window < 1 - 65 / 2048
+    fused = AttentionMatrix(query, key, mask=masks.causal()).plan()
+    assert fused.kernel == "the fused kernel"
+    assert "hidden and skipped: 4" in str(fused)
+    assert "strip by strip" in AttentionMatrix(query, key, softcap=2.0).plan().kernel
+    trained = AttentionMatrix(query, key, bias=torch.zeros(1, 2, 1, 2048, requires_grad=True))
+    assert "strip by strip" in trained.plan().kernel
+    with torch.no_grad():
+        assert trained.plan().kernel == "the fused kernel"
+
+
+def test_it_shows_what_it_is_without_being_built() -> None:
+    matrix = AttentionMatrix(torch.randn(1, 8, 100_000, 4), torch.randn(1, 2, 100_000, 4), mask=masks.causal())
+    assert repr(matrix) == (
+        "AttentionMatrix(shape=(1, 8, 100000, 100000), mask=causal(); not built: it would weigh 298 GiB)"
+    )
+    page = matrix._repr_html_()
+    assert "<td>298 GiB</td>" in page
+    assert "<td>15.26 MiB</td>" in page
+
+    def rule(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return q_idx > kv_idx
+
+    rule.__name__ = "<b>"
+    mask = masks.function(rule)
+    small = AttentionMatrix(*operands()[:2], mask=mask, bias=torch.zeros(7, 11), softcap=3.0, sinks=torch.zeros(6))
+    assert "&lt;b&gt;" in small._repr_html_()
+    assert ", bias, softcap, sinks; not built: it would weigh 3.609 KiB)" in repr(small)
+    assert small.shape == torch.Size(SIZES)
+
+
+def test_dense_is_refused_above_the_limit() -> None:
+    matrix = make(Variant()).matrix
+    assert matrix.dense(limit=3696).shape == matrix.dense(limit="3.7 KB").shape == SIZES
+    for limit in (3695, "3 KiB", "0.000001GiB"):
+        with pytest.raises(
+            ValueError, match=r"\(2, 6, 7, 11\) would take 3\.609 KiB, the limit is .*P\.pool"
+        ) as caught:
+            matrix.dense(limit=limit)
+        assert f"the limit is {limit}." in str(caught.value)
+    with pytest.raises(ValueError, match=r"limit is '13 apples'"):
+        matrix.dense(limit="13 apples")
+    large = AttentionMatrix(torch.randn(1, 1, 20_000, 1), torch.randn(1, 1, 20_000, 1))
+    with pytest.raises(ValueError, match=r"1\.49 GiB, the limit is 1 GiB"):
+        large.dense()
+
+
+def broken(name: str, value: float) -> AttentionMatrix:
+    query, key, _ = operands()
+    given = {"query": query, "key": key, "bias": torch.zeros(1, 1, 7, 11), "sinks": torch.zeros(6)}
+    given[name][(0,) * (given[name].dim() - 1) + (4,)] = value
+    return AttentionMatrix(given["query"], given["key"], bias=given["bias"], sinks=given["sinks"])
+
+
+@pytest.mark.parametrize("ask", [AttentionMatrix.entropy, AttentionMatrix.max, AttentionMatrix.dense])
+@pytest.mark.parametrize("name", ["query", "key", "bias", "sinks"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_a_number_is_refused(value: float, name: str, ask: Callable[[AttentionMatrix], object]) -> None:
+    with pytest.raises(ValueError, match=rf"{name} holds 1 values .*the first {value} at \[(0, )*4\]"):
+        ask(broken(name, value))
+
+
+Q, K, _ = operands()
+IDS_OF_12 = torch.zeros(12, dtype=torch.int64)
+ERRORS: dict[str, tuple[Callable[[AttentionMatrix], object], list[str]]] = {
+    "no questions": (lambda P: P.reduce(), ["no questions", "Entropy()"]),
+    "k of 0": (lambda P: P.topk(0), ["k=0", "at least 1"]),
+    "k of 13": (lambda P: P.topk(13), ["k=13", "only 11 keys"]),
+    "radius": (lambda P: P.offsets(-3), ["radius=-3"]),
+    "groups of 12": (lambda P: P.groups(IDS_OF_12), ["(1, 12)", "11 keys"]),
+    "groups of numbers": (lambda P: P.groups(torch.zeros(11)), ["torch.float32", "[S] or [B, S]"]),
+    "groups below": (lambda P: P.groups(torch.arange(11) - 4), ["from -4 to 6"]),
+    "groups above": (lambda P: P.reduce(Groups(torch.arange(11), 9)), ["from 0 to 10", "0 to 8"]),
+    "pool how": (lambda P: P.pool(3, 4, "median"), ["'median'", "'mass'"]),  # type: ignore[arg-type]
+    "pool of 0 bins": (lambda P: P.pool(3, 0), ["cols=0", "at least 1"]),
+    "pool rows": (lambda P: P.pool(IDS_OF_12, 4), ["pool rows", "(1, 12)", "7 queries"]),
+    "pool cols": (lambda P: P.pool(3, IDS_OF_12), ["pool cols", "(1, 12)", "11 keys"]),
+    "x rows": (lambda P: P @ torch.randn(13, 2), ["13 rows", "11 keys"]),
+    "x axes": (lambda P: P @ torch.randn(3, 11, 2), ["(3, 11, 2)", "[S, N]"]),
+    "x heads": (lambda P: P @ torch.randn(1, 4, 11, 2), ["4 heads", "heads 1, 3 or 6"]),
+    "x of integers": (lambda P: P @ torch.arange(11), ["torch.int64", ".float()"]),
+    "x without columns": (lambda P: P @ torch.randn(11, 0), ["(11, 0)", "no columns"]),
+    "transposed rows": (lambda P: P.T @ torch.randn(13), ["13 rows", "7 queries"]),
+    "transposed axes": (lambda P: P.T @ torch.randn(6, 7, 3), ["(6, 7, 3)", "[7, N]"]),
+    "transposed heads": (lambda P: P.T @ torch.randn(1, 4, 7, 3), ["(1, 4, 7, 3)"]),
+    "transposed integers": (lambda P: P.T @ torch.arange(7), ["torch.int64", ".float()"]),
+    "softcap": (lambda P: AttentionMatrix(Q, K, softcap=-1.5), ["softcap is -1.5", "above 0"]),
+    "softcap of 0": (lambda P: AttentionMatrix(Q, K, softcap=0.0), ["softcap is 0.0"]),
+    "sinks": (lambda P: AttentionMatrix(Q, K, sinks=torch.zeros(4)), ["4 values", "6 heads"]),
+    "query axes": (lambda P: AttentionMatrix(Q[0], K), ["(6, 7, 5)", "[B, H, L, D]"]),
+    "scale": (lambda P: AttentionMatrix(Q, K, scale=math.nan), ["scale is nan"]),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_says_what_came_and_what_was_wanted(name: str) -> None:
+    ask, words = ERRORS[name]
+    with unchecked(), pytest.raises(ValueError) as caught:
+        ask(AttentionMatrix(Q, K))
+    assert [word for word in words if word not in str(caught.value)] == []

@@ -1,0 +1,191 @@
+"""No question builds the L×S matrix: peak memory of every option, at a size where it would weigh 537 MB.
+
+The cases run one after another in one process of their own (``python tests/test_memory.py CASE …`` prints them),
+which resets the kernel's record of its peak before each.
+"""
+
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from headscope import AttentionMatrix, attention, masks
+from headscope.reductions import Entropy, Groups, Mass, Max, Offsets, Pool, Received, TopK
+
+HEADS, LENGTH, SIZE = 8, 4096, 64
+DENSE = HEADS * LENGTH * LENGTH * 4 / 1e6  # 537 MB
+# A strip holds up to 8 Mi scores, twice (weights and their logarithms): 67 MB. Operands, results and gradients
+# are 8 MB each. The most that was measured is 130 MB; a mask of one head and [L, S] alone is 67 MB in float32.
+BOUND = 200.0
+
+
+def tensor(heads: int = HEADS, length: int = LENGTH, width: int = SIZE, grad: bool = False) -> Tensor:
+    return torch.randn(1, heads, length, width).requires_grad_(grad)
+
+
+def attend(
+    *,
+    queries: int = LENGTH,
+    kv_heads: int = HEADS,
+    width: int = SIZE,
+    turned: bool = False,
+    grad: bool = True,
+    **options: Any,
+) -> Callable[[], None]:
+    """A call of attention(), with its gradients."""
+
+    def run() -> None:
+        given = [tensor(HEADS, queries), tensor(kv_heads), tensor(kv_heads, width=width)]
+        if turned:
+            given = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in given]
+        operands = [x.requires_grad_(grad) for x in given]
+        made = {name: value() if callable(value) else value for name, value in options.items()}
+        out = attention(*operands, **made)
+        if grad:
+            out.sum().backward()
+
+    return run
+
+
+def ask(question: Callable[[AttentionMatrix], object], *, grad: bool = False, **options: Any) -> Callable[[], None]:
+    """A question to a causal matrix, unless options say otherwise."""
+
+    def run() -> None:
+        made = {name: value() if callable(value) else value for name, value in options.items()}
+        answer = question(AttentionMatrix(tensor(grad=grad), tensor(grad=grad), **({"mask": masks.causal()} | made)))
+        if grad:
+            assert isinstance(answer, Tensor)
+            answer.sum().backward()
+
+    return run
+
+
+def dense() -> Tensor:
+    return torch.rand(LENGTH, LENGTH) < 0.9
+
+
+def documents() -> masks.Mask:
+    return masks.causal() & masks.documents(torch.arange(LENGTH) // 700)
+
+
+def without_gradients(run: Callable[[], None]) -> Callable[[], None]:
+    def inside() -> None:
+        with torch.no_grad():
+            run()
+
+    return inside
+
+
+def key_bias(grad: bool = False) -> Tensor:
+    return torch.randn(1, HEADS, 1, LENGTH).requires_grad_(grad)
+
+
+IDS = torch.arange(LENGTH) // 3
+CASES: dict[str, Callable[[], None]] = {
+    "no mask": attend(),
+    "causal": attend(mask=masks.causal()),
+    "causal, fewer queries": attend(mask=masks.causal(), queries=4000),
+    "window": attend(mask=masks.sliding_window(300)),
+    "padding": attend(mask=masks.padding([4000])),
+    "documents": attend(mask=documents),
+    "dense": attend(mask=dense),
+    "packed": attend(mask=lambda: masks.packed(dense())),
+    "function": attend(mask=masks.function(lambda b, h, i, j: (i + j) % 3 > 0)),
+    "nothing visible": attend(mask=masks.prefix(0)),
+    "key-only bias": attend(bias=key_bias),
+    "key-only bias and causal": attend(bias=key_bias, mask=masks.causal()),
+    "[1, 1, L, S] bias": attend(bias=lambda: torch.randn(1, 1, LENGTH, LENGTH)),
+    "trained bias": attend(bias=lambda: key_bias(grad=True), mask=masks.causal()),
+    "trained bias without gradients": without_gradients(attend(bias=lambda: key_bias(grad=True), grad=False)),
+    "float64 bias": attend(bias=lambda: key_bias().double(), grad=False),
+    "dropout": attend(dropout_p=0.2, mask=masks.causal()),
+    "narrow value": attend(width=16, mask=masks.causal()),
+    "wide value": attend(width=200, mask=masks.causal()),
+    "grouped heads": attend(kv_heads=2),
+    "grouped heads and padding": attend(kv_heads=2, mask=masks.padding([4000])),
+    "transposed views": attend(turned=True, mask=masks.causal()),
+    "P @ value": ask(lambda P: P @ tensor()),
+    "P @ value, transposed views": ask(lambda P: P @ tensor(width=LENGTH, length=SIZE).transpose(2, 3), mask=None),
+    "P @ x for all heads": ask(lambda P: P @ torch.randn(LENGTH, 7), mask=None),
+    "P @ value with gradients": ask(lambda P: P @ tensor(grad=True), grad=True),
+    "P @ value, softcap": ask(lambda P: P @ tensor(grad=True), grad=True, softcap=3.0),
+    "P @ value, sinks": ask(lambda P: P @ tensor(), sinks=torch.zeros(HEADS)),
+    "P.T @ x": ask(lambda P: P.T @ tensor()),
+    "P.T @ x with gradients": ask(lambda P: P.T @ tensor(grad=True), grad=True),
+    "entropy": ask(lambda P: P.entropy()),
+    "entropy, no mask": ask(lambda P: P.entropy(), mask=None),
+    "entropy with gradients": ask(lambda P: P.entropy(), grad=True),
+    "entropy, softcap and sinks": ask(lambda P: P.entropy(), softcap=3.0, sinks=torch.zeros(HEADS)),
+    "entropy, rows known": ask(lambda P: (P @ tensor(), P.entropy())),
+    "max": ask(lambda P: P.max()),
+    "topk": ask(lambda P: P.topk(5)),
+    "received": ask(lambda P: P.received(mean=True)),
+    "offsets": ask(lambda P: P.offsets(8)),
+    "groups": ask(lambda P: P.groups(IDS // 100)),
+    "words": ask(lambda P: P.pool(IDS // 10, IDS // 10, "mass")),
+    "pool, mean": ask(lambda P: P.pool(64, 64)),
+    "pool, max": ask(lambda P: P.pool(64, 64, "max")),
+    "logsumexp": ask(lambda P: P.logsumexp),
+    "all at once": ask(lambda P: P.reduce(Entropy(), Max(), TopK(3), Received(), Offsets(2), Groups(IDS // 100), Pool(9, 9), Mass())),
+    "a part": ask(lambda P: P[0, 3, 100:4000, :50]),
+    "far apart cells": ask(lambda P: P[0, [1, 5], [17, 4000], [3, 9]]),
+}  # fmt: skip
+
+
+def status(name: str) -> float:
+    """A line of this process's status, in MB."""
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024 / 1e6
+
+
+def measure(name: str) -> float:
+    """How far memory rises above what was held before, in MB."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5", "utf-8")
+    before = status("VmRSS")
+    CASES[name]()
+    return status("VmHWM") - before
+
+
+def matrix_that_is_built() -> None:
+    torch.softmax(tensor() @ tensor().transpose(2, 3), -1)
+
+
+@pytest.fixture(scope="module")
+def peaks() -> dict[str, float]:
+    """Every case's peak, measured in one other process."""
+    if platform.system() != "Linux" or not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("peak memory is read from /proc/self, which only Linux has")
+    # Freed memory goes back at once, so that no case lives on what another left.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, *CASES, "built"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_peak_memory_stays_far_below_the_dense_matrix(name: str, peaks: dict[str, float]) -> None:
+    assert peaks[name] < BOUND < DENSE / 2
+
+
+def test_a_matrix_that_is_built_would_be_seen(peaks: dict[str, float]) -> None:
+    assert peaks["built"] > DENSE
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    CASES["built"] = matrix_that_is_built
+    attention(*(torch.randn(1, 1, 8, 8, requires_grad=True) for _ in range(3))).sum().backward()
+    print(json.dumps({name: round(measure(name), 1) for name in sys.argv[1:]}))
