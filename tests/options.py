@@ -5,11 +5,11 @@ from contextlib import contextmanager
 
 import jaxtyping
 import torch
-from tests.reference import FINFO_MIN, all_in, seen_where
 from torch import Tensor
 
 from headscope import masks
 from headscope.masks import Mask
+from tests.reference import FINFO_MIN, all_in, seen_where
 
 
 @contextmanager

@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests import reference
-from tests.options import BIASES, MASKS, masked, unchecked
-from tests.reference import operands
 from torch import Tensor
 from torch.autograd import gradcheck
 
 from headscope import attention, blockwise, kernels, masks
+from tests import reference
+from tests.options import BIASES, MASKS, masked, unchecked
+from tests.reference import operands
 
 SIZES = (2, 6, 7, 11)
 
@@ -215,6 +215,18 @@ def test_if_nobody_sees_anything_all_is_zero(dtype: torch.dtype) -> None:
     attention(query.detach(), key.detach(), only_value, mask=masks.prefix(0)).sum().backward()
     assert only_value.grad is not None
     assert bool((only_value.grad == 0).all())
+
+
+def test_gradients_are_the_same_where_masks_are_not_kept(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask, _ = masked("padding", SIZES)
+    bias = BIASES["key only"](SIZES)
+    inputs = [x.requires_grad_() for x in operands()]
+    kept = torch.autograd.grad(attention(*inputs, mask=mask, bias=bias).square().sum(), inputs)
+    monkeypatch.setattr(kernels, "_KEPT", 0)
+    again = torch.autograd.grad(attention(*inputs, mask=mask, bias=bias).square().sum(), inputs)
+    for one, other in zip(kept, again, strict=True):
+        assert float(one.abs().max()) > 0.1
+        compare(other, one.double(), 1e-6)
 
 
 def small(mask_name: str, bias_name: str) -> tuple[list[Tensor], Any, Tensor | None]:

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from tests.tiny import bart, ids, llama, mistral
 
 from headscope import ablate, edit, knock_out, patch, record
 from headscope.errors import EditError
+from tests.tiny import bart, ids, llama, mistral
 
 TEXT = ids(2, 7)
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from headscope import AttentionMatrix, indexing, masks
 from tests import reference
 from tests.options import unchecked
 from tests.reference import operands
-
-from headscope import AttentionMatrix, indexing, masks
 
 SIZES = (2, 6, 7, 11)
 QUERY, KEY, VALUE = operands()
@@ -54,7 +54,7 @@ def indices(draw: st.DrawFn) -> Any:
     return parts[0] if len(parts) == 1 and draw(st.booleans()) else tuple(parts)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(indices(), st.booleans(), st.booleans())
 def test_it_is_the_same_part_of_the_dense_matrix(index: Any, known: bool, small_parts: bool) -> None:
     matrix = AttentionMatrix(QUERY, KEY, mask=SEEN, **OPTIONS)
@@ -86,6 +86,12 @@ def test_parts_agree_whatever_was_asked_before(mask: masks.Mask | None, after: s
     wanted = reference.weights(QUERY, KEY, seen=seen)
     for index in [(), ..., (1, 5), (slice(None), [1, 4], 6), (0, 0, [1, 3, 6], [10, 0, 2]), (1, slice(1, 6, 3))]:
         torch.testing.assert_close(matrix[index].double(), wanted[index], atol=1e-5, rtol=0)
+
+
+def test_cells_named_one_by_one_know_of_mask_bias_softcap_and_sinks() -> None:
+    matrix = AttentionMatrix(QUERY, KEY, mask=SEEN, **OPTIONS)
+    index = torch.tensor([0, 1, 1]), torch.tensor([5, 2, 0]), torch.tensor([6, 0, 3]), torch.arange(11)[:, None]
+    torch.testing.assert_close(matrix[index].double(), P[index], atol=1e-5, rtol=0)
 
 
 def test_empty_parts_have_their_shape() -> None:

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.options import unchecked
-from tests.reference import all_in, seen_where
 from torch import Tensor
 
 from headscope import masks
 from headscope.masks import Mask
+from tests.options import unchecked
+from tests.reference import all_in, seen_where
 
 BATCH, HEADS, QUERIES, KEYS = 2, 3, 7, 11
 Rule = Callable[[int, int, int, int], bool]
@@ -197,6 +197,21 @@ def test_a_block_of_one_cell_is_always_known(name: str) -> None:
     for b, i, j in [(0, 0, 0), (1, 3, 4), (0, 6, 10), (1, 6, 5), (1, 2, 6)]:
         verdict = mask.classify(slice(b, b + 1), slice(FIRST + i, FIRST + i + 1), slice(j, j + 1))
         assert verdict == (bool(seen[b, 0, i, j]) if same[b, i, j] else None)
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "window both sides", "prefix", "padding", "left padding"])
+def test_no_block_is_called_what_it_is_not(name: str) -> None:
+    mask, rule = EACH[name]
+    seen = expected(rule)[:, 0]
+    wrong = []
+    with unchecked():
+        for i, j in ((i, j) for i in range(QUERIES) for j in range(KEYS)):
+            for rows, cols in ((rows, cols) for rows in (1, 2, 5) for cols in (1, 3, 4, 8)):
+                q, k = slice(i, min(QUERIES, i + rows)), slice(j, min(KEYS, j + cols))
+                verdict = mask.classify(slice(0, BATCH), slice(FIRST + q.start, FIRST + q.stop), k)
+                if verdict is not None and not bool((seen[:, q, k] == verdict).all()):
+                    wrong.append((q, k, verdict))
+    assert wrong == []
 
 
 def test_most_of_a_long_causal_or_windowed_mask_is_skipped_in_a_few_looks() -> None:

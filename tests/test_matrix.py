@@ -9,15 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests import reference
-from tests.options import BIASES, MASKS, masked, unchecked
-from tests.reference import FINFO_MIN, operands
 from torch import Tensor
 from torch.autograd import gradcheck
 
 from headscope import AttentionMatrix, blockwise, indexing, kernels, masks, reductions
 from headscope.masks import Mask
 from headscope.reductions import Block, Entropy, Groups, Mass, Max, Offsets, Pool, Received, Reduction, TopK
+from tests import reference
+from tests.options import BIASES, MASKS, masked, unchecked
+from tests.reference import FINFO_MIN, operands
 
 SIZES = (2, 6, 7, 11)
 
@@ -32,9 +32,8 @@ class Variant(NamedTuple):
     scale: float | None = None
 
     def __str__(self) -> str:
-        return ", ".join(
-            f"{name} {value}" for name, value in self._asdict().items() if value not in ("none", None, False)
-        )
+        given = {name: value for name, value in self._asdict().items() if value not in ("none", None, False)}
+        return ", ".join(f"{name} {value}" for name, value in given.items()) or "plain"
 
 
 VARIANTS = [

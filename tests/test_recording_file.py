@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.tiny import bart, ids, llama, mistral
 
 from headscope import Recording, record, tokenize
 from headscope.errors import RecordingError
+from tests.tiny import bart, ids, llama, mistral
 
 
 def generated(model: torch.nn.Module, **options: Any) -> Recording:

@@ -4,7 +4,7 @@ In the order in which data passes: a model is loaded, its text tokenized, its at
 site is an AttentionMatrix that is never built and answers questions; edits change what heads do.
 """
 
-from headscope import masks, reductions
+from headscope import masks, positions, reductions
 from headscope.edits import ablate, edit, knock_out, patch
 from headscope.errors import HeadscopeError
 from headscope.matrix import AttentionMatrix, attention
@@ -23,6 +23,7 @@ __all__ = [
     "load",
     "masks",
     "patch",
+    "positions",
     "pull",
     "record",
     "reductions",

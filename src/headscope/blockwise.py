@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from headscope.positions import Alibi
 from headscope.reductions import Block, Reduction
 from headscope.scores import LOWEST, Scores
 
@@ -210,7 +211,7 @@ def _answer(
     rows: slice,
     query: Tensor,
     key: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | Alibi | None,
     sinks: Tensor | None,
     *values: Any,
 ) -> Tensor:

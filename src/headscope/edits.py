@@ -154,7 +154,8 @@ def patch(layer: Layers, head: int | Iterable[int], *, from_: Recording) -> Patc
         if whole.shape == tuple(call.shape) or first + rows > whole.shape[2] or keys > whole.shape[3]:
             return whole
         part = whole.narrow(slice(0, whole.shape[0]), slice(0, whole.shape[1]), slice(first, first + rows))
-        bias = part.bias if part.bias is None or part.bias.shape[3] == 1 else part.bias[..., :keys]
+        bias = part.bias_tensor
+        bias = bias if bias is None or bias.shape[3] == 1 else bias[..., :keys]
         return replace(part, key=part.key[:, :, :keys], bias=bias)
 
     return Patch(_layers(layer), _positions("head", head), source)
@@ -219,10 +220,10 @@ def _mixed(own: Scores, given: Scores, chosen: tuple[int, ...]) -> Scores:
     query[:, index] = (given.query * (given.scale / own.scale))[:, index].to(query.dtype)
     key[:, index] = _per_head(given.key, heads)[:, index].to(key.dtype)
     mask = _either(own.mask, given.mask, masks.heads(chosen))
-    bias = own.bias
+    bias = own.bias_tensor
     if own.bias is not None or given.bias is not None:
         zero = query.new_zeros((1, 1, 1, 1))
-        ours, theirs = (zero if b is None else b for b in (own.bias, given.bias))
+        ours, theirs = (zero if b is None else b for b in (own.bias_tensor, given.bias_tensor))
         theirs_here = torch.zeros(heads, dtype=torch.bool, device=query.device)
         theirs_here[index] = True
         bias = torch.where(theirs_here.view(1, -1, 1, 1), theirs, ours)

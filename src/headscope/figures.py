@@ -21,7 +21,6 @@ from headscope.links import Head
 from headscope.matrix import AttentionMatrix
 from headscope.output import whole_file
 from headscope.recording import Recording
-from headscope.reductions import Pool
 from headscope.tokens import Tokens
 from headscope.words import FEW_WORDS, label, word_map
 
@@ -92,7 +91,7 @@ def thumbnails(
 
     Each thumbnail is a head's map: a row for each word that looks, a column for each word that is
     looked at. What rests on special tokens is the grey strip at its left. A text of more than 64 words
-    is drawn in 64 × 64 parts, each with its largest weight.
+    is cut into 64 parts, each drawn as if it were one word.
 
     Args:
         recording: The model's run over the text.
@@ -108,17 +107,15 @@ def thumbnails(
     path = Path(path)
     check_extension(path)
     layers, heads = len(recording), max(int(site.shape[1]) for site in recording.sites)
-    mosaic, strips = Tensor(), Tensor()
+    side = min(_BINS, len(tokens.words))
+    strip = max(1, round(side / 14))
+    first = strip + max(1, round(side / 24))  # where the map begins, beside the strip
+    gap = max(2, round(side / 6))
+    tall, wide = side + gap, first + side + gap
+    mosaic = torch.full((layers * tall, heads * wide), torch.nan)
+    strips = mosaic.clone()
     for layer in range(layers):
-        maps, rest = _small_maps(recording[layer], tokens)
-        if layer == 0:
-            side, gap = maps.shape[-1], max(2, round(maps.shape[-1] / 6))
-            strip = max(1, round(side / 14))
-            first = strip + max(1, round(side / 24))
-            tall, wide = side + gap, first + side + gap
-            mosaic = torch.full((layers * tall, heads * wide), torch.nan)
-            strips = mosaic.clone()
-        for head, (one, beside) in enumerate(zip(maps, rest, strict=True)):
+        for head, (one, beside) in enumerate(zip(*_small_maps(recording[layer], tokens, _BINS), strict=True)):
             y, x = layer * tall, head * wide
             mosaic[y : y + side, x + first : x + first + side] = one
             strips[y : y + side, x : x + strip] = beside[:, None]
@@ -166,7 +163,7 @@ def head_map(recording: Recording, tokens: Tokens, head: Head, path: str | Path,
         full = word_map(recording[head.layer], tokens, head.head)
         main, rest = _unseen_blank(full[:, :count], recording[head.layer]), full[:, count]
     else:
-        maps, rests = _pooled(recording[head.layer], tokens, 4 * _BINS)
+        maps, rests = _small_maps(recording[head.layer], tokens, 4 * _BINS)
         main, rest = maps[head.head], rests[head.head]
     side = main.shape[0]
     strip, gap = max(1, side // 40), max(1, side // 60)
@@ -188,33 +185,19 @@ def head_map(recording: Recording, tokens: Tokens, head: Head, path: str | Path,
     return Drawn(_write(figure, path, fonts), fonts.missing)
 
 
-def _small_maps(matrix: AttentionMatrix, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """The maps of a layer's heads [H, n, n], and what rests on special tokens [H, n]."""
-    count = len(tokens.words)
-    if count > _BINS:
-        return _pooled(matrix, tokens, _BINS)
-    ids, special = _ids(tokens, count)
-    words, rest = matrix.reduce(Pool(ids, ids, "mass"), Pool(ids, special, "mass"))
-    return _unseen_blank(words[0].float(), matrix), rest[0, :, :, 0].float()
+def _small_maps(matrix: AttentionMatrix, tokens: Tokens, parts: int) -> tuple[Tensor, Tensor]:
+    """The maps of a layer's heads [H, n, n], and what rests on special tokens [H, n].
 
-
-def _pooled(matrix: AttentionMatrix, tokens: Tokens, bins: int) -> tuple[Tensor, Tensor]:
-    """The same for a long text, whose words are put into `bins` parts: each cell's largest weight."""
-    ids, special = _ids(tokens, bins)
-    words, rest = matrix.reduce(Pool(ids, ids, "max"), Pool(ids, special, "mass"))
-    return _unseen_blank(words[0].float(), matrix), rest[0, :, :, 0].float()
-
-
-def _ids(tokens: Tokens, bins: int) -> tuple[Tensor, Tensor]:
-    """For each token its part of the text (-1: special), and 0 for special tokens (else -1)."""
+    A word is a row and a column; a text of more words than `parts` is cut into so many parts, each taken
+    as if it were one word.
+    """
     words = torch.tensor(tokens.word_ids())
-    special = torch.tensor(tokens.special)
-    ids = torch.where(words >= 0, words * bins // max(bins, len(tokens.words)), -1)
-    rest = torch.where(special, 0, -1)
-    if not special.any():
-        rest[0] = -1
-        return ids, torch.where(torch.arange(len(rest)) == 0, 1, -1)  # group 0 is empty
-    return ids, rest
+    count = min(parts, len(tokens.words))
+    ids = torch.where(words >= 0, words * count // len(tokens.words), -1)
+    columns = torch.where(torch.tensor(tokens.special), count, ids)
+    pooled = matrix.pool(ids, columns, "mass")[0].float()
+    rest = pooled[..., count] if pooled.shape[-1] > count else pooled.new_zeros(pooled.shape[:2])
+    return _unseen_blank(pooled[..., :count], matrix), rest
 
 
 def _unseen_blank(maps: Tensor, matrix: AttentionMatrix) -> Tensor:
@@ -269,7 +252,7 @@ def _caption(tokens: Tokens, recording: Recording, fonts: _Fonts, parts: int) ->
     special = " and ".join(dict.fromkeys(p for p, s in zip(tokens.pieces, tokens.special, strict=True) if s))
     read = "Rows: words that look, from the top. Columns: words looked at, from the left. "
     if parts:
-        read = f"The text is cut into {parts} parts; a cell shows its largest weight. " + read
+        read = f"The text is cut into {parts} equal parts, and a part drawn as if it were a word. " + read
     read += f"Grey strip: what rests on {special}." if special else ""
     proof = "unproved" if recording.proof is None else f"rebuilt to {recording.proof:.0e}"
     return [quoted, read, f"Weights {proof}: weights × values match what the model's own attention returned."]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from headscope.blockwise import Normalizer, stream
+from headscope.positions import Alibi
 from headscope.scores import Scores
 
 __all__ = ["PartReader"]
@@ -101,9 +102,7 @@ class PartReader:
         if scores.softcap is not None:
             x = torch.tanh(x / scores.softcap) * scores.softcap
         if scores.bias is not None:
-            sizes = scores.bias.shape
-            index = [i if n > 1 else torch.zeros_like(i) for i, n in zip((b, h, q, k), sizes, strict=True)]
-            x = x + scores.bias[tuple(index)].to(x.dtype)
+            x = x + self._bias_points(b, h, q, k)
         if scores.mask is not None:
             first_b, first_h, first_q = scores.origin
             seen = scores.mask(b + first_b, h + first_h, q + first_q, k)
@@ -111,6 +110,14 @@ class PartReader:
         at = (b, h, q)
         total = self.known.log_total[at]
         return (x - self.known.top[at] - total).exp().masked_fill(total == -torch.inf, 0)
+
+    def _bias_points(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        bias = self.scores.bias
+        if isinstance(bias, Alibi):
+            return bias.points(h, q + self.scores.origin[2], k, self.scores.dtype)
+        assert bias is not None  # asked only where there is one
+        index = [i if n > 1 else torch.zeros_like(i) for i, n in zip((b, h, q, k), bias.shape, strict=True)]
+        return bias[tuple(index)].to(self.scores.dtype)
 
     def _learn_rows(self, b: Tensor, h: Tensor, q: Tensor) -> None:
         """Sums of rows named one by one: neighbours are learnt together."""

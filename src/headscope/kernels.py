@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from headscope.blockwise import Normalizer, by_rows
 from headscope.scores import Scores
@@ -22,6 +23,7 @@ __all__ = ["fused", "fused_with_normalizer", "is_fused", "product"]
 
 _MASK_BLOCK = 1 << 22  # cells of a mask that may exist at once
 _ROWS = 256  # queries in a block, where the mask must be cut up
+_KEPT = 1 << 24  # cells of masks that autograd may keep for the backward pass; above, blocks are computed again there
 
 # A torch without it gives None: every answer still comes, by the public way.
 _flash_cpu: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -102,17 +104,19 @@ def _by_query_blocks(
 ) -> tuple[Tensor, Tensor | None]:
     batch, heads, queries, keys = scores.shape
     mask, bias = scores.mask, scores.bias
-    if mask is None and (bias is None or bias.shape[2] == 1):
+    if mask is None and (bias is None or (isinstance(bias, Tensor) and bias.shape[2] == 1)):
         bias = None if bias is None else bias.to(scores.dtype)
         return _kernel(query, key, value, bias, False, scores.scale, want_lse)
     if mask is not None and mask.is_causal and bias is None and queries == keys > 1:
         return _kernel(query, key, value, None, True, scores.scale, want_lse)
     per_row = keys * (batch * heads if bias is not None else batch)
     rows = max(1, min(_ROWS, _MASK_BLOCK // per_row))
+    again = torch.is_grad_enabled() and per_row * queries > _KEPT
+    block = partial(checkpoint, _query_block, use_reentrant=False) if again else _query_block
     outputs, sums = [], []
     for q in range(0, queries, rows):
         span = slice(q, min(queries, q + rows))
-        out, lse = _query_block(scores, query, key, value, span, want_lse)
+        out, lse = block(scores, query, key, value, span, want_lse)
         outputs.append(out)
         sums.append(lse)
     joined = torch.cat(outputs, 2)
@@ -139,10 +143,8 @@ def _query_block(
             ~has,
             seen | ~has,
         )  # zeros and zero gradients, whatever the kernel makes of such rows
-    bias = scores.bias
-    if bias is not None:
-        bias = bias[:, :, rows if bias.shape[2] > 1 else slice(None)]
-        bias = bias[..., keys if bias.shape[3] > 1 else slice(None)].to(scores.dtype)
+    if scores.bias is not None:
+        bias = scores.bias_block(everyone, slice(0, scores.shape[1]), rows, keys)
         seen = bias if seen is None else bias.masked_fill(~seen, -torch.inf)
     out, lse = _kernel(part, key[:, :, keys], value[:, :, keys], seen, False, scores.scale, want_lse)
     if blind is not None:

@@ -319,6 +319,9 @@ def _notes(
                 f"{label(tokens, source)!r} gives nothing to {label(tokens, target)!r}: in a decoder a word can only "
                 f"look back. Ask the other way round: --from {label(tokens, target)} --to {label(tokens, source)}"
             )
+    first = tokens.words[0]
+    if causal and target is None and first in sources:
+        notes.append(f"{label(tokens, first)!r} is the first word: in a decoder it has no word to look back at.")
     if tokens.unknown_share > 0.05:
         notes.append(f"The model does not know {tokens.unknown_share:.0%} of this text's tokens.")
     return tuple(notes)

@@ -15,6 +15,7 @@ from headscope import kernels
 from headscope.blockwise import Normalizer, by_rows, stream, strips
 from headscope.indexing import PartReader
 from headscope.masks import Mask
+from headscope.positions import Alibi
 from headscope.reductions import (
     Entropy,
     Groups,
@@ -38,7 +39,7 @@ def attention(
     value: Float[Tensor, "B G S Dv"],
     *,
     mask: Mask | Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | Alibi | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> Float[Tensor, "B H L Dv"]:
@@ -50,7 +51,7 @@ def attention(
         value: S values of any width, G heads.
         mask: who may see whom, see :mod:`headscope.masks`; a bool tensor is taken as ``masks.dense`` (True: may
             attend). A query that may attend to nothing gives zeros, with zero gradient.
-        bias: added to the scores, [L, S] or 4-D broadcastable to [B, H, L, S].
+        bias: added to the scores, [L, S] or 4-D broadcastable to [B, H, L, S], or ``positions.alibi(slopes)``.
         scale: 1/√D unless given.
         dropout_p: share of the weights that are dropped, from 0 up to but not 1.
 
@@ -118,7 +119,7 @@ class AttentionMatrix:
         key: Float[Tensor, "B G S D"],
         *,
         mask: Mask | Tensor | None = None,
-        bias: Tensor | None = None,
+        bias: Tensor | Alibi | None = None,
         scale: float | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,

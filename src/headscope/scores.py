@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from headscope.masks import Mask, dense
+from headscope.positions import Alibi
 
 __all__ = ["LOWEST", "Scores", "make_scores"]
 
@@ -29,7 +30,7 @@ class Scores:
     query: Tensor  # [B, H, L, D]
     key: Tensor  # [B, G, S, D]
     mask: Mask | None
-    bias: Tensor | None  # 4-D, broadcastable to [B, H, L, S], added after the cap
+    bias: Tensor | Alibi | None  # 4-D, broadcastable to [B, H, L, S], added after the cap
     scale: float
     softcap: float | None
     sinks: Tensor | None  # [H], one logit a head, in the denominator only
@@ -71,8 +72,23 @@ class Scores:
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         if self.bias is not None:
-            scores = scores + _cut(self.bias, b, heads, q, k).to(scores.dtype)
+            scores = scores + self.bias_block(b, heads, q, k)
         return scores
+
+    @property
+    def bias_tensor(self) -> Tensor | None:
+        """The bias as a tensor; a rule is written out, L×S, so ask this of small ones."""
+        if not isinstance(self.bias, Alibi):
+            return self.bias
+        batch, heads, queries, keys = self.shape
+        return self.bias_block(slice(0, batch), slice(0, heads), slice(0, queries), slice(0, keys))
+
+    def bias_block(self, b: slice, heads: slice, q: slice, k: slice) -> Tensor:
+        """The bias of a block, broadcastable to [b, heads, q, k]; ask only where there is one."""
+        if isinstance(self.bias, Alibi):
+            return self.bias.tile(heads, self.positions(q), k, self.query.device, self.dtype)
+        assert self.bias is not None
+        return _cut(self.bias, b, heads, q, k).to(self.dtype)
 
     def visible(self, b: slice, heads: slice, q: slice, k: slice) -> Tensor:
         """What the mask says of a block, as a bool tensor broadcastable to [b, heads, q, k]."""
@@ -108,7 +124,7 @@ class Scores:
             self,
             query=self.query[b, h, q],
             key=key,
-            bias=None if self.bias is None else _cut(self.bias, b, h, q, every),
+            bias=self._narrow_bias(b, h, q, every),
             sinks=None if self.sinks is None else self.sinks[h],
             origin=(
                 self.origin[0] + b.start,
@@ -117,6 +133,11 @@ class Scores:
             ),
         )
 
+    def _narrow_bias(self, b: slice, h: slice, q: slice, k: slice) -> Tensor | Alibi | None:
+        if self.bias is None or isinstance(self.bias, Alibi):
+            return None if self.bias is None else self.bias.of_heads(h)
+        return _cut(self.bias, b, h, q, k)
+
     def refuse_nonfinite(self) -> None:
         """Raise ValueError where a question would be answered from NaN or infinite numbers."""
         for name, tensor in (("query", self.query), ("key", self.key)):
@@ -124,7 +145,7 @@ class Scores:
             if bool(bad.any()):
                 raise ValueError(_describe(name, tensor, bad))
         for name, added in (("bias", self.bias), ("sinks", self.sinks)):
-            if added is not None:
+            if isinstance(added, Tensor):
                 bad = added.isnan() | (added == math.inf)
                 if bool(bad.any()):
                     raise ValueError(_describe(name, added, bad))
@@ -134,7 +155,7 @@ def make_scores(
     query: Tensor,
     key: Tensor,
     mask: Mask | Tensor | None,
-    bias: Tensor | None,
+    bias: Tensor | Alibi | None,
     scale: float | None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -149,7 +170,10 @@ def make_scores(
         if not isinstance(mask, Mask):
             raise ValueError(f"mask is a {type(mask).__name__}; wanted a headscope mask, a bool tensor or None.")
         mask.check(shape)
-    if bias is not None:
+    if isinstance(bias, Alibi):
+        if len(bias.slopes) != heads:
+            raise ValueError(f"alibi has {len(bias.slopes)} slopes, but there are {heads} heads: give one a head.")
+    elif bias is not None:
         bias = _check_bias(bias, shape)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}: it must be above 0, or None for no cap.")

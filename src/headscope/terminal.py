@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import IO, Any
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -25,7 +25,7 @@ __all__ = ["Stages", "print_error", "print_line", "print_models", "print_stages"
 _WIDEST = 110
 
 
-def _console(file: IO[str] | None = None) -> Console:
+def _console(file: Any = None) -> Console:
     file = file or sys.stdout
     if hasattr(file, "reconfigure"):
         file.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
@@ -64,7 +64,7 @@ def print_view(view: View, *, model: str, causal: bool, hints: bool = True) -> N
     console.print(_how_to_read(view))
     console.print(_proof_line(view))
     if hints and (tries := _hints(view, causal)):
-        console.print(Text("Try: ", style="bold").append(tries, style="not bold cyan"))
+        console.print(Text("Try, with the same text: ", style="bold").append(tries, style="not bold cyan"))
 
 
 def _heading(view: View, model: str, causal: bool) -> Text:

@@ -30,7 +30,9 @@ from tests.zoo.reference import EagerCall, eager_calls
 
 SECONDS = 60
 CLOSE = 1e-5
+CLOSE_KERNELS = 5e-5  # SDPA and eager round differently, and later layers see the difference
 _COLUMNS = ("type", "family", "sites", "modules", "way in", "rebuilt to", "maps", "maps of eager", "verdict")
+_BECAUSE = dict.fromkeys(("inkling2", "inkling2_text"), "its sinks are different for each query")
 _HIDDEN = torch.finfo(torch.float32).min / 2
 
 
@@ -54,7 +56,7 @@ class Row:
     @property
     def clean(self) -> bool:
         """Recorded, and nothing differs."""
-        close = all(d is None or d < CLOSE for d in (self.maps, self.eager))
+        close = (self.maps or 0.0) < CLOSE_KERNELS and (self.eager or 0.0) < CLOSE
         return self.same and close and self.verdict.startswith("recorded")
 
     def fixed(self) -> tuple[str, ...]:
@@ -85,10 +87,10 @@ def examine(name: str, seconds: int = SECONDS) -> Row:
 
 
 def _measure(row: Row, model: nn.Module) -> Row:
-    plain = _run(model, ZOO[row.name].inputs(model))
+    plain, inputs = _run(model, ZOO[row.name].inputs(model)), ZOO[row.name].inputs(model)
     try:
         with record(model) as recording:
-            watched = _run(model, ZOO[row.name].inputs(model))
+            watched = _run(model, inputs)
     except HeadscopeError as error:
         return _refused(row, error, model)
     same = len(plain) == len(watched) and all(_equal(a, b) for a, b in zip(plain, watched, strict=True))
@@ -127,7 +129,7 @@ def _refused(row: Row, error: HeadscopeError, model: nn.Module) -> Row:
     if isinstance(error, NothingSeen):
         return replace(row, verdict=f"{kind}: {_own_way(model, row.name)}")
     if isinstance(error, ProofError):
-        return replace(row, verdict=f"{kind}: not softmax of q·k as it was passed on")
+        return replace(row, verdict=f"{kind}: {_BECAUSE.get(row.name, 'not softmax of q·k as it was passed on')}")
     return replace(row, verdict=f"{kind}: {error}")
 
 
@@ -261,6 +263,7 @@ def page(rows: list[Row]) -> str:
         "maps": maps,
         "worst_proof": _short(max(proofs, default=None)),
         "worst_map": _short(max((row.maps for row in compared if row.maps is not None), default=None)),
+        "worst_eager": _short(max((row.eager for row in compared if row.eager is not None), default=None)),
         "transformers": transformers.__version__,
         "torch": re.sub(r"\+.*", "", torch.__version__),
         "table": table(rows),
@@ -278,8 +281,8 @@ Made with transformers {transformers} and torch {torch} by
 
 Of {types} types **{recorded} are recorded** ({part} of them in part), {refused} are refused and {unseen} are not seen.
 All recorded ones give the same outputs to the last bit with and without `record`; the largest difference of a
-rebuilt output is {worst_proof}. {compared} of them have eager functions that return maps: all {maps} maps agree with the
-recorded ones, the largest difference is {worst_map}.
+rebuilt output is {worst_proof}. {compared} of them have eager functions that return maps: all {maps} maps agree with
+the recorded ones, the largest difference is {worst_map}; recorded from eager itself it is {worst_eager}.
 
 What the columns say:
 
@@ -319,7 +322,9 @@ def main() -> None:
             print(" | ".join(row.cells()), "" if row.same or not row.sites else "CHANGED", flush=True)
     expected = ("not seen", "refused")
     bad = [row.name for row in rows if not row.clean and not row.verdict.startswith(expected)]
-    print(f"{len(rows)} types, {sum(row.clean for row in rows)} recorded and clean; not clean: {' '.join(bad) or 'none'}")
+    print(
+        f"{len(rows)} types, {sum(row.clean for row in rows)} recorded and clean; not clean: {' '.join(bad) or 'none'}"
+    )
     if arguments.write:
         arguments.write.write_text(page(rows), encoding="utf-8")
     sys.exit(bool(bad))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,10 @@ from torch import Tensor
 
 from headscope.errors import RecordingError
 from headscope.masks.codec import decode, encode
-from headscope.recording.record import Recording, Run
 from headscope.recording.site import Part, SiteCalls
 from headscope.tokens import Tokens, Word
 
-__all__ = ["FORMAT", "VERSION", "load", "save"]
+__all__ = ["FORMAT", "VERSION", "Contents", "load", "save"]
 
 FORMAT = "headscope-recording"
 VERSION = 1
@@ -30,15 +30,23 @@ _TENSOR_NAME = re.compile(r"(query|key|value|output|mask|bias|sinks|valid)\.\d{1
 _SAFE_TEXT = re.compile(r"[^\x00-\x1f\x7f-\x9f]{0,4096}")
 
 
-def save(recording: Recording, path: Path) -> None:
-    """Write ``recording`` to ``path``: all of it or nothing."""
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What a file holds: runs as their sites and valid positions, the text, and the modules that were not seen."""
+
+    runs: list[tuple[list[SiteCalls], Tensor | None]]
+    tokens: Any
+    unseen: tuple[str, ...]
+
+
+def save(contents: Contents, path: Path) -> None:
+    """Write a recording to ``path``: all of it or nothing."""
     writer = _Writer()
-    runs = [writer.run(run) for run in recording.runs]
-    header = {
-        "runs": runs,
-        "unseen": list(recording.unseen),
-        "tokens": _tokens_out(recording.tokens),
-    }
+    runs = [
+        {"valid": writer.keep("valid", valid), "sites": [writer.site(s) for s in sites]}
+        for sites, valid in contents.runs
+    ]
+    header = {"runs": runs, "unseen": list(contents.unseen), "tokens": _tokens_out(contents.tokens)}
     metadata = {"format": FORMAT, "version": str(VERSION), "recording": json.dumps(header)}
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -71,10 +79,6 @@ class _Writer:
             self._alive.append(tensor)
         return self._names[id(tensor)]
 
-    def run(self, run: Run) -> dict[str, Any]:
-        """A run as plain data."""
-        return {"valid": self.keep("valid", run.valid), "sites": [self.site(s) for s in run.calls_of_sites]}
-
     def site(self, site: SiteCalls) -> dict[str, Any]:
         """A site as plain data."""
         scores = site.scores()
@@ -105,7 +109,7 @@ class _Writer:
         }
 
 
-def load(path: Path) -> Recording:
+def load(path: Path) -> Contents:
     """Read a recording; its tensors are mapped from the file, not copied."""
     if not path.is_file():
         raise RecordingError(f"{path} is not there. Recordings are written by recording.save(path) or see --save.")
@@ -120,7 +124,7 @@ def load(path: Path) -> Recording:
                 raise RecordingError(f"{path} holds a tensor of a name that no recording has: {wrong[0][:40]!r}.")
             header = json.loads(metadata["recording"])
             tensors = {name: file.get_tensor(name) for name in names}
-        return _Reader(tensors).recording(header)
+        return _Reader(tensors).contents(header)
     except SafetensorError as error:
         raise RecordingError(f"{path} is damaged or not a recording: {error}. Record again.") from error
     except OSError as error:
@@ -176,15 +180,10 @@ class _Reader:
             raise ValueError(f"a {kind} is missing")
         return found
 
-    def recording(self, header: Any) -> Recording:
+    def contents(self, header: Any) -> Contents:
         """The whole."""
-        recording = Recording([self.run(run) for run in header["runs"]], _tokens_in(header["tokens"]))
-        recording.unseen = tuple(_text(name) for name in header["unseen"])
-        return recording
-
-    def run(self, data: Any) -> Run:
-        """A run."""
-        return Run([self.site(site) for site in data["sites"]], self.get("valid", data["valid"]))
+        runs = [([self.site(s) for s in run["sites"]], self.get("valid", run["valid"])) for run in header["runs"]]
+        return Contents(runs, _tokens_in(header["tokens"]), tuple(_text(name) for name in header["unseen"]))
 
     def site(self, data: Any) -> SiteCalls:
         """A site, whose joined scores must be consistent."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from headscope.errors import NothingSeen, RecordingError
 from headscope.matrix import AttentionMatrix
+from headscope.recording.file import Contents, load, save
 from headscope.recording.site import Captured, SiteCalls, capture
 from headscope.reductions import Reduction
 from headscope.seam import AttentionCall, Forward, invisible, watch
@@ -198,16 +199,16 @@ class Recording:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; see docs/recording-format.md. Raises RecordingError, OSError."""
-        from headscope.recording.file import save
-
-        save(self, Path(path))
+        contents = Contents([(r.calls_of_sites, r.valid) for r in self.runs], self.tokens, self.unseen)
+        save(contents, Path(path))
 
     @staticmethod
     def load(path: str | Path) -> Recording:
         """Read such a file; tensors stay on disk until asked. Raises RecordingError."""
-        from headscope.recording.file import load
-
-        return load(Path(path))
+        contents = load(Path(path))
+        recording = Recording([Run(sites, valid) for sites, valid in contents.runs], contents.tokens)
+        recording.unseen = contents.unseen
+        return recording
 
     def __repr__(self) -> str:
         if len(self.runs) != 1:
@@ -265,11 +266,13 @@ class _Recorder:
             self.recording.answers.append(Answer(call.name, call.occurrence, call.shape, values))
 
     def ended(self, forward: Forward) -> None:
-        """A forward is over: it continues this thread's run, or begins another."""
+        """A forward is over: it continues this thread's run, or begins another. One that failed is no run."""
         with self._lock, invisible():
+            calls = self._pending.pop(id(forward), [])
+            if forward.failed:
+                return
             self.forwards += 1
             self.ran |= forward.ran
-            calls = self._pending.pop(id(forward), [])
             if not calls:
                 return
             current = self._current.get(threading.get_ident())

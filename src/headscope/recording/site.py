@@ -95,7 +95,7 @@ def without_blank_cache(scores: Scores) -> Scores:
         return scores
     seen = scores.visible(every_b, every_h, rows, slice(0, stop))
     seen = seen.expand(-1, -1, queries, -1)
-    bias = scores.bias
+    bias = scores.bias_tensor
     if bias is not None and bias.shape[3] > 1:
         bias = bias[..., :stop]
     mask = compact(seen, batch)
@@ -126,7 +126,7 @@ class SiteCalls:
         """A site that begins with this call."""
         scores = call.scores
         _, _, rows, keys = scores.shape
-        part = Part(0, rows, 0, keys, scores.mask, scores.bias, call.proof, call.output)
+        part = Part(0, rows, 0, keys, scores.mask, scores.bias_tensor, call.proof, call.output)
         return cls(
             call.name,
             call.occurrence,
@@ -169,7 +169,9 @@ class SiteCalls:
         """
         if call.scores.query.shape[1] != self.shape[1]:
             return None
-        return follows(self.key, bool(self.gone), call.scores)
+        how = follows(self.key, bool(self.gone), call.scores)
+        again = how is not None and how[0] == "cross" and _same(call.scores.query, self.queries[-1])
+        return None if again else how  # the same queries once more: a forward of its own
 
     def add(self, call: Captured, how: str, shared: int) -> None:
         """Join a call that continues this site."""
@@ -188,7 +190,9 @@ class SiteCalls:
             self.values = call.value if self.values is not None else None
         first_key = 0 if how == "cross" else self.num_gone
         self.queries.append(scores.query)
-        self.parts.append(Part(first_row, rows, first_key, keys, scores.mask, scores.bias, call.proof, call.output))
+        self.parts.append(
+            Part(first_row, rows, first_key, keys, scores.mask, scores.bias_tensor, call.proof, call.output)
+        )
         self.dropout_p = max(self.dropout_p, call.dropout_p)
         self.edited = self.edited or call.edited
 

@@ -16,7 +16,7 @@ from headscope.scores import Scores, make_scores
 from headscope.seam.call import Output
 from headscope.seam.inputs import Read, combine, read_mask
 from headscope.seam.sdpa import causal_from_the_top
-from headscope.seam.watching import Forward, active, autocast_operands, cached, inside, seen
+from headscope.seam.watching import Forward, active, autocast_operands, cached, inside, seen, unnoticed
 
 __all__ = ["install", "remove"]
 
@@ -60,7 +60,8 @@ def _watched(function: Callable[..., Any], implementation: str) -> Callable[...,
         with inside():
             result = function(*args, **kwargs)
         given = dict(zip(_OPERANDS, args, strict=False)) | kwargs
-        return _saw(implementation, result, given)
+        with unnoticed():
+            return _saw(implementation, result, given)
 
     return attention
 

@@ -21,8 +21,8 @@ _ROWS = 4
 
 def prove(
     where: str, candidates: Iterable[Scores], value: Tensor, output: Output, valid: Tensor | None
-) -> tuple[Scores, float]:
-    """The first reading of a call that explains its output, and how closely.
+) -> tuple[Scores, float | None]:
+    """The first reading of a call that explains its output, and how closely; None: no row could be compared.
 
     Raises:
         ProofError: no reading does: a cap, a sink, a mask or a bias is not understood.
@@ -30,7 +30,7 @@ def prove(
     best: tuple[float, Scores] | None = None
     for scores in candidates:
         difference = _difference(scores, value, output, valid)
-        if difference <= TOLERANCE.get(scores.query.dtype, 1e-4):
+        if difference is None or difference <= TOLERANCE.get(scores.query.dtype, 1e-4):
             return scores, difference
         if best is None or difference < best[0]:
             best = difference, scores
@@ -43,14 +43,21 @@ def prove(
     )
 
 
-def _difference(scores: Scores, value: Tensor, output: Output, valid: Tensor | None) -> float:
-    """Largest difference over the proved rows, relative to the largest number there; NaN rows prove nothing."""
+def _difference(scores: Scores, value: Tensor, output: Output, valid: Tensor | None) -> float | None:
+    """Largest difference over the proved rows, relative to the largest number there.
+
+    None if there is nothing to compare: rows that see nothing, or that are NaN here and there, prove nothing.
+    """
     batch, row = choose_rows(scores, valid)
     if not len(batch):
-        return 0.0
+        return None
     rebuilt = torch.cat([_head_outputs(scores, value, b, r) for b, r in zip(batch.tolist(), row.tolist(), strict=True)])
     wanted = output.rows(batch, row).float()
     got = output.finish(rebuilt.to(value.dtype), batch, row).float()
+    both = ~(wanted.isnan() & got.isnan())
+    wanted, got = wanted[both], got[both]
+    if not len(wanted):
+        return None
     scale = wanted.abs().max().clamp(min=1e-6)
     difference = float((wanted - got).abs().max() / scale)
     return math.inf if math.isnan(difference) else difference
@@ -98,8 +105,11 @@ def _valid_rows(valid: Tensor | None, b: int, batch: int, queries: int, keys: in
 
 
 def _sees_something(scores: Scores, b: int, r: int) -> bool:
-    if scores.mask is None:
-        return True
-    every = slice(0, scores.shape[3])
-    seen = scores.visible(slice(b, b + 1), slice(0, scores.shape[1]), slice(r, r + 1), every)
+    part = scores.narrow(slice(b, b + 1), slice(0, scores.shape[1]), slice(r, r + 1))
+    seen = torch.ones(1, dtype=torch.bool)
+    if scores.mask is not None:
+        seen = part.visible(slice(0, 1), slice(0, scores.shape[1]), slice(0, 1), slice(0, scores.shape[3]))
+    bias = part.bias_tensor
+    if bias is not None:
+        seen = seen & (bias > -torch.inf)
     return bool(seen.any(-1).all())

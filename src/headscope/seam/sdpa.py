@@ -16,7 +16,7 @@ from headscope.masks import causal, padding, window
 from headscope.scores import Scores, make_scores
 from headscope.seam.call import Output
 from headscope.seam.inputs import Read, combine, read_mask
-from headscope.seam.watching import Forward, active, autocast_operands, cached, inside, seen
+from headscope.seam.watching import Forward, active, autocast_operands, cached, inside, seen, unnoticed
 
 __all__ = ["SdpaMode", "enter", "leave", "suspended"]
 
@@ -33,7 +33,8 @@ class SdpaMode(TorchFunctionMode):
             return func(*args, **kwargs)
         with inside():
             output = func(*args, **kwargs)
-        return _saw(output, *args, **kwargs)
+        with unnoticed():
+            return _saw(output, *args, **kwargs)
 
 
 def enter() -> None:
@@ -78,10 +79,10 @@ def _saw(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: int | float = 0.0,
     is_causal: bool = False,
     *,
-    scale: float | None = None,
+    scale: int | float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
     lengths = None
@@ -98,9 +99,10 @@ def _saw(
             read = combine(read, (causal_from_the_top(shape), None))
         if lengths is not None:
             read = combine(read, (padding(key_lengths), None))
-        yield make_scores(q, k, *read, scale)
+        yield make_scores(q, k, *read, None if scale is None else float(scale))
 
-    return seen(None, "sdpa", candidates, v, direct(output, lengths), dropout_p).output.raw
+    valid = None if lengths is None else torch.arange(shape[2]) < lengths[:, None]
+    return seen(None, "sdpa", candidates, v, direct(output, lengths), float(dropout_p), valid=valid).output.raw
 
 
 def causal_from_the_top(shape: tuple[int, int, int, int]) -> Any:

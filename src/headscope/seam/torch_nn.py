@@ -6,10 +6,12 @@ and keys are computed again from their arguments. torch's masks say True for *hi
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,12 +24,22 @@ from headscope.scores import Scores, make_scores
 from headscope.seam.call import Output
 from headscope.seam.inputs import Read, combine, read_mask
 from headscope.seam.sdpa import causal_from_the_top, suspended
-from headscope.seam.watching import Forward, active, autocast_operands, inside, is_plain_layer, seen, watches_of
+from headscope.seam.watching import (
+    Forward,
+    active,
+    autocast_operands,
+    inside,
+    is_plain_layer,
+    seen,
+    unnoticed,
+    watches_of,
+)
 
 __all__ = ["install", "remove"]
 
 _ORIGINAL: list[tuple[Any, str, Any]] = []
 _local = threading.local()
+_SLOW = inspect.signature(F.multi_head_attention_forward)
 
 
 def install() -> None:
@@ -58,7 +70,8 @@ def _wrap(owner: Any, name: str, saw: Callable[..., Any]) -> None:
             return original(*args, **kwargs)
         with inside():
             result = original(*args, **kwargs)
-        return saw(result, *args, **kwargs)
+        with unnoticed():
+            return saw(result, *args, **kwargs)
 
     setattr(owner, name, function)
 
@@ -117,75 +130,59 @@ def _module() -> nn.Module | None:
     return _stack()[-1] if _stack() else None
 
 
-def _saw_slow(
-    result: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    embed_dim: int,
-    num_heads: int,
-    in_proj_weight: Tensor | None,
-    in_proj_bias: Tensor | None,
-    bias_k: Tensor | None,
-    bias_v: Tensor | None,
-    add_zero_attn: bool,
-    dropout_p: float,
-    out_proj_weight: Tensor,
-    out_proj_bias: Tensor | None,
-    training: bool = True,
-    key_padding_mask: Tensor | None = None,
-    need_weights: bool = True,
-    attn_mask: Tensor | None = None,
-    use_separate_proj_weight: bool = False,
-    q_proj_weight: Tensor | None = None,
-    k_proj_weight: Tensor | None = None,
-    v_proj_weight: Tensor | None = None,
-    static_k: Tensor | None = None,
-    static_v: Tensor | None = None,
-    average_attn_weights: bool = True,
-    is_causal: bool = False,
-) -> Any:
+def _saw_slow(result: Any, *args: Any, **kwargs: Any) -> Any:
     """F.multi_head_attention_forward: [L, B, E], or [L, E] without a batch."""
-    if static_k is not None or static_v is not None:
-        raise UnsupportedAttention("multi_head_attention_forward was given static_k or static_v: these are not read.")
-    weights = [q_proj_weight, k_proj_weight, v_proj_weight]
-    if not use_separate_proj_weight and in_proj_weight is not None:
-        weights = list(in_proj_weight.chunk(3))
-    biases = [None, None, None] if in_proj_bias is None else in_proj_bias.chunk(3)
-    flat = query.dim() == 2
-    inputs = [x.unsqueeze(1) if flat else x for x in (query, key, value)]
-    q, k, v = (F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True) if w is not None)
-    extra = 0
-    if bias_k is not None and bias_v is not None:
-        k, v = (torch.cat([x, b.expand(1, x.shape[1], -1)]) for x, b in ((k, bias_k), (v, bias_v)))
-        extra += 1
-    if add_zero_attn:
-        k, v = (torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in (k, v))
-        extra += 1
-    q, k, v = (x.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for x in autocast_operands(q, k, v))
-    shape = (q.shape[0], num_heads, q.shape[2], k.shape[2])
-    padding_read = _read(_rows_of(key_padding_mask), shape, extra)
+    bound = _SLOW.bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = SimpleNamespace(**bound.arguments)
+    flat = given.query.dim() == 2
+    q, k, v, extra = _project(given, flat)
+    shape = (q.shape[0], given.num_heads, q.shape[2], k.shape[2])
+    padding_read = _read(_rows_of(given.key_padding_mask), shape, extra)
 
     def candidates(_: Forward) -> Iterator[Scores]:
-        if attn_mask is None or not is_causal:
-            yield make_scores(q, k, *combine(_read(_four(attn_mask, shape), shape, extra), padding_read), None)
-        else:
+        mask = given.attn_mask
+        if mask is not None and given.is_causal:  # a hint that the function may follow instead of the mask
             yield make_scores(q, k, *combine((causal_from_the_top(shape), None), padding_read), None)
-            yield make_scores(q, k, *combine(_read(_four(attn_mask, shape), shape, extra), padding_read), None)
+        yield make_scores(q, k, *combine(_read(_four(mask, shape), shape, extra), padding_read), None)
 
     returned = result[0].unsqueeze(1) if flat else result[0]
 
     def finish(heads: Tensor, b: Tensor, r: Tensor) -> Tensor:
-        return F.linear(heads.flatten(-2), out_proj_weight, out_proj_bias)
+        bias = None if given.out_proj_bias is None else given.out_proj_bias.to(heads.dtype)  # under autocast another
+        return F.linear(heads.flatten(-2), given.out_proj_weight.to(heads.dtype), bias)
 
     def write(new: Tensor) -> Tensor:
         return finish(new.permute(2, 0, 1, 3), new, new).view_as(result[0])
 
     output = Output(result[0], finish, lambda b, r: returned[r, b], write)
-    valid = _valid(key_padding_mask, shape)
-    call = seen(_module(), "torch.nn", candidates, v, output, dropout_p if training else 0.0, valid=valid)
+    dropout = float(given.dropout_p) if given.training else 0.0
+    valid = _valid(given.key_padding_mask, shape)
+    call = seen(_module(), "torch.nn", candidates, v, output, dropout, valid=valid)
     edited = call.output.raw
     return result if edited is result[0] else (edited, *result[1:])
+
+
+def _project(given: SimpleNamespace, flat: bool) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Queries, keys and values [B, H, *, D] from the function's arguments, and how many keys it adds itself."""
+    if given.static_k is not None or given.static_v is not None:
+        raise UnsupportedAttention("multi_head_attention_forward was given static_k or static_v: these are not read.")
+    inputs = [x.unsqueeze(1) if flat else x for x in (given.query, given.key, given.value)]
+    if given.use_separate_proj_weight:
+        weights = (given.q_proj_weight, given.k_proj_weight, given.v_proj_weight)
+        biases = (None, None, None) if given.in_proj_bias is None else given.in_proj_bias.chunk(3)
+        q, k, v = F._in_projection(*inputs, *weights, *biases)
+    else:  # packed as torch packs it: in half precision the rounding depends on that
+        q, k, v = F._in_projection_packed(*inputs, given.in_proj_weight, given.in_proj_bias)
+    extra = 0
+    if given.bias_k is not None and given.bias_v is not None:
+        k, v = (torch.cat([x, b.expand(1, x.shape[1], -1)]) for x, b in ((k, given.bias_k), (v, given.bias_v)))
+        extra += 1
+    if given.add_zero_attn:
+        k, v = (torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in (k, v))
+        extra += 1
+    q, k, v = (x.unflatten(-1, (given.num_heads, -1)).permute(1, 2, 0, 3) for x in autocast_operands(q, k, v))
+    return q, k, v, extra
 
 
 def _saw_native(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from headscope.scores import Scores
 from headscope.seam.call import AttentionCall, Output
 from headscope.seam.proof import prove
 
-__all__ = ["Forward", "Watch", "active", "inside", "invisible", "seen"]
+__all__ = ["Forward", "Watch", "active", "inside", "invisible", "seen", "unnoticed"]
 
 
 @dataclass(eq=False)
@@ -31,6 +32,8 @@ class Forward:
     counts: dict[str, int] = field(default_factory=dict)
     masks: dict[Any, Any] = field(default_factory=dict)  # masks already read in this forward
     calls: int = 0
+    failed: bool = False  # it ended by an exception
+    handling: BaseException | None = field(default_factory=sys.exception)  # what was being handled when it began
 
 
 Edit = Callable[[AttentionCall, Forward], AttentionCall]
@@ -71,10 +74,13 @@ class Watch:
             self._handles.append(module.register_forward_hook(after, always_call=True))
 
     def detach(self) -> None:
-        """Take the hooks off again."""
+        """Take the hooks off again; end a forward that was left without them (KeyboardInterrupt)."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self.forward is not None:
+            self._local.forward = None
+            ways_leave()
 
     def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -92,7 +98,8 @@ class Watch:
                 return  # a backward pass computes something again: it was seen before
             if self.edit is not None:
                 refuse_checkpointing(self.model)
-            self._local.forward = Forward(name, read_valid(module, args, kwargs))
+            with unnoticed():
+                self._local.forward = Forward(name, read_valid(module, args, kwargs))
             ways_enter()
         forward = self.forward
         if forward is not None:
@@ -108,6 +115,7 @@ class Watch:
             pass
         if not forward.stack:
             self._local.forward = None
+            forward.failed = sys.exception() is not forward.handling
             ways_leave()
             if self.on_end is not None:
                 self.on_end(forward)
@@ -128,8 +136,12 @@ _ON_LEAVE: list[Callable[[], None]] = []
 
 
 def is_plain_layer(module: nn.Module) -> bool:
-    """An nn.TransformerEncoderLayer with torch's own forward: it has a fast path, and leaves it for hooks."""
-    return type(module).forward is nn.TransformerEncoderLayer.forward
+    """An nn.TransformerEncoderLayer that runs torch's own forward: it has a fast path, and leaves it for hooks."""
+    if not isinstance(module, nn.TransformerEncoderLayer):
+        return False
+    forward = type(module).forward
+    called = getattr(getattr(forward, "__code__", None), "co_names", ())
+    return forward is nn.TransformerEncoderLayer.forward or not {"super", "TransformerEncoderLayer"}.isdisjoint(called)
 
 
 def watches_of(module: nn.Module) -> list[Watch]:
@@ -167,23 +179,34 @@ def inside() -> Iterator[None]:
 
 
 @contextmanager
+def unnoticed() -> Iterator[None]:
+    """Our own computations on a call's operands: no mode of anybody's sees them."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
+
+
+@contextmanager
 def invisible() -> Iterator[None]:
-    """Our own computations: no gradients, no autocast, and no mode of anybody's sees them."""
-    with (
-        inside(),
-        torch.no_grad(),
-        torch._C.DisableTorchFunction(),
-        _disable_current_modes(),
-        torch.autocast("cpu", enabled=False),
-    ):
+    """The same, without gradients, without autocast, and without seeing ourselves."""
+    with inside(), unnoticed(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         yield
 
 
 def cached(forward: Forward, key: Any, keep: Any, make: Callable[[], Any]) -> Any:
-    """``make()``, once a forward for each key; ``keep`` stays alive so that ids stay its own."""
-    if key not in forward.masks:
+    """``make()``, once a forward for each key; ``keep`` stays alive so that ids stay its own.
+
+    A tensor that may have been written into since is read again.
+    """
+    key = (key, _version(keep))
+    if key not in forward.masks or key[1] is None:
         forward.masks[key] = (make(), keep)
     return forward.masks[key][0]
+
+
+def _version(kept: Any) -> int | None:
+    if not isinstance(kept, Tensor):
+        return 0
+    return None if kept.is_inference() else kept._version
 
 
 def seen(
@@ -211,7 +234,7 @@ def seen(
         scores = readings[0]
         if not dropout_p:
             scores, proof = prove(
-                name or type(module).__name__, readings, value, output, valid if valid is not None else first.valid
+                name or "the model", readings, value, output, valid if valid is not None else first.valid
             )
     call = AttentionCall(name, 0, way, scores, value, output, dropout_p, proof, is_cross=_is_cross(module, way, scores))
     with inside():

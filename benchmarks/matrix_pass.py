@@ -1,0 +1,79 @@
+"""What questions to the attention matrix cost, as a multiple of the fused forward; every ratio includes it.
+
+Peers: the same forward and the same answers from a matrix that is built; top-5 by torch.topk over each block.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from measure import Timing, side_by_side, write
+from torch import Tensor
+
+from headscope import AttentionMatrix, masks
+from headscope.reductions import Block, Entropy, Max, Received, TopK
+
+HEADS, GROUPS, SIZE = 9, 3, 64
+
+
+class PlainTopK(TopK):
+    """TopK without the chunk maxima: torch.topk over every block."""
+
+    def _best(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        best = x.topk(min(self.k, x.shape[-1]), -1)
+        return best.values, best.indices
+
+    def update(self, state: tuple[Tensor, Tensor], block: Block) -> None:
+        """As in TopK."""
+        super().update(state, block)
+
+
+def rows_for(length: int, rounds: int) -> list[list[str]]:
+    """Measure one length."""
+    torch.manual_seed(0)
+    query = torch.randn(1, HEADS, length, SIZE)
+    key, value = torch.randn(1, GROUPS, length, SIZE), torch.randn(1, GROUPS, length, SIZE)
+
+    def forward() -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+    def ours(*questions: object) -> object:
+        matrix = AttentionMatrix(query, key, mask=masks.causal())
+        return matrix @ value, matrix.reduce(*questions)  # type: ignore[arg-type]
+
+    def built(top: int) -> object:
+        keys, values = key.repeat_interleave(3, 1), value.repeat_interleave(3, 1)
+        scores = query @ keys.transpose(-1, -2) * SIZE**-0.5
+        scores.masked_fill_(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
+        weights = scores.softmax(-1)
+        answers = [-torch.xlogy(weights, weights).sum(-1), weights.max(-1), weights.sum(-2)]
+        return weights @ values, answers, weights.topk(top, -1) if top else None
+
+    work = {
+        "fused forward": forward,
+        "+ entropy, max, received": lambda: ours(Entropy(), Max(), Received()),
+        "+ top-5 by chunk maxima": lambda: ours(Entropy(), Max(), Received(), TopK(5)),
+        "+ top-5 by torch.topk": lambda: ours(Entropy(), Max(), Received(), PlainTopK(5)),
+        "matrix built: entropy, max, received": lambda: built(0),
+        "matrix built: and top-5": lambda: built(5),
+    }
+    times = side_by_side(work, rounds)
+    base = times["fused forward"]
+    return [[str(length), name, *_cells(time, base)] for name, time in times.items()]
+
+
+def _cells(time: Timing, base: Timing) -> list[str]:
+    return [f"{time.median * 1e3:.0f} ms", f"±{time.spread / 2:.0%}", f"{time.median / base.median:.2f}"]
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        table = rows_for(2048, 7) + rows_for(8192, 3)
+    write(
+        "matrix_pass",
+        "Questions to the attention matrix, ÷ fused forward",
+        ("length", "work", "time", "spread", "÷ fused forward"),
+        table,
+        f"{HEADS} heads, {GROUPS} key/value heads of size {SIZE}, causal, float32, batch 1. Each line includes the "
+        "forward. Medians of rounds in which all lines ran in turn.",
+    )

@@ -1,0 +1,70 @@
+"""Timing side by side, peak memory, and the table that a benchmark writes."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one piece of work over several rounds."""
+
+    median: float
+    spread: float  # (largest − smallest) ÷ median
+
+
+def side_by_side(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+    """Time several pieces of work in turn, so that a slow minute of the machine meets all of them."""
+    for action in work.values():
+        action()
+    taken: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, action in work.items():
+            gc.collect()
+            start = time.perf_counter()
+            action()
+            taken[name].append(time.perf_counter() - start)
+    return {name: Timing(statistics.median(t), (max(t) - min(t)) / statistics.median(t)) for name, t in taken.items()}
+
+
+def peak_memory() -> float:
+    """The most memory this process ever held, in MB (on macOS the kernel counts in bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if platform.system() == "Darwin" else peak / 1e3
+
+
+def machine() -> str:
+    """What the numbers were measured on."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return (
+        f"{cpu}, {torch.get_num_threads()} threads, {capability}; torch {torch.__version__}, "
+        f"Python {platform.python_version()}, {platform.system()}; {datetime.now(UTC):%Y-%m-%d}"
+    )
+
+
+def write(name: str, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: str) -> None:
+    """Print a table and write it to results/<name>.md."""
+    lines = [f"# {title}", "", machine(), "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    text = "\n".join([*lines, "", notes, ""])
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(text)
+    print(text)

@@ -1,0 +1,236 @@
+"""generate(): the steps of a site join into one matrix, which is that of one forward over the whole text."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import bart, ids, llama, mistral
+from torch import Tensor, nn
+
+from headscope.recording import Recording, record
+from tests.zoo.reference import eager_maps
+
+NEW = 6
+
+
+def generated(model: nn.Module, *args: Any, **options: Any) -> tuple[Recording, Tensor]:
+    """A recording of generate(), whose tokens are the same without it."""
+    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
+    torch.manual_seed(5)
+    plain = model.generate(*args, **copy.deepcopy(options))
+    torch.manual_seed(5)
+    with record(model) as recording:
+        watched = model.generate(*args, **options)
+    assert torch.equal(plain, watched)
+    return recording, watched
+
+
+def same_as_eager(
+    recording: Recording, model: nn.Module, inputs: dict[str, Any], rows: Tensor | None = None, tolerance: float = 1e-5
+) -> None:
+    """Every joined matrix is the map of one eager forward, on the rows that are text."""
+    wanted = eager_maps(model, inputs)
+    assert len(recording) == len(wanted)
+    for matrix, whole in zip(recording, wanted, strict=True):
+        got = matrix.dense()
+        assert got.shape == whole.shape
+        difference = (got - whole).abs().amax((1, 3))
+        assert (difference if rows is None else difference[rows]).max() < tolerance
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("sample", [False, True])
+def test_a_decoder(cache: str | None, sample: bool) -> None:
+    model = llama()
+    recording, tokens = generated(model, ids(2, 7), cache_implementation=cache, do_sample=sample)
+    assert tokens.shape == (2, 7 + NEW)
+    same_as_eager(recording, model, {"input_ids": tokens[:, :-1]})
+    assert len(recording.calls) == 2 * NEW
+
+
+def test_steps_of_a_causal_text_are_one_causal_matrix() -> None:
+    recording, _ = generated(llama(), ids(1, 7))
+    assert recording[0].mask is not None
+    assert recording[0].mask.is_causal
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("window", [4, 9])
+def test_a_sliding_window_keeps_its_positions(cache: str | None, window: int) -> None:
+    model = mistral(window)
+    recording, tokens = generated(model, ids(2, 7), cache_implementation=cache, max_new_tokens=8)
+    assert recording[0].shape == (2, 6, 14, 14)
+    same_as_eager(recording, model, {"input_ids": tokens[:, :-1]})
+    far = torch.ones(14, 14).tril(-window).bool()
+    assert recording[1].dense()[..., far].eq(0).all()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_a_padded_batch(side: str, cache: str | None) -> None:
+    model, text = llama(), ids(2, 7)
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[0, slice(None, 3) if side == "left" else slice(-3, None)] = 0
+    recording, tokens = generated(model, text, attention_mask=mask, cache_implementation=cache)
+    whole = torch.cat([mask, torch.ones(2, NEW - 1, dtype=torch.long)], 1)
+    positions = (whole.cumsum(-1) - 1).clamp(min=0)
+    inputs = {"input_ids": tokens[:, :-1], "attention_mask": whole, "position_ids": positions}
+    same_as_eager(recording, model, inputs, rows=whole.bool())
+    assert recording.valid is not None
+    assert torch.equal(recording.valid, whole.bool())
+    assert recording[0].dense()[0, :, -1][:, ~whole[0].bool()].eq(0).all()
+
+
+def test_a_text_in_chunks_of_ones_own() -> None:
+    model, text = llama(), ids(2, 11)
+    with torch.no_grad(), record(model) as recording:
+        cache = None
+        for part in text.split([5, 3, 1, 2], 1):
+            cache = model(part, past_key_values=cache, use_cache=True).past_key_values
+    assert len(recording.runs) == 1
+    assert len(recording.calls) == 8
+    same_as_eager(recording, model, {"input_ids": text})
+
+
+def test_generate_with_a_prefill_in_chunks() -> None:
+    model = llama()
+    recording, tokens = generated(model, ids(2, 11), prefill_chunk_size=4)
+    same_as_eager(recording, model, {"input_ids": tokens[:, :-1]})
+
+
+def test_calls_of_a_static_cache_are_not_overwritten() -> None:
+    model = llama()
+    recording, tokens = generated(model, ids(2, 7), cache_implementation="static")
+    with torch.no_grad(), record(model) as prompt:
+        model(tokens[:, :7])
+    first = recording.calls[0].matrix()
+    assert recording.calls[0].shape == first.shape == (2, 6, 7, 7)
+    assert (first.dense() - prompt[0].dense()).abs().max() < 1e-6
+    steps = [call for call in recording.calls if call.name == recording.sites[0].name]
+    assert [call.shape[2:] for call in steps] == [(7, 7)] + [(1, n) for n in range(8, 7 + NEW)]
+
+
+def test_beams_stay_raw_calls() -> None:
+    model = llama()
+    recording, tokens = generated(model, ids(2, 7), num_beams=3)
+    assert tokens.shape == (2, 7 + NEW)
+    rows = [call.shape[2] for call in recording.calls if call.name == recording.runs[0].sites[0].name]
+    assert rows == [7] + [1] * (NEW - 1)
+    for call in recording.calls:
+        assert call.shape[0] == 6
+        assert (call.matrix().dense().sum(-1) - 1).abs().max() < 1e-5
+
+
+def test_drafts_that_were_rejected_are_dropped() -> None:
+    model, assistant = llama(), llama(tie_word_embeddings=True)
+    with torch.no_grad():
+        for parameter in assistant.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    rows: list[int] = []
+    handle = model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
+    )
+    recording, tokens = generated(model, ids(1, 7), assistant_model=assistant, max_new_tokens=9)
+    handle.remove()
+    assert sum(rows) // 2 > tokens.shape[1]  # more was computed than was kept
+    assert len(recording.runs) == 1
+    seen = recording[0].shape[2]
+    assert seen >= tokens.shape[1] - 1
+    keep = tokens.shape[1] - 1
+    wanted = eager_maps(model, {"input_ids": tokens[:, :-1]})
+    for matrix, whole in zip(recording, wanted, strict=True):
+        assert (matrix.dense()[:, :, :keep, :keep] - whole).abs().max() < 1e-5
+
+
+def test_prompt_lookup() -> None:
+    model = llama()
+    recording, tokens = generated(model, ids(1, 4).repeat(1, 3), prompt_lookup_num_tokens=3, max_new_tokens=8)
+    keep = tokens.shape[1] - 1
+    for matrix, whole in zip(recording, eager_maps(model, {"input_ids": tokens[:, :-1]}), strict=True):
+        assert (matrix.dense()[:, :, :keep, :keep] - whole).abs().max() < 1e-5
+
+
+def t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=99,
+        d_model=24,
+        d_kv=4,
+        d_ff=32,
+        num_layers=2,
+        num_heads=6,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+    )
+    model = T5ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * (0.5 if parameter.dim() > 1 else 1.0))
+    return model
+
+
+@pytest.mark.parametrize("make", [bart, t5])
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_an_encoder_decoder(make: Any, cache: str | None) -> None:
+    model, text = make(), ids(2, 7)
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[0, 4:] = 0
+    recording, tokens = generated(model, text, attention_mask=mask, cache_implementation=cache)
+    assert len(recording.runs) == 1
+    inputs = {"input_ids": text, "attention_mask": mask, "decoder_input_ids": tokens[:, :-1]}
+    wanted = eager_maps(model, inputs)
+    assert len(recording) == len(wanted) == 6
+    assert [tuple(m.shape[2:]) for m in recording] == [tuple(w.shape[2:]) for w in wanted]
+    for matrix, whole in zip(recording, wanted, strict=True):
+        difference = (matrix.dense() - whole).abs().amax((1, 3))
+        rows = mask.bool() if whole.shape[2] == 7 else torch.ones(difference.shape, dtype=torch.bool)
+        assert difference[rows].max() < 1e-5
+
+
+def test_a_model_of_speech() -> None:
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        vocab_size=99,
+        num_mel_bins=8,
+        d_model=24,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=6,
+        decoder_attention_heads=6,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_source_positions=20,
+        max_target_positions=32,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+        init_std=0.5,
+    )
+    model = WhisperForConditionalGeneration(config).eval()
+    model.generation_config.suppress_tokens = model.generation_config.begin_suppress_tokens = None
+    sound = torch.randn(2, 8, 40)
+    options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+    start = torch.ones(2, 1, dtype=torch.long)
+    plain = model.generate(sound, decoder_input_ids=start, **options)
+    with record(model) as recording:
+        tokens = model.generate(sound, decoder_input_ids=start, **options)
+    assert torch.equal(plain, tokens)
+    rows = recording[1].shape[2]
+    decoder = torch.cat([start, tokens], 1) if tokens.shape[1] < rows + 1 else tokens
+    same_as_eager(recording, model, {"input_features": sound, "decoder_input_ids": decoder[:, :rows]})
+
+
+def test_two_texts_one_after_the_other_are_two_runs() -> None:
+    model = llama()
+    with record(model) as recording:
+        for seed in (1, 2):
+            model.generate(ids(1, 5, seed=seed), max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert [run[0].shape[2] for run in recording.runs] == [7, 7]

@@ -1,0 +1,284 @@
+"""A recording: sites, runs, what is kept, and what is said of what was not seen."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.tiny import bart, ids, llama
+from torch import Tensor, nn
+
+from headscope.errors import NothingSeen, RecordingError
+from headscope.recording import Recording, record
+from headscope.reductions import Entropy, Received
+from tests.zoo.catalog import ZOO
+from tests.zoo.reference import eager_maps
+
+NAMES = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+
+
+class Own(nn.Module):
+    """An attention of one's own arithmetic, which cannot be seen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ x.mT).softmax(-1) @ x
+
+
+class OwnAttention(Own):
+    """The same, by a name that says what it is."""
+
+
+class Plain(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+def recorded(model: nn.Module, *texts: Tensor, **options: Any) -> Recording:
+    with torch.no_grad(), record(model, **options) as recording:
+        for text in texts:
+            model(text)
+    return recording
+
+
+def test_sites_are_in_the_order_of_their_calls() -> None:
+    recording = recorded(llama(), ids(2, 7))
+    assert len(recording) == len(recording.sites) == len(recording.calls) == 2
+    assert [site.name for site in recording.sites] == NAMES
+    assert {tuple(site.shape) for site in recording.sites} == {(2, 6, 7, 7)}
+    assert {(site.way, site.occurrence, site.edited) for site in recording.sites} == {("huggingface", 0, False)}
+    assert all(site.proof is not None and site.proof < 1e-5 for site in recording.sites)
+    assert recording.proof == max(site.proof for site in recording.sites if site.proof is not None)
+    assert [tuple(matrix.shape) for matrix in recording] == [(2, 6, 7, 7)] * 2
+
+
+def test_a_site_is_found_by_number_and_by_name() -> None:
+    recording = recorded(llama(), ids(2, 7))
+    assert recording[NAMES[1]] is recording[1] is recording[-1]
+    with pytest.raises(RecordingError) as unknown:
+        recording["model.layers.7"]
+    assert str(unknown.value) == (
+        "no attention site is called 'model.layers.7'; there are 2: model.layers.0.self_attn, model.layers.1.self_attn"
+    )
+
+
+def test_maps_are_those_of_eager() -> None:
+    model = llama()
+    text = ids(2, 7)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        wanted = model(text, output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")
+    got = recorded(model, text).to_attentions()
+    assert len(got) == len(wanted) == 2
+    for a, b in zip(got, wanted, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).abs().max() < 1e-6
+
+
+def test_which_positions_are_text() -> None:
+    model, text = llama(), ids(2, 7)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    with torch.no_grad(), record(model) as recording:
+        model(text, attention_mask=mask)
+    assert recording.valid is not None
+    assert recording.valid.dtype == torch.bool
+    assert torch.equal(recording.valid, mask.bool())
+    with torch.no_grad(), record(model) as recording:
+        model(text, mask)  # by position
+    assert recording.valid is not None
+    assert torch.equal(recording.valid, mask.bool())
+    assert recorded(model, text).valid is None
+
+
+@pytest.mark.parametrize("layers", [[1], [NAMES[1]], [1, NAMES[1]]], ids=str)
+def test_only_some_layers(layers: list[int | str]) -> None:
+    model, text = llama(), ids(2, 7)
+    recording = recorded(model, text, layers=layers)
+    assert [site.name for site in recording.sites] == [NAMES[1]]
+    assert torch.equal(recording[0].dense(), recorded(model, text)[1].dense())
+    assert recording.unseen == ()
+
+
+def test_what_is_kept() -> None:
+    model, text = llama(), ids(2, 7)
+    site = recorded(model, text).run.calls_of_sites[0]
+    assert site.value() is None
+    assert site.output() is None
+    site = recorded(model, text, keep=("query", "key", "value", "output")).run.calls_of_sites[0]
+    value, output = site.value(), site.output()
+    assert value is not None
+    assert output is not None
+    assert value.shape == (2, 2, 7, 4)
+    assert (site.matrix() @ value - output).abs().max() < 1e-6
+    with pytest.raises(ValueError, match="keep got \\('query', 'weights'\\): wanted 'query' and 'key'"):
+        recorded(model, text, keep=("query", "weights"))
+
+
+def test_answers_at_once_are_those_asked_afterwards_and_nothing_else_is_kept() -> None:
+    model, text = llama(), ids(2, 7)
+    wanted = recorded(model, text)
+    recording = recorded(model, text, reduce=(Entropy(), Received()))
+    assert recording.runs == []
+    assert [(a.name, a.occurrence, tuple(a.shape)) for a in recording.answers] == [
+        (name, 0, (2, 6, 7, 7)) for name in NAMES
+    ]
+    for answer, matrix in zip(recording.answers, wanted, strict=True):
+        entropy, received = matrix.reduce(Entropy(), Received())
+        assert torch.equal(answer.values[0], entropy)
+        assert torch.equal(answer.values[1], received)
+    with pytest.raises(RecordingError, match="holds no attention matrices. Its answers are in recording.answers"):
+        recording[0]
+
+
+def test_one_reduction_or_a_function() -> None:
+    model, text = llama(), ids(2, 7)
+    one = recorded(model, text, reduce=Entropy()).answers[0].values
+    whole = recorded(model, text)[0].entropy()
+    assert torch.equal(one[0] if isinstance(one, tuple | list) else one, whole)
+    own = recorded(model, text, reduce=lambda call: call.matrix().entropy().mean().item())
+    assert [answer.values for answer in own.answers] == [m.entropy().mean().item() for m in recorded(model, text)]
+
+
+def test_independent_forwards_are_runs() -> None:
+    model = llama()
+    recording = recorded(model, ids(2, 7), ids(2, 5, seed=1))
+    assert [run[0].shape[2] for run in recording.runs] == [7, 5]
+    with pytest.raises(RecordingError) as several:
+        recording[0]
+    assert str(several.value) == (
+        "this recording holds 2 independent forwards: say which, recording.runs[0] … recording.runs[1]."
+    )
+    alone = recorded(model, ids(2, 5, seed=1))
+    assert torch.equal(recording.runs[1][1].dense(), alone[1].dense())
+    assert repr(recording) == "Recording(2 runs, 0 answers)"
+
+
+def test_the_same_text_twice_is_two_runs() -> None:
+    assert len(recorded(llama(), ids(2, 7), ids(2, 7)).runs) == 2
+
+
+def test_a_part_that_ran_before_the_whole_is_a_run_of_its_own() -> None:
+    model, text = bart(), ids(2, 7)
+    with torch.no_grad(), record(model) as recording:
+        model.get_encoder()(text)
+        model(text, decoder_input_ids=ids(2, 5))
+    assert [len(run) for run in recording.runs] == [2, 6]
+    assert recording.runs[1][0].shape == (2, 6, 7, 7)
+
+
+def test_nothing_ran() -> None:
+    recording = recorded(llama())
+    assert len(recording) == 0
+    with pytest.raises(RecordingError, match="holds no attention matrices. Run the model inside the block"):
+        recording[0]
+
+
+def test_a_shared_layer_is_a_site_for_each_call() -> None:
+    model = ZOO["albert"].build()
+    inputs = ZOO["albert"].inputs(model)
+    with torch.no_grad(), record(model) as recording:
+        model(**inputs)
+    names = {site.name for site in recording.sites}
+    assert len(names) == 1
+    assert [site.occurrence for site in recording.sites] == [0, 1]
+    assert recording.valid is not None
+    for got, wanted in zip(recording, eager_maps(model, inputs), strict=True):
+        assert (got.dense() - wanted).abs().amax((1, 3))[recording.valid].max() < 1e-5
+    with pytest.raises(RecordingError, match=r"was called 2 times in a forward: use one of the numbers \[0, 1\]"):
+        recording[names.pop()]
+
+
+def test_an_encoder_and_a_decoder() -> None:
+    model, text, target = bart(), ids(2, 7), ids(2, 5)
+    with torch.no_grad(), record(model) as recording:
+        model(text, decoder_input_ids=target)
+    shapes = [(site.name.split(".", 1)[1], tuple(site.shape[2:])) for site in recording.sites]
+    assert shapes == [
+        ("encoder.layers.0.self_attn", (7, 7)),
+        ("encoder.layers.1.self_attn", (7, 7)),
+        ("decoder.layers.0.self_attn", (5, 5)),
+        ("decoder.layers.0.encoder_attn", (5, 7)),
+        ("decoder.layers.1.self_attn", (5, 5)),
+        ("decoder.layers.1.encoder_attn", (5, 7)),
+    ]
+    for got, wanted in zip(recording, eager_maps(model, {"input_ids": text, "decoder_input_ids": target}), strict=True):
+        assert (got.dense() - wanted).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["swin", "t5", "gpt_oss", "gemma2", "granite_swa"])
+def test_biases_sinks_and_caps_are_in_the_weights(name: str) -> None:
+    from tests.zoo.sweep import examine
+
+    row = examine(name)
+    assert row.compared >= 2
+    assert row.maps is not None
+    assert row.eager is not None
+    assert max(row.maps, row.eager) < 1e-5
+    assert row.clean
+
+
+def test_detached_tensors_hold_no_graph_and_are_not_copies() -> None:
+    model, text = llama(), ids(2, 7)
+    with record(model) as recording:
+        model(text)
+    assert not recording[1].query.requires_grad
+    with record(model, detach=False) as recording:
+        model(text)
+    assert recording[1].query.requires_grad
+    recording[1].entropy().sum().backward()
+    assert model.model.embed_tokens.weight.grad.abs().max() > 0
+
+
+def test_what_is_written_into_later_was_copied() -> None:
+    class Reusing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.storage = torch.zeros(1, 2, 6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.storage.copy_(x)
+            return F.scaled_dot_product_attention(x, self.storage, x)
+
+    model, texts = Reusing(), [torch.randn(1, 2, 6, 4) for _ in range(2)]
+    recording = recorded(model, *texts)
+    for run, text in zip(recording.runs, texts, strict=True):
+        assert torch.equal(run[0].key, text)
+
+
+def test_a_model_seen_in_part_says_so() -> None:
+    model = nn.Sequential(Plain(), OwnAttention(), Own())
+    recording = recorded(model, torch.randn(2, 5, 4))
+    assert recording.unseen == ("1",)
+    assert repr(recording).endswith("; PART of the model: 1 attention modules were not seen)")
+    assert "PART" not in repr(recorded(nn.Sequential(Plain()), torch.randn(2, 5, 4)))
+
+
+def test_nothing_seen_lists_what_looks_like_attention() -> None:
+    with pytest.raises(NothingSeen) as nothing:
+        recorded(nn.Sequential(OwnAttention(), Own()), torch.randn(2, 5, 4))
+    assert "Sequential ran 1 times and no attention call passed where it can be seen" in str(nothing.value)
+    assert str(nothing.value).endswith("These modules look like attention: 0 (OwnAttention).")
+    with pytest.raises(NothingSeen, match=r"No module looks like attention\.$"):
+        recorded(nn.Sequential(Own()), torch.randn(2, 5, 4))
+
+
+def test_repr_says_how_closely_it_was_rebuilt() -> None:
+    text = repr(recorded(llama(), ids(2, 7)))
+    assert text.startswith("Recording(2 attention sites, each (2, 6, 7, 7); rebuilt to ")
+
+
+def test_progress_is_told_of_each_call() -> None:
+    told: list[str] = []
+    recording = recorded(llama(), ids(2, 7), on_call=lambda call: told.append(call.name))
+    assert told == NAMES
+    assert len(recording) == 2
+
+
+def test_a_text_in_which_a_call_has_no_row_to_prove_is_unproved() -> None:
+    class Blind(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x, x, attn_mask=torch.full((5, 5), -torch.inf)).nan_to_num()
+
+    recording = recorded(Blind(), torch.randn(1, 2, 5, 4))
+    assert recording.proof is None
+    assert recording[0].dense().eq(0).all()

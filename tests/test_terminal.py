@@ -1,0 +1,94 @@
+"""Tables in the terminal."""
+
+import io
+import sys
+
+import pytest
+from rich.cells import cell_len
+
+from headscope import links, models, terminal
+from headscope.links import Head
+from headscope.tokens import tokenize
+
+TEXT = "The animal didn't cross the street because it was too tired."
+
+
+def shown(loaded: models.Loaded, text: str, capsys: pytest.CaptureFixture[str], **asked: object) -> str:
+    tokens = tokenize(text, loaded.tokenizer, start_token_id=loaded.start_token_id)
+    target = asked.pop("target", None)
+    view = links.ask(
+        links.run(loaded, tokens),
+        tokens,
+        [tokens.find(word) for word in asked.pop("sources", [])],  # type: ignore[attr-defined]
+        target=tokens.find(str(target)) if target else None,
+        causal=loaded.causal,
+        **asked,  # type: ignore[arg-type]
+    )
+    capsys.readouterr()
+    terminal.print_view(view, model=loaded.name, causal=loaded.causal)
+    return capsys.readouterr().out
+
+
+def test_the_table_says_what_a_learner_needs(smollm2: models.Loaded, capsys: pytest.CaptureFixture[str]) -> None:
+    out = shown(smollm2, TEXT, capsys, sources=["it"])
+    rows = [line.split() for line in out.splitlines()]
+    assert ["animal", "6", "back", "3.8"] in [row[:4] for row in rows]
+    text = " ".join(out.split())
+    assert "30 layers × 9 = 270 heads" in text
+    assert "both counted from 0" in text
+    assert "Proof: rebuilt to" in text
+    assert "<|endoftext|> 48%" in text
+    assert "Try, with the same text: --head 3.8" in text
+
+
+def test_no_colour_when_piped(smollm2: models.Loaded, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "\x1b" not in shown(smollm2, TEXT, capsys, head=Head(13, 8))
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_no_line_is_wider_than_the_terminal(
+    smollm2: models.Loaded, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    out = shown(smollm2, "我把苹果给了她，因为她饿了 supercalifragilisticexpialidocious.", capsys)
+    assert max(cell_len(line) for line in out.splitlines()) <= width
+    assert "她#2" in out
+
+
+def test_chinese_takes_two_cells_in_its_column(smollm2: models.Loaded, capsys: pytest.CaptureFixture[str]) -> None:
+    out = shown(smollm2, "她饿了 today", capsys, sources=["today"])
+    ends = {cell_len(line[: line.index(" back")]) for line in out.splitlines() if " back" in line}
+    assert len(ends) == 1
+
+
+def test_square_brackets_in_a_text_are_text(minilm: models.Loaded, capsys: pytest.CaptureFixture[str]) -> None:
+    out = shown(minilm, "see [bold] it", capsys, sources=["bold"])
+    assert "bold" in out
+    assert "[" in [row.split()[0] for row in out.splitlines() if "1 back" in row] + out.split()
+
+
+def test_unproved_is_said(smollm2: models.Loaded, capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = tokenize("a b", smollm2.tokenizer, start_token_id=0)
+    view = links.ask(links.run(smollm2, tokens), tokens)
+    object.__setattr__(view, "proof", None)
+    terminal.print_view(view, model="m", causal=True)
+    assert "Unproved" in capsys.readouterr().out
+
+
+def test_a_terminal_that_cannot_show_a_character_does_not_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", file)
+    terminal.print_line("她 x")
+    file.flush()
+    assert file.buffer.getvalue() == b"? x\n"  # type: ignore[attr-defined]
+
+
+def test_stages_are_timed_and_silent_when_piped(capsys: pytest.CaptureFixture[str]) -> None:
+    stages = terminal.Stages()
+    with stages.stage("counting") as tell:
+        tell(1, 2)
+    assert capsys.readouterr() == ("", "")
+    terminal.print_stages(stages, {"text": "12 words"})
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.split()[:4] == ["text", "12", "words", "counting"]
