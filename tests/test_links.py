@@ -82,16 +82,17 @@ def test_the_strongest_heads_of_a_pair_are_found_among_all(recording: Recording,
 def test_a_long_text_is_read_row_by_row_to_the_same_numbers(
     recording: Recording, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = links.ask(recording, tokens)
-    towards = links.ask(recording, tokens, target=tokens.find("animal"))
+    asked = [tokens.find("it"), tokens.find("didn't")]  # the second is two tokens
+    few = links.ask(recording, tokens, asked)
+    towards = links.ask(recording, tokens, target=asked[1])
     monkeypatch.setattr(links, "FEW_WORDS", 3)
-    long = links.ask(recording, tokens)
+    long = links.ask(recording, tokens, asked)
     assert len(long.links) == len(few.links) > 20
     for one, other in zip(long.links, few.links, strict=True):
         assert (one.layer, one.head, one.source, one.target) == (other.layer, other.head, other.source, other.target)
         assert one.weight == pytest.approx(other.weight, abs=1e-5)
     torch.testing.assert_close(long.rest[1].special, few.rest[1].special)
-    by_column = links.ask(recording, tokens, target=tokens.find("animal"))
+    by_column = links.ask(recording, tokens, target=asked[1])
     assert [(link.source, link.weight) for link in by_column.links] == [
         (link.source, pytest.approx(link.weight, abs=1e-5)) for link in towards.links
     ]

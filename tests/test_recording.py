@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.tiny import bart, ids, llama
 from torch import Tensor, nn
 
 from headscope.errors import NothingSeen, RecordingError
 from headscope.recording import Recording, record
 from headscope.reductions import Entropy, Received
+from tests.tiny import bart, ids, llama
 from tests.zoo.catalog import ZOO
 from tests.zoo.reference import eager_maps
 
@@ -72,7 +72,7 @@ def test_maps_are_those_of_eager() -> None:
     assert len(got) == len(wanted) == 2
     for a, b in zip(got, wanted, strict=True):
         assert a.shape == b.shape
-        assert (a - b).abs().max() < 1e-6
+        assert (a - b).abs().max() < 1e-5
 
 
 def test_which_positions_are_text() -> None:
@@ -126,7 +126,7 @@ def test_answers_at_once_are_those_asked_afterwards_and_nothing_else_is_kept() -
         entropy, received = matrix.reduce(Entropy(), Received())
         assert torch.equal(answer.values[0], entropy)
         assert torch.equal(answer.values[1], received)
-    with pytest.raises(RecordingError, match="holds no attention matrices. Its answers are in recording.answers"):
+    with pytest.raises(RecordingError, match=r"holds no attention matrices\. Its answers are in recording.answers"):
         recording[0]
 
 
@@ -169,7 +169,7 @@ def test_a_part_that_ran_before_the_whole_is_a_run_of_its_own() -> None:
 def test_nothing_ran() -> None:
     recording = recorded(llama())
     assert len(recording) == 0
-    with pytest.raises(RecordingError, match="holds no attention matrices. Run the model inside the block"):
+    with pytest.raises(RecordingError, match=r"holds no attention matrices\. Run the model inside the block"):
         recording[0]
 
 
@@ -202,7 +202,7 @@ def test_an_encoder_and_a_decoder() -> None:
         ("decoder.layers.1.encoder_attn", (5, 7)),
     ]
     for got, wanted in zip(recording, eager_maps(model, {"input_ids": text, "decoder_input_ids": target}), strict=True):
-        assert (got.dense() - wanted).abs().max() < 1e-6
+        assert (got.dense() - wanted).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", ["swin", "t5", "gpt_oss", "gemma2", "granite_swa"])
@@ -221,10 +221,10 @@ def test_detached_tensors_hold_no_graph_and_are_not_copies() -> None:
     model, text = llama(), ids(2, 7)
     with record(model) as recording:
         model(text)
-    assert not recording[1].query.requires_grad
+    assert not recording.run.calls_of_sites[1].queries[0].requires_grad
     with record(model, detach=False) as recording:
         model(text)
-    assert recording[1].query.requires_grad
+    assert recording.run.calls_of_sites[1].queries[0].requires_grad
     recording[1].entropy().sum().backward()
     assert model.model.embed_tokens.weight.grad.abs().max() > 0
 
@@ -242,7 +242,7 @@ def test_what_is_written_into_later_was_copied() -> None:
     model, texts = Reusing(), [torch.randn(1, 2, 6, 4) for _ in range(2)]
     recording = recorded(model, *texts)
     for run, text in zip(recording.runs, texts, strict=True):
-        assert torch.equal(run[0].key, text)
+        assert torch.equal(run.calls_of_sites[0].key, text)
 
 
 def test_a_model_seen_in_part_says_so() -> None:

@@ -168,6 +168,8 @@ def _compare(row: Row, model: nn.Module, recording: Recording) -> Row:
         return replace(row, verdict=f"{row.verdict}; no eager to compare with ({type(error).__name__})")
     if not calls:
         return row
+    if any(bool(call.weights.isnan().any()) for call in calls if call.weights is not None):
+        return replace(row, verdict=f"{row.verdict}; its own eager gives NaN")
     maps = list(_differences(recording, calls, inputs))
     eager_model = copy.deepcopy(model)
     eager_model.set_attn_implementation("eager")

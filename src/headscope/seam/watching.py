@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -274,7 +275,7 @@ def read_valid(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Tensor |
     """Which positions are text, [B, S], if the outermost module was told in a 2-D attention_mask."""
     mask = kwargs.get("attention_mask")
     if mask is None and args:
-        names = module.forward.__code__.co_varnames[1:] if hasattr(module.forward, "__code__") else ()
+        names = inspect.signature(module.forward).parameters  # of what is wrapped, if it is wrapped
         mask = dict(zip(names, args, strict=False)).get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask.detach().bool()
