@@ -4,12 +4,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import jaxtyping
+import pytest
 import torch
 from torch import Tensor
 
 from headscope import masks
 from headscope.masks import Mask
 from tests.reference import FINFO_MIN, all_in, seen_where
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """For modules that import it: on tensors this small, threads that wait for each other cost more than they do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch.autograd import gradcheck
 
 from headscope import attention, blockwise, kernels, masks
 from tests import reference
-from tests.options import BIASES, MASKS, masked, unchecked
+from tests.options import BIASES, MASKS, masked, one_thread, unchecked  # noqa: F401
 from tests.reference import operands
 
 SIZES = (2, 6, 7, 11)

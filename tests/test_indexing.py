@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from headscope import AttentionMatrix, indexing, masks
 from tests import reference
-from tests.options import unchecked
+from tests.options import one_thread, unchecked  # noqa: F401
 from tests.reference import operands
 
 SIZES = (2, 6, 7, 11)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headscope import masks
 from headscope.masks import Mask
-from tests.options import unchecked
+from tests.options import one_thread, unchecked  # noqa: F401
 from tests.reference import all_in, seen_where
 
 BATCH, HEADS, QUERIES, KEYS = 2, 3, 7, 11

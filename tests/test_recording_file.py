@@ -119,7 +119,7 @@ def test_truncated_files_are_refused(tmp_path: Path) -> None:
     for size in (0, 5, 8, 9, 700, len(data) // 2, len(data) - 1):
         path = tmp_path / f"cut-{size}"
         path.write_bytes(data[:size])
-        with pytest.raises(RecordingError, match="cut short|damaged"):
+        with pytest.raises(RecordingError, match=r"cut short|damaged"):
             Recording.load(path)
 
 

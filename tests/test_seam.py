@@ -537,6 +537,7 @@ def test_an_attention_that_does_not_do_as_it_says_is_refused(lie: str) -> None:
     assert_untouched(model)
 
 
+@pytest.mark.slow
 def test_flex_attention() -> None:
     model, inputs = llama()
     with record(model) as wanted, torch.no_grad():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from types import SimpleNamespace
@@ -167,13 +167,7 @@ def _project(given: SimpleNamespace, flat: bool) -> tuple[Tensor, Tensor, Tensor
     """Queries, keys and values [B, H, *, D] from the function's arguments, and how many keys it adds itself."""
     if given.static_k is not None or given.static_v is not None:
         raise UnsupportedAttention("multi_head_attention_forward was given static_k or static_v: these are not read.")
-    inputs = [x.unsqueeze(1) if flat else x for x in (given.query, given.key, given.value)]
-    if given.use_separate_proj_weight:
-        weights = (given.q_proj_weight, given.k_proj_weight, given.v_proj_weight)
-        biases = (None, None, None) if given.in_proj_bias is None else given.in_proj_bias.chunk(3)
-        q, k, v = F._in_projection(*inputs, *weights, *biases)
-    else:  # packed as torch packs it: in half precision the rounding depends on that
-        q, k, v = F._in_projection_packed(*inputs, given.in_proj_weight, given.in_proj_bias)
+    q, k, v = (x.unsqueeze(1) if flat else x for x in _projected(given))
     extra = 0
     if given.bias_k is not None and given.bias_v is not None:
         k, v = (torch.cat([x, b.expand(1, x.shape[1], -1)]) for x, b in ((k, given.bias_k), (v, given.bias_v)))
@@ -183,6 +177,23 @@ def _project(given: SimpleNamespace, flat: bool) -> tuple[Tensor, Tensor, Tensor
         extra += 1
     q, k, v = (x.unflatten(-1, (given.num_heads, -1)).permute(1, 2, 0, 3) for x in autocast_operands(q, k, v))
     return q, k, v, extra
+
+
+def _projected(given: SimpleNamespace) -> Sequence[Tensor]:
+    """The three projections, packed where torch packs them: in half precision the rounding depends on that."""
+    query, key, value = given.query, given.key, given.value
+    if given.use_separate_proj_weight:
+        weights: Sequence[Tensor] = (given.q_proj_weight, given.k_proj_weight, given.v_proj_weight)
+    else:
+        weights = given.in_proj_weight.chunk(3)
+    biases = (None, None, None) if given.in_proj_bias is None else given.in_proj_bias.chunk(3)
+    if key is not value or given.use_separate_proj_weight:
+        return [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
+    if query is key:
+        return F.linear(query, given.in_proj_weight, given.in_proj_bias).chunk(3, -1)
+    size = len(weights[0])
+    both = F.linear(key, given.in_proj_weight[size:], None if biases[0] is None else given.in_proj_bias[size:])
+    return [F.linear(query, weights[0], biases[0]), *both.chunk(2, -1)]
 
 
 def _saw_native(
