@@ -29,7 +29,7 @@ see: .venv/.installed
 test: .venv/.installed-dev
 	@$(HEADSCOPE) pull smollm2
 	@$(HEADSCOPE) pull minilm
-	$(PYTHON) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal $(ARGS)
 
 check: .venv/.installed-dev
 	$(PYTHON) -m ruff format --check .

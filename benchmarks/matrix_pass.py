@@ -68,7 +68,7 @@ def _cells(time: Timing, base: Timing) -> list[str]:
 
 if __name__ == "__main__":
     with torch.no_grad():
-        table = rows_for(2048, 7) + rows_for(8192, 3)
+        table = rows_for(2048, 3) + rows_for(8192, 1)
     write(
         "matrix_pass",
         "Questions to the attention matrix, ÷ fused forward",

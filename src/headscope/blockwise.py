@@ -20,8 +20,9 @@ from headscope.scores import LOWEST, Scores
 
 __all__ = ["Normalizer", "Strip", "by_rows", "stream", "strips"]
 
-_BLOCK = 1 << 18  # scores in one block: it should stay in the cache
+_BLOCK = 1 << 19  # scores in one block: it should stay in the cache
 _STRIP = 1 << 23  # scores in one strip: they are held until its rows are known
+_EVEN = 16  # rows come in multiples of it: odd shapes are slow in a matrix product
 _AUTOGRAD = 1 << 21  # scores in one strip when gradients are wanted: several copies are alive
 
 
@@ -55,7 +56,8 @@ def strips(scores: Scores) -> Iterator[Strip]:
     """Cut an attention into strips: enough rows for a good matrix product, few enough to stay in the cache."""
     batch, _, queries, keys = scores.shape
     groups, shared = scores.key.shape[1], scores.per_group
-    rows = max(1, min(queries, max(32, 256 // shared), _STRIP // (shared * keys)))
+    rows = min(queries, max(_EVEN, 256 // shared // _EVEN * _EVEN))
+    rows = max(1, min(rows, _STRIP // (shared * keys)))
     together = max(1, _BLOCK // (shared * rows * keys))  # short texts: several heads and rows at once
     many_groups = min(groups, together)
     many_batch = max(1, min(batch, together // groups))
@@ -108,7 +110,7 @@ def _raw_blocks(scores: Scores, strip: Strip) -> Iterator[tuple[Tensor, slice, l
     """Scores of the strip, block by block: −inf where hidden."""
     queries = scores.queries(strip.batch, strip.groups, strip.rows)
     heads = _heads(scores, strip)
-    width = max(128, _BLOCK // (queries.shape[0] * queries.shape[1]))
+    width = max(128, _BLOCK // (queries.shape[0] * queries.shape[1]) // 128 * 128)
     for keys, mixed in _pieces(strip, width):
         x = scores.block(queries, strip.batch, strip.groups, strip.rows, keys)
         for part in mixed:

@@ -20,6 +20,7 @@ SOURCE = TESTS.parent / "src" / "headscope"
 RUNNER = """
 import os, sys
 import hypothesis, jaxtyping, pytest, torch, torch.utils.checkpoint  # what every test needs, imported once
+import transformers.models.llama.modeling_llama, transformers.modeling_utils, transformers.cache_utils
 torch.set_num_threads(1)
 jaxtyping.install_import_hook = lambda *names: None  # faults are found by numbers, not by shapes
 for line in sys.stdin:
