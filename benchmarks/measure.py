@@ -27,7 +27,8 @@ class Timing:
 
 def side_by_side(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
     """Time several pieces of work in turn, so that a slow minute of the machine meets all of them; a single round
-    is not warmed up: for work so long that it does not matter."""
+    is not warmed up: for work so long that it does not matter.
+    """
     for action in work.values() if rounds > 1 else ():
         action()
     taken: dict[str, list[float]] = {name: [] for name in work}

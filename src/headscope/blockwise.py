@@ -20,7 +20,7 @@ from headscope.scores import LOWEST, Scores
 
 __all__ = ["Normalizer", "Strip", "by_rows", "stream", "strips"]
 
-_BLOCK = 1 << 19  # scores in one block: it should stay in the cache
+_BLOCK = 1 << 20  # scores in one block: small enough for the cache, large enough for the work around it
 _STRIP = 1 << 23  # scores in one strip: they are held until its rows are known
 _EVEN = 16  # rows come in multiples of it: odd shapes are slow in a matrix product
 _AUTOGRAD = 1 << 21  # scores in one strip when gradients are wanted: several copies are alive
@@ -150,9 +150,10 @@ def _known_blocks(scores: Scores, strip: Strip, known: Normalizer) -> Iterator[B
     offset = -known.log_total[at].unsqueeze(-1)
     offset = torch.where(offset == torch.inf, 0.0, offset)
     factor = offset.exp()
+    whole = bool((factor == 1).all())  # sums that the fused kernel gave are in ``top`` already
     for x, keys, mixed in _raw_blocks(scores, strip):
         centered = x.sub_(top)
-        weights = centered.exp().mul_(factor)
+        weights = centered.exp() if whole else centered.exp().mul_(factor)
         yield _block(scores, strip, keys, mixed, weights, centered, offset)
 
 

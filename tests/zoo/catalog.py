@@ -31,11 +31,7 @@ __all__ = [
 
 _MAPS = [
     auto.MODEL_MAPPING_NAMES,
-    *(
-        getattr(auto, name)
-        for name in dir(auto)
-        if re.fullmatch(r"MODEL_FOR_\w+_MAPPING_NAMES", name)
-    ),
+    *(getattr(auto, name) for name in dir(auto) if re.fullmatch(r"MODEL_FOR_\w+_MAPPING_NAMES", name)),
 ]
 _QUERY_OR_KEY = re.compile(
     r"q_proj|k_proj|query|key|qkv|c_attn|in_proj|to_q|to_k|wq|wk|q_lin|k_lin|\.q\b|\.k\b",
@@ -104,9 +100,7 @@ def _roughen(model: nn.Module) -> None:
     sinks) get noise on top.
     """
     generator = torch.Generator().manual_seed(11)
-    embeddings = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
-    }
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not parameter.is_floating_point() or parameter.numel() == 0:

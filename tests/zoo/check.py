@@ -37,9 +37,7 @@ class Row:
     interface: int = 0  # calls through AttentionInterface
     sdpa: int = 0  # calls of F.scaled_dot_product_attention outside it
     torch_nn: int = 0  # calls of nn.MultiheadAttention
-    silent: list[str] = field(
-        default_factory=list
-    )  # classes named like attention that did none of these
+    silent: list[str] = field(default_factory=list)  # classes named like attention that did none of these
     finite: bool = False
     identical: bool = False
     eager: str = ""  # how eager's weights compare with softmax(q k scale + mask)
@@ -62,9 +60,7 @@ class Ways(TorchFunctionMode):
     def total(self) -> int:
         return self.row.interface + self.row.sdpa + self.row.torch_nn
 
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is nn.functional.scaled_dot_product_attention and not self.inside:
             self.row.sdpa += 1
         return function(*args, **(kwargs or {}))
@@ -98,9 +94,7 @@ class Ways(TorchFunctionMode):
         original = AttentionInterface.get_interface
         ways = self
 
-        def get_interface(
-            self: AttentionInterface, name: str, default: Callable[..., Any]
-        ) -> Callable[..., Any]:
+        def get_interface(self: AttentionInterface, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
             return ways.counted(original(self, name, default))
 
         found = [m for m in model.modules() if _LOOKS_LIKE_ATTENTION.search(type(m).__name__)]
@@ -158,9 +152,7 @@ def _measure(entry: ZooModel, row: Row) -> None:
     again = entry.inputs(model)
     with Ways(row).watching(model):
         second = _outputs(model, again)
-    row.identical = len(first) == len(second) and all(
-        torch.equal(a, b) for a, b in zip(first, second, strict=True)
-    )
+    row.identical = len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     if row.interface:
         _measure_eager(eager_calls(model, inputs), row)
 
@@ -171,15 +163,11 @@ def _outputs(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
 
 
 def _measure_eager(calls: list[EagerCall], row: Row) -> None:
-    row.kwargs = sorted(
-        {name for call in calls for name, value in call.kwargs.items() if value is not None}
-    )
+    row.kwargs = sorted({name for call in calls for name, value in call.kwargs.items() if value is not None})
     missing = sum(call.weights is None for call in calls)
     differences = [softmax_difference(call) for call in calls if call.weights is not None]
     worst = max(differences, default=0.0)
-    row.eager = f"{len(calls)} calls, difference {worst:.0e}" + (
-        f", {missing} without weights" if missing else ""
-    )
+    row.eager = f"{len(calls)} calls, difference {worst:.0e}" + (f", {missing} without weights" if missing else "")
 
 
 def main(path: str, names: list[str]) -> None:

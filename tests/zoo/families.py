@@ -81,6 +81,4 @@ _NAMES = {
         voxtral
     """,
 }
-FAMILIES: dict[str, str] = {
-    name: family for family, names in _NAMES.items() for name in names.split()
-}
+FAMILIES: dict[str, str] = {name: family for family, names in _NAMES.items() for name in names.split()}

@@ -33,9 +33,7 @@ def ids(length: int = LENGTH, batch: int = BATCH) -> Tensor:
     return torch.randint(3, SPECIAL_IDS_FROM - 1, (batch, length), generator=seeded())
 
 
-def padded(
-    length: int = LENGTH, *, left: bool, batch: int = BATCH, padding: int = PADDING
-) -> Tensor:
+def padded(length: int = LENGTH, *, left: bool, batch: int = BATCH, padding: int = PADDING) -> Tensor:
     """An attention mask whose first row has `padding` padded places."""
     mask = torch.ones(batch, length, dtype=torch.long)
     if left:
@@ -178,27 +176,19 @@ def default_inputs(model: nn.Module, family: str) -> dict[str, Any]:
         inputs |= vision_inputs(model)
     if "input_ids" in names and family not in ("audio", "vision"):
         inputs |= text_inputs(model, family)
-    if "decoder_input_ids" in names and (
-        family == "encoder-decoder" or model.config.is_encoder_decoder
-    ):
+    if "decoder_input_ids" in names and (family == "encoder-decoder" or model.config.is_encoder_decoder):
         inputs["decoder_input_ids"] = ids(TARGET_LENGTH)
         if "decoder_attention_mask" in names:
             inputs["decoder_attention_mask"] = padded(TARGET_LENGTH, left=False, padding=2)
     for name, parameter in names.items():
-        if (
-            parameter.default is inspect.Parameter.empty
-            and name not in inputs
-            and name in ARGUMENTS
-        ):
+        if parameter.default is inspect.Parameter.empty and name not in inputs and name in ARGUMENTS:
             inputs[name] = ARGUMENTS[name](model)
     if family == "multimodal" and "pixel_values" in names:
         add_images(model, inputs)
     return inputs
 
 
-def add_images(
-    model: nn.Module, inputs: dict[str, Any], pixel_values: Tensor | None = None
-) -> None:
+def add_images(model: nn.Module, inputs: dict[str, Any], pixel_values: Tensor | None = None) -> None:
     """Images, and in the text as many placeholders as the model makes features of them."""
     make = getattr(model, "get_image_features", None)
     wanted = inspect.signature(make).parameters if make else {}

@@ -14,7 +14,7 @@ Fields = dict[str, Any]
 
 
 def _each(names: str, fields: Fields) -> dict[str, Fields]:
-    return {name: fields for name in names.split()}
+    return dict.fromkeys(names.split(), fields)
 
 
 def _inside(owner: str, fields: Fields) -> Fields:
@@ -87,9 +87,7 @@ OVERRIDES: dict[str, Fields] = {
     "bailing_hybrid": {"num_expert_group": 1, "linear_head_dim": 8, "linear_num_heads": 6},
     "bamba": {"attn_layer_indices": [1], **_MAMBA2},
     "codegen": {"n_embd": 64, "n_head": 8, "rotary_dim": 4},
-    "cohere_compass_text": {
-        "rope_parameters.full_attention": {"rope_type": "default", "rope_theta": 1e4}
-    },
+    "cohere_compass_text": {"rope_parameters.full_attention": {"rope_type": "default", "rope_theta": 1e4}},
     "csm": {"codec_config.upsample_groups": 48},
     "dbrx": {
         "attn_config.rope_theta": 1e4,
@@ -162,9 +160,7 @@ OVERRIDES: dict[str, Fields] = {
     "time_series_transformer": _FORECAST,
     # vision
     **_each("conditional_detr dab-detr deformable_detr detr table-transformer", _DETR),
-    **_each(
-        "rt_detr rt_detr_v2 d_fine deimv2 pp_doclayout_v2 pp_doclayout_v3 pp_doclayout_v4", _RT_DETR
-    ),
+    **_each("rt_detr rt_detr_v2 d_fine deimv2 pp_doclayout_v2 pp_doclayout_v3 pp_doclayout_v4", _RT_DETR),
     **_each("swin swinv2 donut-swin maskformer-swin", _SWIN),
     "swin2sr": {
         "window_size": 4,
@@ -190,13 +186,10 @@ OVERRIDES: dict[str, Fields] = {
     # audio
     "mimi": {"upsample_groups": 48, "codebook_dim": 256},
     "pocket_tts_audio_tokenizer": {"upsample_groups": 48},
-    **_each(
-        "nemotron3_diarization nemotron3_diarization_audio nemotron3_5_transcribe_asr_audio", _MHA
-    ),
+    **_each("nemotron3_diarization nemotron3_diarization_audio nemotron3_5_transcribe_asr_audio", _MHA),
     "moonshine": {"encoder_num_key_value_heads": 6, "decoder_num_key_value_heads": 6},
     **_each(
-        "whisper qwen2_audio_encoder voxtral_encoder moss_transcribe_diarize_audio "
-        "audioflamingo3_encoder",
+        "whisper qwen2_audio_encoder voxtral_encoder moss_transcribe_diarize_audio audioflamingo3_encoder",
         _MEL_64,
     ),
     "wav2vec2-bert": {"feature_projection_input_dim": 16},
@@ -204,9 +197,7 @@ OVERRIDES: dict[str, Fields] = {
     "dia": {"*.cross_hidden_size": 48, "*.cross_head_dim": 8, "*.cross_num_key_value_heads": 3},
     # several kinds of input
     "align": {"vision_config.image_size": 64},
-    "cohere_compass": {
-        "text_config.rope_parameters.full_attention": {"rope_type": "default", "rope_theta": 1e4}
-    },
+    "cohere_compass": {"text_config.rope_parameters.full_attention": {"rope_type": "default", "rope_theta": 1e4}},
     "kosmos-2": {"latent_query_num": 4},
     **_each("blip-2 instructblip instructblipvideo", _QFORMER),
     "bridgetower": {"vision_config.hidden_size": 128},

@@ -37,16 +37,12 @@ def eager_calls(model: nn.Module, inputs: dict[str, Any]) -> list[EagerCall]:
     names = {id(module): name for name, module in copied.named_modules()}
     calls: list[EagerCall] = []
 
-    def record(
-        arguments: tuple[Any, ...], kwargs: dict[str, Any], result: tuple[Tensor, Any]
-    ) -> None:
+    def record(arguments: tuple[Any, ...], kwargs: dict[str, Any], result: tuple[Tensor, Any]) -> None:
         fields = ("module", "query", "key", "value", "attention_mask")
         given = dict(zip(fields, arguments, strict=False)) | kwargs
         module, query, key, value, mask = (given.pop(name, None) for name in fields)
         output, weights = result
-        calls.append(
-            EagerCall(module, names[id(module)], query, key, value, mask, output, weights, given)
-        )
+        calls.append(EagerCall(module, names[id(module)], query, key, value, mask, output, weights, given))
 
     with _watched(record), torch.no_grad():
         copied(**copy.deepcopy(inputs))
@@ -63,9 +59,7 @@ def _watched(record: Callable[[tuple[Any, ...], dict[str, Any], Any], None]) -> 
     """Tell `record` of every call of the functions that `AttentionInterface` hands out."""
     original = AttentionInterface.get_interface
 
-    def get_interface(
-        self: AttentionInterface, implementation: str, default: Callable[..., Any]
-    ) -> Callable[..., Any]:
+    def get_interface(self: AttentionInterface, implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
         function = original(self, implementation, default)
 
         def watched(*arguments: Any, **kwargs: Any) -> Any:
@@ -91,9 +85,7 @@ def softmax_difference(call: EagerCall) -> float:
     query, key = call.query.double(), call.key.double()
     key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
     scaling = call.kwargs.get("scaling")
-    scores = (
-        query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    )
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if isinstance(call.mask, Tensor):
         scores = scores + call.mask
     valid = (scores > torch.finfo(torch.float32).min / 2).any(-1)

@@ -126,11 +126,7 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
                 setattr(part, name, _FIELDS[name])
             elif name in ("image_size", "patch_size") and isinstance(value, list | tuple):
                 setattr(part, name, [_FIELDS[name]] * len(value))
-            elif (
-                name.endswith(("token_id", "token_index"))
-                and isinstance(value, int)
-                and value >= VOCAB
-            ):
+            elif name.endswith(("token_id", "token_index")) and isinstance(value, int) and value >= VOCAB:
                 setattr(part, name, taken.setdefault(name, SPECIAL_IDS_FROM + len(taken)))
         _agree(part)
     return config
@@ -154,9 +150,7 @@ def _shrink_layers(config: PreTrainedConfig) -> set[str]:
             continue
         kinds = [str([value[i] for value in lists.values()]) for i in range(total)]
         chosen = sorted({kinds.index(kind) for kind in kinds})[:MAX_LAYERS]
-        chosen = (chosen + [i for i in range(total) if i not in chosen])[
-            : max(MIN_LAYERS, len(chosen))
-        ]
+        chosen = (chosen + [i for i in range(total) if i not in chosen])[: max(MIN_LAYERS, len(chosen))]
         for name, value in lists.items():
             setattr(config, name, [value[i] for i in sorted(chosen)])
         setattr(config, count, len(chosen))

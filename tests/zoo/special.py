@@ -35,7 +35,7 @@ Maker = Callable[[nn.Module], Inputs]
 
 
 def _each(names: str, maker: Maker) -> dict[str, Maker]:
-    return {name: maker for name in names.split()}
+    return dict.fromkeys(names.split(), maker)
 
 
 def _text(model: nn.Module) -> Inputs:
@@ -92,9 +92,7 @@ def _mel_and_mask(model: nn.Module) -> Inputs:
 
 def _with(family: str, **makers: Callable[[nn.Module], Any]) -> Maker:
     """The default inputs and more."""
-    return lambda model: (
-        default_inputs(model, family) | {name: make(model) for name, make in makers.items()}
-    )
+    return lambda model: default_inputs(model, family) | {name: make(model) for name, make in makers.items()}
 
 
 def _forecast(model: nn.Module) -> Inputs:
@@ -194,9 +192,7 @@ INPUTS: dict[str, Maker] = {
     ),
     "blt": _with("decoder", use_cache=lambda model: False),
     "gemma4_vision": _placed_patches,
-    "idefics": lambda model: (
-        _image_list_text(model) | {"image_attention_mask": torch.ones(BATCH, LENGTH, 1)}
-    ),
+    "idefics": lambda model: _image_list_text(model) | {"image_attention_mask": torch.ones(BATCH, LENGTH, 1)},
     "kosmos-2": _grounded,
     "muse_spark_audio": lambda model: {"input_values": floats(BATCH, 1920)},
     "lw_detr": _sized(48),
@@ -211,14 +207,11 @@ INPUTS: dict[str, Maker] = {
     **_each("timesformer videomae vivit", _video),
     **_each("idefics idefics2 idefics3 smolvlm", _image_list_text),
     **_each(
-        "dac encodec xcodec mimi mimi_encoder pocket_tts_audio_tokenizer pe_audio_encoder "
-        "xcodec2 neucodec",
+        "dac encodec xcodec mimi mimi_encoder pocket_tts_audio_tokenizer pe_audio_encoder xcodec2 neucodec",
         _mono,
     ),
     "pocket_tts_audio_tokenizer_encoder": _mono,
-    **_each(
-        "qwen2_audio_encoder voxtral_encoder voxtral_realtime_encoder glmasr_encoder", _mel_first
-    ),
+    **_each("qwen2_audio_encoder voxtral_encoder voxtral_realtime_encoder glmasr_encoder", _mel_first),
     "moss_transcribe_diarize_audio": _mel_first,
     "audioflamingo3_encoder": _mel_and_mask,
     "audio-spectrogram-transformer": _spectrogram,
@@ -238,8 +231,7 @@ INPUTS: dict[str, Maker] = {
         _sized(64),
     ),
     **_each(
-        "segformer pvt glpn levit mobilevit mobilevitv2 sam2 sam2_vision_model "
-        "sam2_hiera_det_model",
+        "segformer pvt glpn levit mobilevit mobilevitv2 sam2 sam2_vision_model sam2_hiera_det_model",
         _sized(64),
     ),
     **_each(
@@ -260,25 +252,18 @@ INPUTS: dict[str, Maker] = {
         "freq": torch.zeros(BATCH, 1, dtype=torch.long),
     },
     "timesfm2_5": lambda model: {"past_values": floats(BATCH, 32)},
-    "video_llama_3_vision": _with(
-        "vision", merge_sizes=lambda model: torch.ones(2, dtype=torch.long)
-    ),
+    "video_llama_3_vision": _with("vision", merge_sizes=lambda model: torch.ones(2, dtype=torch.long)),
     **_each(
         "minicpm_ocr_vision minicpmv4_7_vision",
         _with("vision", target_sizes=lambda model: torch.tensor([[4, 4]] * 2)),
     ),
-    "clap": lambda model: (
-        text_inputs(model, "encoder") | {"input_features": floats(BATCH, 1, 64, 64)}
-    ),
+    "clap": lambda model: text_inputs(model, "encoder") | {"input_features": floats(BATCH, 1, 64, 64)},
     "perceiver": lambda model: {
         "inputs": floats(BATCH, LENGTH, HIDDEN),
         "attention_mask": padded(left=False),
     },
     "dia": lambda model: (
-        text_inputs(model, "encoder")
-        | {"decoder_input_ids": torch.stack([ids(TARGET_LENGTH)] * 9, dim=-1)}
+        text_inputs(model, "encoder") | {"decoder_input_ids": torch.stack([ids(TARGET_LENGTH)] * 9, dim=-1)}
     ),
-    "encoder-decoder": lambda model: (
-        text_inputs(model, "encoder") | {"decoder_input_ids": ids(TARGET_LENGTH)}
-    ),
+    "encoder-decoder": lambda model: text_inputs(model, "encoder") | {"decoder_input_ids": ids(TARGET_LENGTH)},
 }
