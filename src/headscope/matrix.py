@@ -178,7 +178,7 @@ class AttentionMatrix:
 
     @property
     def logsumexp(self) -> Float[Tensor, "B H L"]:
-        """Log Σ_j exp(s_ij) of each row, with the bias; −inf where nothing is visible."""
+        """Log Σ_j exp(s_ij) of each row, with the bias and the sink; −inf where nothing is visible."""
         return self._known().logsumexp
 
     def reduce(self, *reductions: Reduction) -> tuple[Any, ...]:
