@@ -4,8 +4,10 @@ import doctest
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import typer.main
 from typer.testing import CliRunner
 
@@ -26,8 +28,14 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def test_the_code_of_the_readme_runs(smollm2: models.Loaded, capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = blocks(ROOT / "README.md", "python")
-    exec(compile(code, "README.md", "exec"), {})
+    names: dict[str, Any] = {}
+    for number, code in enumerate(blocks(ROOT / "README.md", "python")):
+        exec(compile(code, f"README.md, block {number}", "exec"), names)
+    with torch.no_grad():
+        plain = names["loaded"].model(input_ids=names["ids"]).logits
+    changed = names["changed"]
+    assert changed.shape == plain.shape
+    assert (changed - plain).abs().max() > 0.1
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "0.68"
     assert out[1] == "torch.Size([1, 9, 14]) torch.Size([1, 9, 14, 3])"
