@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from headscope import attention, blockwise, kernels, masks
+from headscope import AttentionMatrix, attention, blockwise, kernels, masks
 from tests import reference
 from tests.options import BIASES, MASKS, masked, one_thread, unchecked  # noqa: F401
 from tests.reference import operands
@@ -367,3 +367,18 @@ def test_an_error_says_what_came_and_what_was_wanted(name: str) -> None:
     with unchecked(), pytest.raises(ValueError) as caught:
         ask()
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("scale", [-1.7, 0.0])
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_a_scale_below_or_at_zero_hides_what_is_hidden(scale: float, asked_before: bool) -> None:
+    """The fused kernel alone gives NaN: it scales after hiding."""
+    query, key, value = torch.randn(1, 2, 3, 5), torch.randn(1, 2, 3, 5), torch.randn(1, 2, 3, 5)
+    scores = (query @ key.transpose(-1, -2) * scale).masked_fill(torch.ones(3, 3).triu(1).bool(), -torch.inf)
+    matrix = AttentionMatrix(query, key, mask=masks.causal(), scale=scale)
+    if asked_before:
+        torch.testing.assert_close(matrix.dense(), scores.softmax(-1))
+    torch.testing.assert_close(matrix @ value, scores.softmax(-1) @ value)
+    torch.testing.assert_close(
+        attention(query, key, value, mask=masks.causal(), scale=scale), scores.softmax(-1) @ value
+    )

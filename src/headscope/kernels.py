@@ -162,6 +162,8 @@ def _kernel(
     scale: float,
     want_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    if scale <= 0:  # the kernel scales after hiding, and −∞ · −1 is +∞
+        query, scale = query * (0.0 if scale == 0 else -1.0), -scale or 1.0
     if want_lse and _flash_cpu is not None:
         if mask is not None:
             mask = torch.zeros((), dtype=query.dtype).masked_fill(~mask, -torch.inf)
