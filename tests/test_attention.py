@@ -26,7 +26,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blockwise, "_AUTOGRAD", 2 * 6 * 11 * 2)
 
 
-def compare(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
+def assert_near(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
     assert found.shape == wanted.shape
     torch.testing.assert_close(found.double(), wanted, atol=tolerance, rtol=tolerance)
 
@@ -38,9 +38,9 @@ def test_it_is_its_definition(mask_name: str, bias_name: str, tiny: None) -> Non
     mask, seen = masked(mask_name, SIZES)
     bias = BIASES[bias_name](SIZES)
     wanted = reference.attend(reference.weights(query, key, seen=seen, bias=bias), value)
-    compare(attention(query, key, value, mask=mask, bias=bias), wanted)
+    assert_near(attention(query, key, value, mask=mask, bias=bias), wanted)
     trained = None if bias is None else bias.clone().requires_grad_()
-    compare(attention(query, key, value, mask=mask, bias=trained).detach(), wanted)
+    assert_near(attention(query, key, value, mask=mask, bias=trained).detach(), wanted)
 
 
 @st.composite
@@ -68,7 +68,7 @@ def test_any_shapes(
         out = attention(query, key, value, mask=mask, bias=bias, scale=scale)
     assert out.dtype == dtype
     p = reference.weights(query, key, seen=seen, bias=bias, scale=scale)
-    compare(out, reference.attend(p, value), 1e-5 if dtype == torch.float32 else 1e-11)
+    assert_near(out, reference.attend(p, value), 1e-5 if dtype == torch.float32 else 1e-11)
 
 
 @pytest.mark.parametrize("queries", [300, 700])
@@ -86,7 +86,7 @@ def test_a_realistic_size(mask_name: str, queries: int) -> None:
         "padding": (j < lengths[:, None, None])[:, None],
     }
     wanted = reference.attend(reference.weights(query, key, seen=cells[mask_name]), value)
-    compare(attention(query, key, value, mask=mask), wanted)
+    assert_near(attention(query, key, value, mask=mask), wanted)
 
 
 # The softmax of 0 and ln n can be worked out by hand: 1 : n.
@@ -108,26 +108,28 @@ BY_HAND: dict[str, tuple[dict[str, Any], list[float]]] = {
 @pytest.mark.parametrize("name", BY_HAND)
 def test_values_worked_out_by_hand(name: str) -> None:
     options, wanted = BY_HAND[name]
-    compare(attention(*HAND, **options), torch.tensor(wanted, dtype=torch.float64).view(1, 1, 1, 3), 1e-6)
+    assert_near(attention(*HAND, **options), torch.tensor(wanted, dtype=torch.float64).view(1, 1, 1, 3), 1e-6)
 
 
 def test_the_default_scale_is_one_over_root_of_the_head_size() -> None:
     query, key = torch.ones(1, 1, 1, 4), torch.tensor([[[[0.0] * 4, [1.0] * 4]]])
     out = attention(query, key, torch.eye(2)[None, None])
-    compare(out.flatten(), torch.tensor([1 / (1 + math.e**2), math.e**2 / (1 + math.e**2)], dtype=torch.float64), 1e-6)
+    assert_near(
+        out.flatten(), torch.tensor([1 / (1 + math.e**2), math.e**2 / (1 + math.e**2)], dtype=torch.float64), 1e-6
+    )
 
 
 def test_heads_share_keys_in_consecutive_groups() -> None:
     value = torch.arange(3.0).view(1, 3, 1, 1).expand(1, 3, 11, 1)
     out = attention(torch.randn(1, 6, 7, 5), torch.randn(1, 3, 11, 5), value)
-    compare(out[0, :, 0, 0], torch.tensor([0, 0, 1, 1, 2, 2], dtype=torch.float64), 1e-6)
+    assert_near(out[0, :, 0, 0], torch.tensor([0, 0, 1, 1, 2, 2], dtype=torch.float64), 1e-6)
 
 
 def test_a_step_with_a_cache_is_the_last_row_of_the_whole() -> None:
     query, key, value = operands(queries=11)
     whole = attention(query, key, value, mask=masks.causal())
     step = attention(query[:, :, -2:], key, value, mask=masks.causal())
-    compare(step, whole[:, :, -2:].double(), 1e-6)
+    assert_near(step, whole[:, :, -2:].double(), 1e-6)
 
 
 @pytest.mark.parametrize("bias_name", ["none", "key only", "[L, S]", "finfo.min"])
@@ -139,7 +141,7 @@ def test_half_precision(dtype: torch.dtype, tolerance: float, mask_name: str, bi
     bias = BIASES[bias_name](SIZES)
     out = attention(query, key, value, mask=mask, bias=bias)
     assert out.dtype == dtype
-    compare(out, reference.attend(reference.weights(query, key, seen=seen, bias=bias), value), tolerance)
+    assert_near(out, reference.attend(reference.weights(query, key, seen=seen, bias=bias), value), tolerance)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 1e-9])
@@ -151,7 +153,7 @@ def test_under_autocast(bias_name: str, dropout_p: float) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out = attention(query, key, value, mask=mask, bias=bias, dropout_p=dropout_p)
     wanted = reference.attend(reference.weights(query, key, seen=seen, bias=bias), value)
-    compare(out, wanted, 3e-2)
+    assert_near(out, wanted, 3e-2)
 
 
 def test_a_bias_may_have_another_precision() -> None:
@@ -160,9 +162,9 @@ def test_a_bias_may_have_another_precision() -> None:
         bias = BIASES[name](SIZES)
         assert bias is not None
         wanted = reference.attend(reference.weights(query, key, bias=bias), value)
-        compare(attention(query, key, value, bias=bias.double()), wanted)
+        assert_near(attention(query, key, value, bias=bias.double()), wanted)
         half = reference.attend(reference.weights(query, key, bias=bias.half()), value)
-        compare(attention(query, key, value, bias=bias.half()), half)
+        assert_near(attention(query, key, value, bias=bias.half()), half)
 
 
 def hidden_rows() -> tuple[Tensor, Tensor]:
@@ -226,7 +228,7 @@ def test_gradients_are_the_same_where_masks_are_not_kept(tiny: None, monkeypatch
     again = torch.autograd.grad(attention(*inputs, mask=mask, bias=bias).square().sum(), inputs)
     for one, other in zip(kept, again, strict=True):
         assert float(one.abs().max()) > 0.1
-        compare(other, one.double(), 1e-6)
+        assert_near(other, one.double(), 1e-6)
 
 
 def small(mask_name: str, bias_name: str) -> tuple[list[Tensor], Any, Tensor | None]:
@@ -270,7 +272,7 @@ def test_gradients_are_those_of_the_definition(mask_name: str, tiny: None) -> No
     found = torch.autograd.grad(ours, (query, key, value), sent)
     defined = torch.autograd.grad(wanted, (query, key, value), sent.double())
     for one, other in zip(found, defined, strict=True):
-        compare(one, other.double(), 2e-5)
+        assert_near(one, other.double(), 2e-5)
 
 
 def test_dropout_drops_its_share_and_scales_the_rest(tiny: None) -> None:
@@ -280,7 +282,7 @@ def test_dropout_drops_its_share_and_scales_the_rest(tiny: None) -> None:
     p = reference.weights(query, key, seen=seen)
     draws = torch.stack([attention(query, key, eye, mask=mask, dropout_p=0.3) for _ in range(60)]).double()
     kept = draws != 0
-    compare(draws[kept], (p / 0.7).expand_as(draws)[kept])
+    assert_near(draws[kept], (p / 0.7).expand_as(draws)[kept])
     assert not bool(kept[:, ~seen].any())
     visible = int(seen.sum()) * 60
     share = 1 - float(kept.sum()) / visible
@@ -303,7 +305,7 @@ def test_dropout_repeats_with_its_seed_and_its_gradient_drops_the_same(tiny: Non
     first.sum().backward()
     assert eye.grad is not None
     dropped = first.detach().sum(2).unflatten(1, (3, 2)).sum(2)  # column sums, by key/value head
-    compare(eye.grad, dropped.double().unsqueeze(-1).expand(-1, -1, -1, 11))
+    assert_near(eye.grad, dropped.double().unsqueeze(-1).expand(-1, -1, -1, 11))
 
 
 @pytest.mark.parametrize("mask_name", ["none", "causal", "padding"])
@@ -316,10 +318,12 @@ def test_inputs_need_not_be_contiguous(same: str, mask_name: str) -> None:
         for n, t, x in zip(("query", "key", "value"), turned, (query, key, value), strict=True)
     ]
     mask, seen = masked(mask_name, (2, 6, 11, 11))
-    compare(attention(*given, mask=mask), reference.attend(reference.weights(query, key, seen=seen), value))
+    assert_near(attention(*given, mask=mask), reference.attend(reference.weights(query, key, seen=seen), value))
     projected = torch.randn(2, 11, 6 * 5)
     split = projected.unflatten(2, (6, 5)).transpose(1, 2)  # as it comes out of a projection
-    compare(attention(split, key, value, mask=mask), reference.attend(reference.weights(split, key, seen=seen), value))
+    assert_near(
+        attention(split, key, value, mask=mask), reference.attend(reference.weights(split, key, seen=seen), value)
+    )
 
 
 Q, K, V = operands()
