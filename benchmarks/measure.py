@@ -23,6 +23,11 @@ class Timing:
 
     median: float
     spread: float  # (largest − smallest) ÷ median
+    taken: tuple[float, ...]  # one a round
+
+    def over(self, other: Timing) -> float:
+        """How many times the other: the median over the rounds, so that a slow minute counts on both sides."""
+        return statistics.median(a / b for a, b in zip(self.taken, other.taken, strict=True))
 
 
 def side_by_side(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
@@ -38,7 +43,10 @@ def side_by_side(work: dict[str, Callable[[], object]], rounds: int) -> dict[str
             start = time.perf_counter()
             action()
             taken[name].append(time.perf_counter() - start)
-    return {name: Timing(statistics.median(t), (max(t) - min(t)) / statistics.median(t)) for name, t in taken.items()}
+    return {
+        name: Timing(statistics.median(t), (max(t) - min(t)) / statistics.median(t), tuple(t))
+        for name, t in taken.items()
+    }
 
 
 def peak_memory() -> float:

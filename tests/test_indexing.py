@@ -138,3 +138,15 @@ def test_what_is_refused_and_why(name: str) -> None:
     index, error, text = REFUSED[name]
     with pytest.raises(error, match=text):
         AttentionMatrix(QUERY, KEY)[index]
+
+
+def test_a_part_that_was_written_into_is_read_anew() -> None:
+    """The last part is kept for the next look; what the caller does to its copy must not show there."""
+    query, key = torch.randn(1, 2, 7, 5), torch.randn(1, 2, 11, 5)
+    matrix = AttentionMatrix(query, key, mask=masks.causal())
+    wanted = matrix.dense()[0, 1, 2:5, 1:9]
+    for _ in range(3):
+        part = matrix[0, 1, 2:5, 1:9]
+        torch.testing.assert_close(part, wanted)
+        part.zero_()
+    torch.testing.assert_close(matrix[0, 1, 2:6, 1:9][:3], wanted)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 from headscope.errors import NothingSeen, RecordingError
@@ -282,3 +283,23 @@ def test_a_text_in_which_a_call_has_no_row_to_prove_is_unproved() -> None:
     recording = recorded(Blind(), torch.randn(1, 2, 5, 4))
     assert recording.proof is None
     assert recording[0].dense().eq(0).all()
+
+
+def test_a_position_bias_gets_the_gradient_that_the_eager_maps_give_it() -> None:
+    config = transformers.T5Config(
+        vocab_size=50, d_model=24, d_kv=4, num_heads=6, num_layers=2, d_ff=32, dropout_rate=0.0
+    )
+    torch.manual_seed(0)
+    model = transformers.T5EncoderModel(config)
+    model.set_attn_implementation("eager")
+    text = torch.randint(1, 50, (2, 7))
+    table = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    with record(model, detach=False) as recording:
+        maps = model(text, output_attentions=True).attentions
+    wanted = torch.autograd.grad(sum(-torch.xlogy(a, a).sum() for a in maps), table, retain_graph=True)[0]
+    got = torch.autograd.grad(sum(matrix.entropy().sum() for matrix in recording), table)[0]
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+    assert wanted.abs().max() > 1e-3
+    with record(model) as recording:
+        model(text)
+    assert not recording[0].entropy().requires_grad

@@ -6,6 +6,7 @@ time, and its weights are final before any question sees them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +24,7 @@ __all__ = ["Normalizer", "Strip", "by_rows", "stream", "strips"]
 _BLOCK = 1 << 20  # scores in one block: small enough for the cache, large enough for the work around it
 _STRIP = 1 << 23  # scores in one strip: they are held until its rows are known
 _EVEN = 16  # rows come in multiples of it: odd shapes are slow in a matrix product
-_AUTOGRAD = 1 << 21  # scores in one strip when gradients are wanted: several copies are alive
+_AUTOGRAD = 1 << 20  # scores in one strip when gradients are wanted: several copies are alive
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,22 @@ class Normalizer:
     def logsumexp(self) -> Tensor:
         """Log Σ_j exp(s_ij), [B, H, L]; −inf where nothing is visible."""
         return self.top + self.log_total
+
+
+class Buffers:
+    """Room for blocks, used again from block to block: fresh memory costs more than the sums that go into it."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._flat: dict[int, Tensor] = {}
+
+    def take(self, number: int, *shape: int) -> Tensor:
+        """Buffer ``number`` in a shape; what it held is lost."""
+        size = math.prod(shape)
+        held = self._flat.get(number)
+        if held is None or held.numel() < size:
+            held = self._flat[number] = self._like.new_empty(size)
+        return held[:size].view(shape)
 
 
 @dataclass(frozen=True)
@@ -80,10 +97,14 @@ def stream(
     like = scores.query.new_empty(0, dtype=scores.dtype)
     states = [reduction.start(scores.shape, like) for reduction in reductions]
     found = known or Normalizer(like.new_zeros(scores.shape[:3]), like.new_zeros(scores.shape[:3]))
+    buffers = Buffers(like)
     with torch.no_grad(), torch.autocast(scores.query.device.type, enabled=False):
         for strip in strips(scores):
-            make = _fresh_blocks if known is None else _known_blocks
-            for block in make(scores, strip, found):
+            if known is not None:
+                blocks = _known_blocks(scores, strip, known, buffers)
+            else:
+                blocks = _fresh_blocks(scores, strip, found, buffers, hold=bool(reductions))
+            for block in blocks:
                 for reduction, state in zip(reductions, states, strict=True):
                     reduction.update(state, block)
     return [r.finish(s) for r, s in zip(reductions, states, strict=True)], found
@@ -106,17 +127,20 @@ def _pieces(strip: Strip, width: int) -> Iterator[tuple[slice, list[slice]]]:
         yield slice(start, stop), mixed
 
 
-def _raw_blocks(scores: Scores, strip: Strip) -> Iterator[tuple[Tensor, slice, list[slice]]]:
-    """Scores of the strip, block by block: −inf where hidden."""
+def _raw_blocks(
+    scores: Scores, strip: Strip, buffers: Buffers, reuse: bool = False
+) -> Iterator[tuple[Tensor, slice, list[slice]]]:
+    """Scores of the strip, block by block: −inf where hidden. Block i lies in buffer 2·i, with ``reuse`` in 0."""
     queries = scores.queries(strip.batch, strip.groups, strip.rows)
     heads = _heads(scores, strip)
     width = max(128, _BLOCK // (queries.shape[0] * queries.shape[1]) // 128 * 128)
-    for keys, mixed in _pieces(strip, width):
-        x = scores.block(queries, strip.batch, strip.groups, strip.rows, keys)
+    for number, (keys, mixed) in enumerate(_pieces(strip, width)):
+        room = buffers.take(0 if reuse else 2 * number, *queries.shape[:2], keys.stop - keys.start)
+        x = scores.block(queries, strip.batch, strip.groups, strip.rows, keys, room)
         for part in mixed:
             seen = scores.visible(strip.batch, heads, strip.rows, part)
             inner = slice(part.start - keys.start, part.stop - keys.start)
-            x[..., inner].masked_fill_(~seen, -torch.inf)
+            x[..., inner] += torch.where(seen, 0.0, -torch.inf)  # much faster than masked_fill_ on a part
         yield x, keys, mixed
 
 
@@ -144,21 +168,26 @@ def _block(
     return Block(weights, centered, offset, strip.batch, heads, strip.rows, keys, bool(mixed), scores)
 
 
-def _known_blocks(scores: Scores, strip: Strip, known: Normalizer) -> Iterator[Block]:
+def _known_blocks(scores: Scores, strip: Strip, known: Normalizer, buffers: Buffers) -> Iterator[Block]:
     at = (strip.batch, _heads(scores, strip), strip.rows)
     top = known.top[at].unsqueeze(-1)
     offset = -known.log_total[at].unsqueeze(-1)
     offset = torch.where(offset == torch.inf, 0.0, offset)
     factor = offset.exp()
     whole = bool((factor == 1).all())  # sums that the fused kernel gave are in ``top`` already
-    for x, keys, mixed in _raw_blocks(scores, strip):
+    for x, keys, mixed in _raw_blocks(scores, strip, buffers, reuse=True):
         centered = x.sub_(top)
-        weights = centered.exp() if whole else centered.exp().mul_(factor)
+        weights = torch.exp(centered, out=buffers.take(1, *centered.shape))
+        if not whole:
+            weights.mul_(factor)
         yield _block(scores, strip, keys, mixed, weights, centered, offset)
 
 
-def _fresh_blocks(scores: Scores, strip: Strip, found: Normalizer) -> Iterator[Block]:
-    """Blocks wait, each centered on the largest score so far, until their rows' sums are known."""
+def _fresh_blocks(scores: Scores, strip: Strip, found: Normalizer, buffers: Buffers, hold: bool) -> Iterator[Block]:
+    """Blocks wait, each centered on the largest score so far, until their rows' sums are known.
+
+    Without ``hold`` only the sums are wanted, and no block comes.
+    """
     heads = _heads(scores, strip)
     held: list[tuple[slice, list[slice], Tensor, Tensor, Tensor]] = []
     size = (
@@ -169,14 +198,15 @@ def _fresh_blocks(scores: Scores, strip: Strip, found: Normalizer) -> Iterator[B
     )
     top = found.top.new_full(size, -torch.inf)
     total = found.top.new_zeros(size)
-    for x, keys, mixed in _raw_blocks(scores, strip):
+    for number, (x, keys, mixed) in enumerate(_raw_blocks(scores, strip, buffers, reuse=not hold)):
         higher = torch.maximum(top, x.amax(-1, keepdim=True))
         shift = torch.where(higher == -torch.inf, 0.0, higher)
         centered = x.sub_(shift)
-        weights = centered.exp()
+        weights = torch.exp(centered, out=buffers.take(2 * number + 1 if hold else 1, *centered.shape))
         total = total * (top - shift).exp() + weights.sum(-1, keepdim=True)
         top = higher
-        held.append((keys, mixed, weights, centered, shift))
+        if hold:
+            held.append((keys, mixed, weights, centered, shift))
     shift = torch.where(top == -torch.inf, 0.0, top)
     if scores.sinks is not None:
         logit = scores.sinks[heads].detach().to(top.dtype).view(1, -1, 1, 1)
@@ -196,9 +226,10 @@ def _fresh_blocks(scores: Scores, strip: Strip, found: Normalizer) -> Iterator[B
 
 
 def by_rows(scores: Scores, ask: Callable[..., Tensor], *values: Tensor | None) -> Iterator[Tensor]:
-    """Differentiable answers, a few query rows at a time: ``ask(weights, log_weights, rows, *values)``.
+    """Differentiable answers, a few query rows at a time: ``ask(weights, log_weights, rows, keys, *values)``.
 
-    Nothing of a strip is kept for the backward pass: it is computed again there, so that memory stays O(strip).
+    ``keys`` are those from the first to the last that one of the rows may see; the weights are theirs. Nothing
+    of a strip is kept for the backward pass: it is computed again there, so that memory stays O(strip).
     """
     batch, heads, queries, keys = scores.shape
     rows = max(1, min(queries, _AUTOGRAD // (batch * heads * keys)))
@@ -221,17 +252,24 @@ def _answer(
     """What ``ask`` says of a few rows; the operands come as arguments, so that the checkpoint knows them."""
     whole = replace(scores, query=query, key=key, bias=bias, sinks=sinks)
     with torch.autocast(query.device.type, enabled=False):
-        return ask(*_weights_of_rows(whole, rows), rows, *values)
+        keys = _reach(whole, rows)
+        return ask(*_weights_of_rows(whole, rows, keys), rows, keys, *values)
 
 
-def _weights_of_rows(scores: Scores, rows: slice) -> tuple[Tensor, Tensor]:
-    """Weights and log-weights [B, H, r, S] of a few rows, differentiable in everything."""
-    every_batch, every_key = slice(0, scores.shape[0]), slice(0, scores.shape[3])
+def _reach(scores: Scores, rows: slice) -> slice:
+    """Keys from the first to the last that some of the rows may see; the first where they see none."""
+    spans = scores.spans(slice(0, scores.shape[0]), rows)
+    return slice(spans[0][0], spans[-1][1]) if spans else slice(0, 1)
+
+
+def _weights_of_rows(scores: Scores, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
+    """Weights and log-weights [B, H, r, k] of a few rows, differentiable in everything."""
+    every_batch = slice(0, scores.shape[0])
     groups, heads = slice(0, scores.key.shape[1]), slice(0, scores.shape[1])
     queries = scores.queries(every_batch, groups, rows)
-    x = scores.block(queries, every_batch, groups, rows, every_key)
+    x = scores.block(queries, every_batch, groups, rows, keys)
     if scores.mask is not None:
-        x = x.masked_fill(~scores.visible(every_batch, heads, rows, every_key), -torch.inf)
+        x = x.masked_fill(~scores.visible(every_batch, heads, rows, keys), -torch.inf)
     top = x.detach().amax(-1, keepdim=True)
     top = torch.where(top == -torch.inf, 0.0, top)
     if scores.sinks is not None:

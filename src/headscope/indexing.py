@@ -18,6 +18,7 @@ __all__ = ["PartReader"]
 
 _POINTS = 1 << 16  # cells computed one by one at a time
 _CELLS = 1 << 22  # cells computed as a block at a time
+_KEPT = 1 << 18  # cells of the last part, kept for the next look at it
 
 
 class PartReader:
@@ -28,13 +29,20 @@ class PartReader:
         shape = scores.shape[:3]
         blank = torch.full(shape, torch.nan, dtype=scores.dtype, device=scores.query.device)
         self.known = known or Normalizer(blank, blank.clone())
+        self._last: tuple[list[Any], Tensor] | None = None
 
     def __getitem__(self, index: Any) -> Tensor:
         parts = _normalise(index, self.scores.shape, self.scores.query.device)
         with torch.no_grad(), torch.autocast(self.scores.query.device.type, enabled=False):
             if any(isinstance(part, Tensor) for part in parts):
                 return self._gathered(parts)
-            return self._cut(parts)
+            if self._last is None or self._last[0] != parts:
+                self._last = parts, self._cut(parts)
+            part = self._last[1]
+            if part.numel() > _KEPT:
+                self._last = None
+                return part
+            return part.clone()  # the caller may write into it
 
     def _cut(self, parts: list[Any]) -> Tensor:
         """Ints and slices: one block of each head."""
@@ -61,7 +69,7 @@ class PartReader:
             span = slice(start, min(queries, start + rows))
             groups = slice(0, part.key.shape[1])
             x = part.block(part.queries(every_b, groups, span), every_b, groups, span, k)
-            if part.mask is not None:
+            if not part.sees_all(every_b, span, k):
                 x = x.masked_fill(~part.visible(every_b, every_h, span, k), -torch.inf)
             at = (b, h, slice(q.start + span.start, q.start + span.stop))
             pieces.append(_normalised(x, self.known, at)[steps])

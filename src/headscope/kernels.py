@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from headscope.blockwise import Normalizer, by_rows
 from headscope.scores import Scores
 
-__all__ = ["fused", "fused_with_normalizer", "is_fused", "product"]
+__all__ = ["by_strips", "fused", "fused_with_normalizer", "is_fused", "product"]
 
 _MASK_BLOCK = 1 << 22  # cells of a mask that may exist at once
 _ROWS = 256  # queries in a block, where the mask must be cut up
@@ -39,15 +39,18 @@ def product(scores: Scores, value: Tensor, dropout_p: float = 0.0) -> Tensor:
     """P @ value as [B, H, L, N], differentiable; value is [B, G, S, N] or [B, H, S, N]."""
     if is_fused(scores, dropout_p):
         return fused(scores, value)
-
-    ask = partial(_weighted, dropout_p)
-    return torch.cat(list(by_rows(scores, ask, value)), 2).to(value.dtype)
+    return by_strips(scores, value, dropout_p).to(value.dtype)
 
 
-def _weighted(dropout_p: float, weights: Tensor, _: Tensor, rows: slice, value: Tensor) -> Tensor:
+def by_strips(scores: Scores, value: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """The same without the fused kernel, a few query rows at a time: float32, or float64 for float64."""
+    return torch.cat(list(by_rows(scores, partial(_weighted, dropout_p), value)), 2)
+
+
+def _weighted(dropout_p: float, weights: Tensor, _: Tensor, rows: slice, keys: slice, value: Tensor) -> Tensor:
     weights = F.dropout(weights, dropout_p) if dropout_p else weights
     grouped = weights.unflatten(1, (value.shape[1], -1))
-    return (grouped @ value.to(weights.dtype).unsqueeze(2)).flatten(1, 2)
+    return (grouped @ value[:, :, keys].to(weights.dtype).unsqueeze(2)).flatten(1, 2)
 
 
 def fused(scores: Scores, value: Tensor) -> Tensor:

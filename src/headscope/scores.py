@@ -62,10 +62,13 @@ class Scores:
         part = self.query[b, heads, q].to(self.dtype) * self.scale
         return part.reshape(-1, self.per_group * part.shape[2], part.shape[3])
 
-    def block(self, queries: Tensor, b: slice, g: slice, q: slice, k: slice) -> Tensor:
-        """Scores [b, heads, q, k] of one block, not yet hidden; ``queries`` comes from :meth:`queries`."""
+    def block(self, queries: Tensor, b: slice, g: slice, q: slice, k: slice, out: Tensor | None = None) -> Tensor:
+        """Scores [b, heads, q, k] of one block, not yet hidden; ``queries`` comes from :meth:`queries`.
+
+        ``out`` [b·g, per_group·q, k] is room for the product; the result may lie in it.
+        """
         keys = self.key[b, g, k].to(self.dtype).flatten(0, 1)
-        flat = torch.bmm(queries, keys.transpose(1, 2))
+        flat = torch.bmm(queries, keys.transpose(1, 2), out=out)
         heads = slice(g.start * self.per_group, g.stop * self.per_group)
         shape = (b.stop - b.start, heads.stop - heads.start, q.stop - q.start, k.stop - k.start)
         scores = flat.view(shape)
@@ -110,6 +113,13 @@ class Scores:
         batch = slice(b.start + self.origin[0], b.stop + self.origin[0])
         return self.mask.spans(batch, self.positions(q), num_keys)
 
+    def sees_all(self, b: slice, q: slice, k: slice) -> bool:
+        """Whether it is known, without a look at each cell, that every one of these queries sees all these keys."""
+        if self.mask is None:
+            return True
+        batch = slice(b.start + self.origin[0], b.stop + self.origin[0])
+        return self.mask.classify(batch, self.positions(q), k) is True
+
     def narrow(self, b: slice, h: slice, q: slice) -> Scores:
         """The same attention for some batch rows, heads and queries only; every key stays."""
         n = self.per_group
@@ -141,6 +151,8 @@ class Scores:
     def refuse_nonfinite(self) -> None:
         """Raise ValueError where a question would be answered from NaN or infinite numbers."""
         for name, tensor in (("query", self.query), ("key", self.key)):
+            if math.isfinite(tensor.detach().sum(dtype=torch.float32)):
+                continue  # one pass; the sum of finite numbers may overflow, hence the closer look
             bad = ~torch.isfinite(tensor)
             if bool(bad.any()):
                 raise ValueError(_describe(name, tensor, bad))

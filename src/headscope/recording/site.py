@@ -53,10 +53,10 @@ def capture(call: AttentionCall, keep: Sequence[str], detach: bool) -> Captured:
         hold(scores.query),
         hold(scores.key),
         scores.mask,
-        scores.bias,
+        scores.bias.detach() if detach and isinstance(scores.bias, Tensor) else scores.bias,
         scores.scale,
         scores.softcap,
-        scores.sinks,
+        scores.sinks.detach() if detach and scores.sinks is not None else scores.sinks,
         scores.origin,
     )
     value = hold(call.value[:, :, : scores.shape[3]]) if "value" in keep else None

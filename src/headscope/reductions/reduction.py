@@ -69,7 +69,10 @@ class Reduction(ABC):
 
     @abstractmethod
     def update(self, state: Any, block: Block) -> None:
-        """Add one block to the state, in place. Every visible cell comes exactly once."""
+        """Add one block to the state, in place. Every visible cell comes exactly once.
+
+        The block's tensors are used again for the next one: keep no view of them.
+        """
 
     def finish(self, state: Any) -> Any:
         """The answer."""

@@ -27,8 +27,9 @@ class Entropy(Reduction):
 
     def update(self, state: Tensor, block: Block) -> None:
         """−Σ P·(centered + offset), without a second block in memory."""
-        weighted = torch.linalg.vecdot(block.weights, block.centered)
-        state[block.at] -= weighted + block.weights.sum(-1) * block.offset.squeeze(-1)
+        state[block.at] -= torch.linalg.vecdot(block.weights, block.centered)
+        if block.offset.any():
+            state[block.at] -= block.weights.sum(-1) * block.offset.squeeze(-1)
 
     def finish(self, state: Tensor) -> Tensor:
         """Rounding may leave −1e−8 for a row on one key."""

@@ -115,7 +115,7 @@ def _sinks(implementation: str, given: dict[str, Any], shape: tuple[int, int, in
                 f"{type(given['module']).__name__} has attention sinks of shape {tuple(own.shape)}; "
                 f"one for each of the {shape[1]} heads can be read, not one for each query."
             )
-        yield own.detach()
+        yield own
         if implementation != "eager":
             yield None
     else:
@@ -129,7 +129,8 @@ def _masks(
     mask, position_bias = given.get("attention_mask"), given.get("position_bias")
     extra: Read = (None, None)
     if isinstance(position_bias, Tensor):
-        extra = (None, position_bias.detach()[(None,) * (4 - position_bias.dim())][..., : shape[3]])
+        with torch.enable_grad():  # the graph behind it, if there is one
+            extra = (None, position_bias[(None,) * (4 - position_bias.dim())][..., : shape[3]])
     if mask is not None:
         kind = (id(mask), shape)
         read: Read = cached(forward, kind, mask, lambda: read_mask(mask, shape))

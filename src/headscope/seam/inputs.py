@@ -40,7 +40,7 @@ def _from_additive(mask: Tensor, shape: tuple[int, int, int, int]) -> Read:
     seen = mask == 0
     hidden = mask <= lowest
     if not bool((seen | hidden).all()):
-        return None, mask.detach()
+        return None, mask
     blank = ~seen.any(-1, keepdim=True)
     uniform = blank & (mask > -torch.inf).all(-1, keepdim=True)
     if not bool(uniform.any()):
@@ -59,5 +59,6 @@ def _from_block_mask(mask: Any, shape: tuple[int, int, int, int]) -> Tensor:
 def combine(first: Read, second: Read) -> Read:
     """Two masks at once, as torch adds them up."""
     rule = first[0] if second[0] is None else second[0] if first[0] is None else first[0] & second[0]
-    bias = first[1] if second[1] is None else second[1] if first[1] is None else first[1] + second[1]
+    with torch.enable_grad():  # the graph behind them, if there is one
+        bias = first[1] if second[1] is None else second[1] if first[1] is None else first[1] + second[1]
     return rule, bias

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from headscope.blockwise import by_rows
 from headscope.errors import ProofError
+from headscope.kernels import by_strips
 from headscope.scores import Scores
 from headscope.seam.call import Output
 
@@ -67,12 +67,7 @@ def _head_outputs(scores: Scores, value: Tensor, b: int, r: int) -> Tensor:
     """P @ V of one row, [1, H, Dv]."""
     heads = slice(0, scores.shape[1])
     part = scores.narrow(slice(b, b + 1), heads, slice(r, r + 1))
-
-    def ask(weights: Tensor, _: Tensor, rows: slice, value: Tensor) -> Tensor:
-        grouped = weights.unflatten(1, (value.shape[1], -1))
-        return (grouped @ value.to(weights.dtype).unsqueeze(2)).flatten(1, 2)
-
-    return next(by_rows(part, ask, value[b : b + 1]))[:, :, 0]
+    return by_strips(part, value[b : b + 1])[:, :, 0]
 
 
 def choose_rows(scores: Scores, valid: Tensor | None) -> tuple[Tensor, Tensor]:
