@@ -108,7 +108,7 @@ def table(rows: list[list[str]]) -> None:
         ("tokens", "work", "plain forward", "with it", "÷ plain", "peak memory in all", "above the plain forward"),
         rows,
         "Each line includes the forward and ran in its own process beside a plain forward, in turn; the ratio is the "
-        "median of three rounds, of one for eager and at 7,000 tokens. At 7,000 tokens the eager maps alone would take 52,920 MB.",
+        "median of three rounds, of one for eager and at 7,000 tokens, where eager maps alone would take 52,920 MB.",
     )
 
 

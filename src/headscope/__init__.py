@@ -5,17 +5,25 @@ site is an AttentionMatrix that is never built and answers questions; edits chan
 """
 
 from headscope import masks, positions, reductions
+from headscope.cache import KVCache, SlidingWindowCache
 from headscope.edits import ablate, edit, knock_out, patch
 from headscope.errors import HeadscopeError
 from headscope.matrix import AttentionMatrix, attention
 from headscope.models import load, pull
+from headscope.multihead import MultiHeadAttention
 from headscope.recording import Recording, record
 from headscope.tokens import tokenize
+from headscope.transformer import Transformer, TransformerConfig
 
 __all__ = [
     "AttentionMatrix",
     "HeadscopeError",
+    "KVCache",
+    "MultiHeadAttention",
     "Recording",
+    "SlidingWindowCache",
+    "Transformer",
+    "TransformerConfig",
     "ablate",
     "attention",
     "edit",

@@ -1,15 +1,24 @@
-"""Functions of positions that enter attention: ALiBi, a bias that grows with distance."""
+"""Functions of positions: ALiBi, a bias that grows with distance; rotary; sinusoidal."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["Alibi", "alibi", "alibi_slopes"]
+__all__ = [
+    "Alibi",
+    "Rotary",
+    "alibi",
+    "alibi_slopes",
+    "linear_scaling",
+    "llama3_scaling",
+    "rotary",
+    "sinusoidal",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,3 +77,121 @@ def alibi_slopes(num_heads: int) -> Tensor:
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
     return torch.tensor(slopes)
+
+
+Scaling = Callable[[Tensor], Tensor]  # from the inverse wavelengths [D/2] to others
+
+
+class Rotary:
+    """Rotates each pair of a query's and a key's numbers by an angle that grows with their position (arXiv 2104.09864).
+
+    A score then depends on the distance of the two positions only. Made by :func:`rotary`; ``rotate(x, first)``
+    turns x [B, H, L, D], whose rows stand at positions first, first + 1 …
+    """
+
+    def __init__(self, base: float, interleaved: bool, scaling: Scaling | None) -> None:
+        self.base, self.interleaved, self.scaling = base, interleaved, scaling
+        self._tables: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def frequencies(self, size: int) -> Tensor:
+        """Radians a position for each pair, [size / 2]: base^(−2i/size), then scaled. Raises ValueError if odd."""
+        if size % 2:
+            raise ValueError(f"rotary() turns pairs of numbers, but the head size is {size}: it must be even.")
+        plain = self.base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+        return plain if self.scaling is None else self.scaling(plain)
+
+    def rotate(self, x: Tensor, first: int = 0) -> Tensor:
+        """The rows of x [B, H, L, D], turned for positions first … first + L − 1; same shape and dtype."""
+        cos, sin = self._table(first + x.shape[2], x)
+        cos, sin = cos[first : first + x.shape[2]], sin[first : first + x.shape[2]]
+        if self.interleaved:
+            a, b = x[..., 0::2], x[..., 1::2]
+            return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+        a, b = x.chunk(2, -1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+    def _table(self, length: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [≥ length, D/2] in x's dtype, kept between calls."""
+        kind = (x.shape[-1], x.device, x.dtype)
+        held = self._tables.get(kind)
+        if held is None or len(held[0]) < length:
+            positions = torch.arange(2 ** math.ceil(math.log2(max(length, 64))), dtype=torch.float64)
+            angles = torch.outer(positions, self.frequencies(x.shape[-1]))
+            held = angles.cos().to(x.device, x.dtype), angles.sin().to(x.device, x.dtype)
+            self._tables[kind] = held
+        return held
+
+    def __deepcopy__(self, memo: object) -> Rotary:
+        return self  # it has no state but what can be computed again
+
+    def __repr__(self) -> str:
+        pairs = "interleaved" if self.interleaved else "half-split"
+        return f"rotary(base={self.base:g}, {pairs}{', scaled' if self.scaling else ''})"
+
+
+def rotary(base: float = 10_000.0, *, interleaved: bool = False, scaling: Scaling | None = None) -> Rotary:
+    """Rotary position embedding (arXiv 2104.09864), as ``position=`` of a module.
+
+    Args:
+        base: the wavelengths run from 2π to 2π·base positions.
+        interleaved: which numbers are a pair: i and i + D/2 (half-split, as in Llama), or with True 2i and 2i + 1 (as
+            in the paper and in GPT-J).
+        scaling: changes the frequencies for longer texts: :func:`linear_scaling`, :func:`llama3_scaling`, or your own.
+
+    Raises:
+        ValueError: a base that is not above 1.
+
+    Example:
+        >>> import torch
+        >>> turned = rotary().rotate(torch.ones(1, 1, 3, 4))
+        >>> turned[0, 0, 0]
+        tensor([1., 1., 1., 1.])
+        >>> torch.allclose(turned.norm(dim=-1), torch.full((1, 1, 3), 2.0))
+        True
+    """
+    if not base > 1:
+        raise ValueError(f"rotary() got base={base}: it must be above 1; 10000 is usual.")
+    return Rotary(float(base), interleaved, scaling)
+
+
+def linear_scaling(factor: float) -> Scaling:
+    """Positions divided by ``factor`` (arXiv 2306.15595). Raises ValueError unless it is above 0."""
+    if not factor > 0:
+        raise ValueError(f"linear_scaling() got factor={factor}: it must be above 0.")
+    return lambda frequencies: frequencies / factor
+
+
+def llama3_scaling(factor: float, low: float = 1.0, high: float = 4.0, original: int = 8192) -> Scaling:
+    """Llama 3.1's: long wavelengths divided by ``factor``, short ones kept, those between mixed (arXiv 2407.21783).
+
+    Args:
+        factor: how many times longer texts become.
+        low: wavelengths above original / low are divided whole.
+        high: wavelengths below original / high are kept.
+        original: the length the model was first trained on, in tokens.
+    """
+
+    def scaled(frequencies: Tensor) -> Tensor:
+        turns = original * frequencies / (2 * math.pi)  # turns within the original length
+        share = ((turns - low) / (high - low)).clamp(0, 1)
+        return frequencies * (share + (1 - share) / factor)
+
+    return scaled
+
+
+def sinusoidal(length: int, embed_dim: int, first: int = 0) -> Tensor:
+    """The position vectors of arXiv 1706.03762, [length, embed_dim]: sines at even places, cosines at odd ones.
+
+    Raises:
+        ValueError: an odd embed_dim.
+
+    Example:
+        >>> sinusoidal(2, 4)
+        tensor([[0.0000, 1.0000, 0.0000, 1.0000],
+                [0.8415, 0.5403, 0.0100, 0.9999]])
+    """
+    if embed_dim % 2:
+        raise ValueError(f"sinusoidal() got embed_dim={embed_dim}: sines and cosines come in pairs, so it is even.")
+    positions = torch.arange(first, first + length, dtype=torch.float64)
+    angles = torch.outer(positions, 10_000.0 ** (-torch.arange(0, embed_dim, 2, dtype=torch.float64) / embed_dim))
+    return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2).float()

@@ -290,7 +290,7 @@ What the columns say:
 
 - *sites*: attention calls of one forward, each of which is a matrix of the recording.
 - *modules*: modules that were seen to attend, of those and the modules that ran and are only named like attention.
-- *way in*: where the calls were seen; docs/structure.md lists the three ways.
+- *way in*: where the calls were seen; docs/structure.md lists the four ways.
 - *rebuilt to*: the proof. P @ V of four rows of every call, relative to what the model's own function returned.
 - *maps*: largest difference of a recorded weight from the map that the model's eager function returned, where the
   recorded model ran as it does by default (mostly SDPA); *maps of eager*: where it ran with eager attention itself.

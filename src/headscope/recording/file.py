@@ -188,7 +188,7 @@ class _Reader:
     def site(self, data: Any) -> SiteCalls:
         """A site, whose joined scores must be consistent."""
         parts = [self.part(part) for part in data["parts"]]
-        if data["way"] not in ("huggingface", "sdpa", "torch.nn") or not parts:
+        if data["way"] not in ("huggingface", "sdpa", "torch.nn", "headscope") or not parts:
             raise ValueError(f"a site of way {str(data['way'])[:20]!r} with {len(parts)} calls")
         site = SiteCalls(
             _text(data["name"]),

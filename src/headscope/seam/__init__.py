@@ -1,8 +1,9 @@
-"""Where a running model's attention calls are seen and altered: three ways in, one kind of call out.
+"""Where a running model's attention calls are seen and altered: four ways in, one kind of call out.
 
 1. transformers (:mod:`.huggingface`): its lookup of attention functions;
 2. other torch code (:mod:`.sdpa`): scaled_dot_product_attention;
-3. torch.nn (:mod:`.torch_nn`): nn.MultiheadAttention, nn.TransformerEncoderLayer.
+3. torch.nn (:mod:`.torch_nn`): nn.MultiheadAttention, nn.TransformerEncoderLayer;
+4. our own attention() (:mod:`.own`), whose operands are known.
 
 The first that applies sees a call; nothing of the model's own computation is changed or switched.
 """
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from headscope.seam import huggingface, sdpa, torch_nn, watching
+from headscope.seam import huggingface, own, sdpa, torch_nn, watching
 from headscope.seam.call import AttentionCall, Output, matrix_of
 from headscope.seam.watching import Forward, Watch, invisible, with_output
 
@@ -55,18 +56,20 @@ def watch(
         >>> shapes
         [(2, 4, 7, 7)]
     """
-    own = Watch(model, on_call, edit, on_end)
+    watcher = Watch(model, on_call, edit, on_end)
     with _lock:
-        own.attach()
-        watching._WATCHES.append(own)
+        watcher.attach()
+        watching._WATCHES.append(watcher)
         huggingface.install()
         torch_nn.install()
+        own.install()
     try:
-        yield own
+        yield watcher
     finally:
         with _lock:
-            own.detach()
-            watching._WATCHES.remove(own)
+            watcher.detach()
+            watching._WATCHES.remove(watcher)
             if not watching._WATCHES:
                 huggingface.remove()
                 torch_nn.remove()
+                own.remove()

@@ -38,7 +38,7 @@ class AttentionCall:
 
     name: str  # the module, as in named_modules()
     occurrence: int  # which of its calls within one forward of the model
-    way: str  # "huggingface", "sdpa" or "torch.nn"
+    way: str  # "huggingface", "sdpa", "torch.nn" or "headscope"
     scores: Scores
     value: Tensor  # [B, G, S, Dv]
     output: Output

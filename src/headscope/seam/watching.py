@@ -19,7 +19,7 @@ from headscope.scores import Scores
 from headscope.seam.call import AttentionCall, Output
 from headscope.seam.proof import prove
 
-__all__ = ["Forward", "Watch", "active", "inside", "invisible", "seen", "unnoticed"]
+__all__ = ["Forward", "Watch", "active", "inside", "invisible", "running", "seen", "unnoticed"]
 
 
 @dataclass(eq=False)
@@ -145,6 +145,14 @@ def is_plain_layer(module: nn.Module) -> bool:
     return forward is nn.TransformerEncoderLayer.forward or not {"super", "TransformerEncoderLayer"}.isdisjoint(called)
 
 
+def running() -> nn.Module | None:
+    """The innermost module of a watched model that runs in this thread."""
+    for watch in active():
+        if watch.forward is not None and watch.forward.stack:
+            return watch.model.get_submodule(watch.forward.stack[-1])
+    return None
+
+
 def watches_of(module: nn.Module) -> list[Watch]:
     """The watches in whose model this module is."""
     return [watch for watch in list(_WATCHES) if id(module) in watch.names]
@@ -259,7 +267,7 @@ def _is_cross(module: nn.Module | None, way: str, scores: Scores) -> bool:
     """Queries and keys of different numbers in a module that is not causal."""
     if scores.shape[2] == scores.shape[3]:
         return False
-    return way == "torch.nn" or getattr(module, "is_causal", None) is False
+    return way == "torch.nn" or getattr(module, "is_causal", None) is False or getattr(module, "is_cross", False)
 
 
 def autocast_operands(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,0 +1,288 @@
+"""MultiHeadAttention: project → position → cache → attend → project (arXiv 1706.03762)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from headscope import layouts
+from headscope.cache import KVCache
+from headscope.masks import Mask, sliding_window
+from headscope.matrix import AttentionMatrix, attention
+from headscope.positions import Alibi, Rotary
+
+__all__ = ["MultiHeadAttention"]
+
+
+class MultiHeadAttention(nn.Module):
+    """Several attentions side by side, each in a space of its own, concatenated and mapped once more.
+
+    ``query`` attends to itself (self-attention), or to ``key`` and ``value`` (cross-attention). The result of each
+    head is what :func:`headscope.attention` says, so that a query that may see nothing gives zeros before the last map.
+
+    Args:
+        embed_dim: E, the width of what comes in and goes out.
+        num_heads: H.
+        num_kv_heads: G, key/value heads, each shared by H / G query heads (arXiv 2305.13245); H unless given.
+        head_dim: D, E / H unless given.
+        kdim: width of the keys that come in, if it is not E; vdim: that of the values.
+        vdim: see kdim.
+        bias: whether the four maps add a vector.
+        dropout_p: share of the weights that are dropped in training.
+        position: ``positions.rotary()``, ``positions.alibi(slopes)`` or None; sinusoidal positions are added to the
+            input instead.
+        qk_norm: whether queries and keys are brought to the same size before they meet (RMSNorm, arXiv 2302.05442).
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+
+    Example:
+        >>> import torch, headscope
+        >>> layer = MultiHeadAttention(512, 8)
+        >>> x = torch.randn(2, 10, 512)
+        >>> layer(x, mask=headscope.masks.causal()).shape
+        torch.Size([2, 10, 512])
+        >>> layer.matrix(x).entropy().shape  # what each of the 8 heads attends to
+        torch.Size([2, 8, 10])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        bias: bool = True,
+        dropout_p: float = 0.0,
+        position: Rotary | Alibi | None = None,
+        qk_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.embed_dim, self.num_heads = embed_dim, num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.head_dim = embed_dim // max(num_heads, 1) if head_dim is None else head_dim
+        self.kdim, self.vdim = kdim or embed_dim, vdim or embed_dim
+        self.dropout_p, self.position = dropout_p, position
+        self.is_cross = False  # whether the last call had keys of another sequence; for those who watch
+        _check_sizes(self, divided=head_dim is None)
+        wide, narrow = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        if self.kdim == self.vdim == embed_dim:
+            self.in_proj = nn.Linear(embed_dim, wide + 2 * narrow, bias)  # queries, keys, values in one product
+        else:
+            self.q_proj = nn.Linear(embed_dim, wide, bias)
+            self.k_proj, self.v_proj = nn.Linear(self.kdim, narrow, bias), nn.Linear(self.vdim, narrow, bias)
+        self.out_proj = nn.Linear(wide, embed_dim, bias)
+        self.q_norm = nn.RMSNorm(self.head_dim) if qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim) if qk_norm else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Each of the maps starts as Xavier's uniform one by its own size, biases at zero."""
+        for name, part in layouts.parts(self).items():
+            if name.endswith("weight"):
+                nn.init.xavier_uniform_(part)
+            else:
+                nn.init.zeros_(part)
+
+    def forward(
+        self,
+        query: Float[Tensor, "B L E"],
+        key: Float[Tensor, "B S K"] | None = None,
+        value: Float[Tensor, "B S V"] | None = None,
+        *,
+        mask: Mask | Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "B L E"]:
+        """What each position of ``query`` takes from those it attends to.
+
+        Args:
+            query: [B, L, E]
+            key: [B, S, kdim], of another sequence; None for self-attention.
+            value: [B, S, vdim]; the key unless given.
+            mask: who may see whom, see :mod:`headscope.masks`; True: may attend. Queries are the last L positions.
+            cache: keys and values of what was read before; they come first.
+
+        Raises:
+            ValueError: shapes that do not fit; see :class:`headscope.KVCache` for the cache's.
+        """
+        q, k, v = self._heads(query, key, value, cache)
+        if cache is not None and cache.window is not None:
+            window = sliding_window(cache.window - 1)
+            mask = window if mask is None else layouts.as_mask(mask) & window
+        bias = self.position if isinstance(self.position, Alibi) else None
+        dropout_p = self.dropout_p if self.training else 0.0
+        heads = attention(q, k, v, mask=mask, bias=bias, dropout_p=dropout_p)
+        return self.out_proj(heads.transpose(1, 2).flatten(2))
+
+    def matrix(
+        self,
+        query: Float[Tensor, "B L E"],
+        key: Float[Tensor, "B S K"] | None = None,
+        *,
+        mask: Mask | Tensor | None = None,
+    ) -> AttentionMatrix:
+        """What :meth:`forward` attends to, [B, H, L, S]: weights before dropout, one map a head, never built.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        _check_inputs(self, query, key, None if self.vdim != self.kdim else key, matrix=True)
+        across = key is not None
+        q = self._placed(self._queries(query), self.q_norm, across)
+        k = self._placed(self._keys(query if key is None else key), self.k_norm, across)
+        bias = self.position if isinstance(self.position, Alibi) else None
+        return AttentionMatrix(q, k, mask=mask, bias=bias)
+
+    @classmethod
+    def from_torch(cls, module: nn.MultiheadAttention) -> MultiHeadAttention:
+        """The same attention as torch's module, with a copy of its weights; always batch first.
+
+        Raises:
+            ValueError: add_bias_kv or add_zero_attn, which add keys that no position has.
+        """
+        return layouts.from_torch(cls, module)
+
+    def to_torch(self) -> nn.MultiheadAttention:
+        """Torch's module with a copy of the weights (batch_first=True).
+
+        Raises:
+            ValueError: fewer key/value heads, another head size, positions or norms, which it does not have.
+        """
+        return layouts.to_torch(self)
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy weights that another library has named: torch's, the article's ``linears.0…3``, ``q_proj … o_proj``.
+
+        Raises:
+            ValueError: names of no known layout, shapes that do not fit, or weights that have no place here.
+        """
+        layouts.load(self, weights)
+
+    def weights_as(self, layout: str) -> dict[str, Tensor]:
+        """The weights under the names of ``layout``: "torch", "linears" or "huggingface".
+
+        Raises:
+            ValueError: another layout.
+        """
+        return layouts.dump(self, layout)
+
+    def extra_repr(self) -> str:
+        """Sizes for print(module)."""
+        shared = f" sharing {self.num_kv_heads}" if self.num_kv_heads != self.num_heads else ""
+        extras = f", {self.position!r}" if isinstance(self.position, Rotary) else ""
+        extras += ", alibi" if isinstance(self.position, Alibi) else ""
+        return f"{self.num_heads} heads of {self.head_dim}{shared}{extras}, dropout_p={self.dropout_p}"
+
+    def _heads(
+        self, query: Tensor, key: Tensor | None, value: Tensor | None, cache: KVCache | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, L, D], keys and values [B, G, S, D], placed and with what the cache holds."""
+        _check_inputs(self, query, key, value)
+        self.is_cross = key is not None and key is not query
+        if key is not None:
+            return self._heads_across(query, key, key if value is None else value, cache)
+        if hasattr(self, "in_proj"):
+            heads = self._split(self.in_proj(query))
+            q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
+        else:
+            q, k, v = self._queries(query), self._keys(query), self._values(query)
+        first = 0 if cache is None else cache.length
+        q, k = self._placed(q, self.q_norm, False, first), self._placed(k, self.k_norm, False, first)
+        return (q, k, v) if cache is None else (q, *cache.append(self, k, v))
+
+    def _heads_across(
+        self, query: Tensor, key: Tensor, value: Tensor, cache: KVCache | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q = self._placed(self._queries(query), self.q_norm, True)
+        kept = None if cache is None else cache.source(self, key.shape[1])
+        if kept is not None:
+            return q, *kept
+        k, v = self._placed(self._keys(key), self.k_norm, True), self._values(value)
+        if cache is not None:
+            cache.keep_source(self, k, v)
+        return q, k, v
+
+    def _placed(self, x: Tensor, norm: nn.Module | None, across: bool, first: int = 0) -> Tensor:
+        """Queries or keys, normed, and turned for positions from ``first`` on."""
+        x = x if norm is None else norm(x)
+        if not isinstance(self.position, Rotary):
+            return x
+        if across:
+            raise ValueError("rotary positions are of one sequence: give no key, or make the module without them.")
+        return self.position.rotate(x, first)
+
+    def _queries(self, x: Tensor) -> Tensor:
+        return self._split(self._map(x, 0))
+
+    def _keys(self, x: Tensor) -> Tensor:
+        return self._split(self._map(x, 1))
+
+    def _values(self, x: Tensor) -> Tensor:
+        return self._split(self._map(x, 2))
+
+    def _map(self, x: Tensor, which: int) -> Tensor:
+        """Query (0), key (1) or value (2) map alone."""
+        if not hasattr(self, "in_proj"):
+            return (self.q_proj, self.k_proj, self.v_proj)[which](x)
+        rows = layouts.rows(self)[which]
+        return F.linear(x, self.in_proj.weight[rows], None if self.in_proj.bias is None else self.in_proj.bias[rows])
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[B, L, n·D] as [B, n, L, D]."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def _check_sizes(module: MultiHeadAttention, divided: bool) -> None:
+    m = module
+    if m.embed_dim < 1 or m.num_heads < 1 or m.head_dim < 1:
+        raise ValueError(f"embed_dim {m.embed_dim} and num_heads {m.num_heads} leave no head: both are at least 1.")
+    if divided and m.embed_dim % m.num_heads:
+        raise ValueError(
+            f"embed_dim {m.embed_dim} cannot be cut into {m.num_heads} heads: make it a multiple, or give head_dim."
+        )
+    if m.num_kv_heads < 1 or m.num_heads % m.num_kv_heads:
+        raise ValueError(
+            f"{m.num_heads} query heads cannot share {m.num_kv_heads} key/value heads evenly: "
+            "num_heads must be a multiple of num_kv_heads."
+        )
+    if not 0 <= m.dropout_p < 1:
+        raise ValueError(f"dropout_p is {m.dropout_p}: a share of the weights, from 0 up to but not 1.")
+    if isinstance(m.position, Rotary):
+        m.position.frequencies(m.head_dim)
+    elif isinstance(m.position, Alibi):
+        if len(m.position.slopes) != m.num_heads:
+            raise ValueError(f"alibi has {len(m.position.slopes)} slopes, but there are {m.num_heads} heads.")
+    elif m.position is not None:
+        raise ValueError(f"position is {m.position!r}: give positions.rotary(), positions.alibi(slopes) or None.")
+
+
+def _check_inputs(
+    module: MultiHeadAttention, query: Tensor, key: Tensor | None, value: Tensor | None, matrix: bool = False
+) -> None:
+    for name, x, width in (
+        ("query", query, module.embed_dim),
+        ("key", key, module.kdim),
+        ("value", value, module.vdim),
+    ):
+        if x is None:
+            continue
+        if x.dim() != 3 or x.shape[-1] != width:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, wanted [batch, length, {width}].")
+        if x.shape[0] != query.shape[0]:
+            raise ValueError(f"{name} has batch {x.shape[0]}, query has {query.shape[0]}: give both the same.")
+    if key is None and value is not None:
+        raise ValueError("value was given without a key: values belong to keys; give both, or the key alone.")
+    if key is None and not module.kdim == module.vdim == module.embed_dim:
+        raise ValueError(
+            f"keys are {module.kdim} wide and queries {module.embed_dim}: this module needs a key of its own."
+        )
+    if key is not None and value is None and module.kdim != module.vdim and not matrix:
+        raise ValueError(f"keys are {module.kdim} wide and values {module.vdim}: give a value too.")
+    if key is not None and value is not None and key.shape[1] != value.shape[1]:
+        raise ValueError(f"key has {key.shape[1]} positions, value {value.shape[1]}: one value for each key.")

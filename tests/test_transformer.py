@@ -1,0 +1,260 @@
+"""The Transformer: what it may see, decoding with and without its cache, parity with other models, and watching it."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from headscope import (
+    MultiHeadAttention,
+    Transformer,
+    TransformerConfig,
+    ablate,
+    edit,
+    knock_out,
+    masks,
+    positions,
+    record,
+)
+from headscope.reductions import Entropy
+from tests.options import unchecked
+
+SMALL = {"vocab_size": 31, "embed_dim": 24, "num_heads": 6, "num_layers": 2, "ff_dim": 40}
+KINDS = ("encoder-decoder", "decoder", "encoder")
+B, L, S = 2, 7, 5
+
+
+def model_of(**options: object) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(**(SMALL | options)))  # type: ignore[arg-type]
+    for name, part in model.named_parameters():
+        if part.dim() > 1 and "embedding" not in name:
+            nn.init.normal_(part, std=0.3)
+    return model.double().eval()
+
+
+def tokens(length: int, seed: int = 0, batch: int = B) -> Tensor:
+    return torch.randint(31, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(kind: str) -> tuple[Tensor, ...]:
+    return (tokens(L), tokens(S, 1)) if kind == "encoder-decoder" else (tokens(L),)
+
+
+def test_the_defaults_are_the_papers() -> None:
+    config = TransformerConfig(vocab_size=37_000)
+    assert (config.embed_dim, config.num_heads, config.num_layers, config.ff_dim) == (512, 8, 6, 2048)
+    assert (config.kind, config.position, config.dropout_p) == ("encoder-decoder", "sinusoidal", 0.1)
+    with torch.device("meta"):
+        layer = MultiHeadAttention(config.embed_dim, config.num_heads)
+    assert layer.head_dim == 64
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_for_each_position(kind: str, norm: str) -> None:
+    assert model_of(kind=kind, norm=norm)(*inputs(kind)).shape == (B, L, 31)
+
+
+@pytest.mark.parametrize("position", ["sinusoidal", "rotary", "alibi", "none"])
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder"])
+def test_a_decoder_looks_back_only(kind: str, position: str) -> None:
+    model, given = model_of(kind=kind, position=position), inputs(kind)
+    changed = given[0].clone()
+    changed[:, 4] = (changed[:, 4] + 1) % 31
+    same = (model(*given) == model(changed, *given[1:])).all(-1)
+    assert same.tolist() == [[True] * 4 + [False] * 3] * B
+
+
+@pytest.mark.parametrize("position", ["sinusoidal", "rotary", "alibi"])
+def test_an_encoder_tells_positions_apart_and_looks_both_ways(position: str) -> None:
+    model, text = model_of(kind="encoder", position=position), tokens(L)
+    turned = model(text.flip(1)).flip(1)
+    assert (model(text) - turned).abs().max() > 1e-3 or position == "alibi"  # alibi sees distances, not directions
+    changed = text.clone()
+    changed[:, 4] = (changed[:, 4] + 1) % 31
+    assert (model(text) != model(changed)).any(-1).all()
+
+
+def test_without_positions_an_encoder_is_blind_to_order() -> None:
+    model, text = model_of(kind="encoder", position="none"), tokens(L)
+    torch.testing.assert_close(model(text), model(text.flip(1)).flip(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_changes_nothing(kind: str) -> None:
+    model, given = model_of(kind=kind), inputs(kind)
+    padded = [torch.cat([x, tokens(3, 9)], 1) for x in given]
+    names = ("mask", "source_mask")
+    hidden = {name: masks.padding([x.shape[1]] * B) for name, x in zip(names, given, strict=False)}
+    torch.testing.assert_close(model(*padded, **hidden)[:, :L], model(*given))
+
+
+@pytest.mark.parametrize("chunks", [[1] * L, [3, 4], [1, 5, 1]], ids=str)
+@pytest.mark.parametrize("position", ["sinusoidal", "rotary", "alibi"])
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder"])
+def test_the_cache_in_chunks_gives_one_forward_pass(kind: str, position: str, chunks: list[int]) -> None:
+    model, (text, *source) = model_of(kind=kind, position=position, num_kv_heads=3), inputs(kind)
+    cache = model.new_cache(L)
+    with torch.no_grad():
+        parts = [model(part, *source, cache=cache) for part in text.split(chunks, 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), model(text, *source))
+
+
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder"])
+def test_greedy_decoding_is_the_likeliest_token_each_time(kind: str) -> None:
+    model, (text, *source) = model_of(kind=kind), inputs(kind)
+    wanted = text
+    for _ in range(6):
+        wanted = torch.cat((wanted, model(wanted, *source)[:, -1].argmax(-1, keepdim=True)), 1)
+    assert torch.equal(model.generate(text, *source, max_new_tokens=6), wanted)
+
+
+def test_a_stop_token_ends_a_row() -> None:
+    model, text = model_of(kind="decoder"), tokens(4)
+    free = model.generate(text, max_new_tokens=8)
+    stop = int(free[0, 5])
+    stopped = model.generate(text, max_new_tokens=8, stop_token=stop)
+    first = [row.index(stop) if stop in row else len(row) for row in stopped[:, 4:].tolist()]
+    assert first[0] <= 1
+    for row, end, whole in zip(stopped[:, 4:].tolist(), first, free[:, 4:].tolist(), strict=True):
+        assert row[: end + 1] == whole[: len(row)][: end + 1]
+        assert set(row[end:]) <= {stop}
+
+
+def test_drawing_follows_the_shares() -> None:
+    model = model_of(kind="decoder")
+    text = tokens(4, batch=1).expand(4000, -1)
+    shares = model(text[:1])[0, -1].div(2.0).softmax(-1)
+    drawn = model.generate(text, max_new_tokens=1, temperature=2.0, generator=torch.Generator().manual_seed(0))[:, -1]
+    counts = torch.bincount(drawn, minlength=31) / 4000
+    torch.testing.assert_close(counts.double(), shares, atol=0.03, rtol=0)
+    few = model.generate(text, max_new_tokens=1, temperature=2.0, top_p=0.5)[:, -1].unique()
+    order = shares.argsort(descending=True)
+    kept = int((shares[order].cumsum(0) < 0.5).sum()) + 1
+    assert set(few.tolist()) <= set(order[:kept].tolist())
+    assert model.generate(text, max_new_tokens=1, temperature=1.0, top_p=1e-9)[:, -1].unique().tolist() == [order[0]]
+
+
+def test_one_layer_against_torchs_encoder_layer() -> None:
+    for norm in ("pre", "post"):
+        model = model_of(kind="encoder", norm=norm, num_layers=1, position="none")
+        layer = model.encoder.layers[0]
+        theirs = nn.TransformerEncoderLayer(24, 6, 40, batch_first=True, norm_first=norm == "pre").double().eval()
+        theirs.self_attn = layer.self_attention.to_torch()
+        theirs.linear1, theirs.linear2 = layer.feed_forward[0], layer.feed_forward[2]
+        theirs.norm1, theirs.norm2 = layer.norms
+        x = torch.randn(B, L, 24, dtype=torch.float64)
+        torch.testing.assert_close(layer(x, None), theirs(x))
+
+
+def test_one_layer_against_torchs_decoder_layer() -> None:
+    model = model_of(num_layers=1)
+    layer = model.decoder.layers[0]
+    theirs = nn.TransformerDecoderLayer(24, 6, 40, batch_first=True, norm_first=True).double().eval()
+    theirs.self_attn, theirs.multihead_attn = layer.self_attention.to_torch(), layer.cross_attention.to_torch()
+    theirs.linear1, theirs.linear2 = layer.feed_forward[0], layer.feed_forward[2]
+    theirs.norm1, theirs.norm3, theirs.norm2 = layer.norms
+    x, memory = torch.randn(B, L, 24, dtype=torch.float64), torch.randn(B, S, 24, dtype=torch.float64)
+    ahead = torch.ones(L, L, dtype=torch.bool).triu(1)
+    torch.testing.assert_close(layer(x, masks.causal(), memory), theirs(x, memory, tgt_mask=ahead))
+
+
+# --- watched
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_recorded_it_gives_the_same_and_every_head(kind: str, padded: bool) -> None:
+    model, given = model_of(kind=kind), inputs(kind)
+    names = ("mask", "source_mask") if padded else ()
+    hidden = {n: masks.padding([x.shape[1], x.shape[1] - 2]) for n, x in zip(names, given, strict=False)}
+    alone = model(*given, **hidden)
+    with record(model) as recording:
+        assert torch.equal(model(*given, **hidden), alone)
+    shapes = {"encoder": [(L, L)] * 2, "decoder": [(L, L)] * 2}
+    shapes["encoder-decoder"] = [(S, S)] * 2 + [(L, L), (L, S)] * 2
+    assert [tuple(matrix.shape[2:]) for matrix in recording] == shapes[kind]
+    assert {site.way for site in recording.sites} == {"headscope"}
+    assert recording.proof is not None
+    assert recording.proof < 1e-6
+    part = "decoder" if kind != "encoder" else "encoder"
+    layer = getattr(model, part).layers[0]
+    seen: list[Tensor] = []
+    handle = layer.self_attention.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    model(*given, **hidden)
+    handle.remove()
+    mask = hidden.get("mask")
+    whole = masks.causal() if part == "decoder" else None
+    whole = mask if whole is None else whole if mask is None else whole & mask
+    wanted = layer.self_attention.matrix(seen[0], mask=whole)
+    got = recording[f"{part}.layers.0.self_attention"]
+    torch.testing.assert_close(got.dense(), wanted.dense())
+
+
+def test_recorded_generation_is_one_matrix_a_site() -> None:
+    model, (text, source) = model_of(), inputs("encoder-decoder")
+    with record(model) as recording:
+        whole = model.generate(text, source, max_new_tokens=4)
+    assert [tuple(matrix.shape[2:]) for matrix in recording] == [(S, S)] * 2 + [(L + 3, L + 3), (L + 3, S)] * 2
+    with record(model) as again:
+        model(whole[:, :-1], source)
+    for matrix, wanted in zip(recording, again, strict=True):
+        torch.testing.assert_close(matrix.dense(), wanted.dense())
+
+
+def test_dropout_in_training_is_watched_unproved() -> None:
+    model = model_of(kind="decoder").train()
+    with record(model, reduce=Entropy()) as recording:
+        model(tokens(L)).sum().backward()
+    assert recording.answers
+
+
+def test_edits_reach_the_module() -> None:
+    model, text = model_of(kind="decoder"), tokens(L)
+    alone = model(text)
+    with edit(model, ablate(0, 3)):
+        edited = model(text)
+    weights = model.decoder.layers[0].self_attention.out_proj.weight
+    with torch.no_grad():
+        weights[:, 12:16] = 0
+    torch.testing.assert_close(edited, model(text))
+    assert (edited - alone).abs().max() > 1e-3
+    with edit(model, knock_out(query=5, key=2)), record(model) as recording:
+        model(text)
+    assert recording[0].dense()[:, :, 5, 2].abs().max() == 0
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (lambda: TransformerConfig(9, kind="both"), "kind is 'both': it is one of encoder-decoder, decoder, encoder"),
+        (lambda: TransformerConfig(9, num_layers=0), "num_layers is 0: at least 1"),
+        (lambda: model_of()(tokens(L)), "kind 'encoder-decoder' needs a source"),
+        (lambda: model_of(kind="decoder")(tokens(L), tokens(S)), "kind 'decoder' has no place for a source"),
+        (lambda: model_of(kind="encoder").generate(tokens(L), max_new_tokens=2), "it reads, and writes nothing"),
+        (lambda: model_of(kind="decoder").encode(tokens(L)), "kind 'decoder' has no encoder"),
+        (lambda: model_of(kind="decoder")(tokens(L) + 25), "the vocabulary is 0 to 30"),
+        (lambda: model_of(kind="decoder", max_length=6)(tokens(L)), "the text has 7 tokens, the model takes 6"),
+        (lambda: model_of(kind="decoder")(tokens(L)[0]), r"tokens have shape \(7,\)"),
+        (lambda: model_of(kind="decoder").generate(tokens(L), max_new_tokens=2, top_p=0), "top_p 0, max_new_tokens 2"),
+        (lambda: model_of(kind="decoder", max_length=8).generate(tokens(L), max_new_tokens=3), "text has 9 tokens"),
+    ],
+)
+def test_errors_say_what_came_and_what_was_wanted(wrong: Callable[[], object], text: str) -> None:
+    with unchecked(), pytest.raises(ValueError, match=text):
+        wrong()
+
+
+def test_sinusoidal_positions_are_the_papers() -> None:
+    table = positions.sinusoidal(50, 6)
+    for position in (0, 1, 49):
+        for i in range(3):
+            angle = torch.tensor(position / 10_000 ** (2 * i / 6), dtype=torch.float64)
+            assert abs(float(table[position, 2 * i]) - float(angle.sin())) < 1e-6
+            assert abs(float(table[position, 2 * i + 1]) - float(angle.cos())) < 1e-6
+    torch.testing.assert_close(positions.sinusoidal(3, 6, first=40), table[40:43])
