@@ -10,6 +10,7 @@ from headscope.edits import ablate, edit, knock_out, patch
 from headscope.errors import HeadscopeError
 from headscope.matrix import AttentionMatrix, attention
 from headscope.models import load, pull
+from headscope.monitor import HeadWarning, monitor
 from headscope.multihead import MultiHeadAttention
 from headscope.recording import Recording, record
 from headscope.tokens import tokenize
@@ -17,6 +18,7 @@ from headscope.transformer import Transformer, TransformerConfig
 
 __all__ = [
     "AttentionMatrix",
+    "HeadWarning",
     "HeadscopeError",
     "KVCache",
     "MultiHeadAttention",
@@ -30,6 +32,7 @@ __all__ = [
     "knock_out",
     "load",
     "masks",
+    "monitor",
     "patch",
     "positions",
     "pull",

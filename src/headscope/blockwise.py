@@ -24,7 +24,7 @@ __all__ = ["Normalizer", "Strip", "by_rows", "stream", "strips"]
 _BLOCK = 1 << 20  # scores in one block: small enough for the cache, large enough for the work around it
 _STRIP = 1 << 23  # scores in one strip: they are held until its rows are known
 _EVEN = 16  # rows come in multiples of it: odd shapes are slow in a matrix product
-_AUTOGRAD = 1 << 20  # scores in one strip when gradients are wanted: several copies are alive
+_AUTOGRAD = 1 << 21  # scores in one strip when gradients are wanted: several copies are alive
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,13 +226,16 @@ def _fresh_blocks(scores: Scores, strip: Strip, found: Normalizer, buffers: Buff
 
 
 def by_rows(scores: Scores, ask: Callable[..., Tensor], *values: Tensor | None) -> Iterator[Tensor]:
-    """Differentiable answers, a few query rows at a time: ``ask(weights, log_weights, rows, keys, *values)``.
+    """Differentiable answers, a few query rows at a time: ``ask(weights, log_weights, rows, *values)``.
 
-    ``keys`` are those from the first to the last that one of the rows may see; the weights are theirs. Nothing
-    of a strip is kept for the backward pass: it is computed again there, so that memory stays O(strip).
+    Nothing of a strip is kept for the backward pass: it is computed again there, so that memory stays O(strip).
+    All strips are equally wide: with widths of their own, freed memory is too small for the next, and it adds up.
     """
     batch, heads, queries, keys = scores.shape
     rows = max(1, min(queries, _AUTOGRAD // (batch * heads * keys)))
+    if rows == queries:  # one strip: small enough to be kept
+        yield _answer(scores, ask, slice(0, queries), scores.query, scores.key, scores.bias, scores.sinks, *values)
+        return
     for q in range(0, queries, rows):
         span = slice(q, min(queries, q + rows))
         operands = (scores.query, scores.key, scores.bias, scores.sinks, *values)
@@ -252,19 +255,12 @@ def _answer(
     """What ``ask`` says of a few rows; the operands come as arguments, so that the checkpoint knows them."""
     whole = replace(scores, query=query, key=key, bias=bias, sinks=sinks)
     with torch.autocast(query.device.type, enabled=False):
-        keys = _reach(whole, rows)
-        return ask(*_weights_of_rows(whole, rows, keys), rows, keys, *values)
+        return ask(*_weights_of_rows(whole, rows), rows, *values)
 
 
-def _reach(scores: Scores, rows: slice) -> slice:
-    """Keys from the first to the last that some of the rows may see; the first where they see none."""
-    spans = scores.spans(slice(0, scores.shape[0]), rows)
-    return slice(spans[0][0], spans[-1][1]) if spans else slice(0, 1)
-
-
-def _weights_of_rows(scores: Scores, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
-    """Weights and log-weights [B, H, r, k] of a few rows, differentiable in everything."""
-    every_batch = slice(0, scores.shape[0])
+def _weights_of_rows(scores: Scores, rows: slice) -> tuple[Tensor, Tensor]:
+    """Weights and log-weights [B, H, r, S] of a few rows, differentiable in everything."""
+    every_batch, keys = slice(0, scores.shape[0]), slice(0, scores.shape[3])
     groups, heads = slice(0, scores.key.shape[1]), slice(0, scores.shape[1])
     queries = scores.queries(every_batch, groups, rows)
     x = scores.block(queries, every_batch, groups, rows, keys)

@@ -47,10 +47,10 @@ def by_strips(scores: Scores, value: Tensor, dropout_p: float = 0.0) -> Tensor:
     return torch.cat(list(by_rows(scores, partial(_weighted, dropout_p), value)), 2)
 
 
-def _weighted(dropout_p: float, weights: Tensor, _: Tensor, rows: slice, keys: slice, value: Tensor) -> Tensor:
+def _weighted(dropout_p: float, weights: Tensor, _: Tensor, rows: slice, value: Tensor) -> Tensor:
     weights = F.dropout(weights, dropout_p) if dropout_p else weights
     grouped = weights.unflatten(1, (value.shape[1], -1))
-    return (grouped @ value[:, :, keys].to(weights.dtype).unsqueeze(2)).flatten(1, 2)
+    return (grouped @ value.to(weights.dtype).unsqueeze(2)).flatten(1, 2)
 
 
 def fused(scores: Scores, value: Tensor) -> Tensor:

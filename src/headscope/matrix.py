@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -337,20 +335,19 @@ class _Transposed:
 
     def _differentiable(self, x: Tensor) -> Tensor:
         self._matrix._check()
-        parts = by_rows(self._matrix.operands, partial(_sent_by_rows, self._matrix.shape[3]), x)
+        parts = by_rows(self._matrix.operands, _sent_by_rows, x)
         total = next(parts)
         for part in parts:
             total = total + part
         return total.to(x.dtype)
 
 
-def _entropy_of_rows(weights: Tensor, log_weights: Tensor, _: slice, __: slice) -> Tensor:
+def _entropy_of_rows(weights: Tensor, log_weights: Tensor, _: slice) -> Tensor:
     return -(weights * log_weights).sum(-1)
 
 
-def _sent_by_rows(keys: int, weights: Tensor, _: Tensor, rows: slice, reach: slice, x: Tensor) -> Tensor:
-    sent = weights.transpose(-1, -2) @ x[:, :, rows].to(weights.dtype)
-    return F.pad(sent, (0, 0, reach.start, keys - reach.stop))
+def _sent_by_rows(weights: Tensor, _: Tensor, rows: slice, x: Tensor) -> Tensor:
+    return weights.transpose(-1, -2) @ x[:, :, rows].to(weights.dtype)
 
 
 def _as_value(value: Tensor, scores: Scores, name: str) -> Tensor:

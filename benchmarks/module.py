@@ -1,0 +1,125 @@
+"""One attention module, forward and forward + backward, beside its peers of the same sizes; every line a ratio.
+
+Peers: nn.MultiheadAttention with and without weights, the article's code, x-transformers with flash. Limit: the matrix
+products alone at the rate that this machine reaches in one large product of the same kind.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+
+import torch
+from measure import side_by_side, write
+from torch import Tensor, nn
+from x_transformers.x_transformers import Attention as XAttention
+
+from headscope import MultiHeadAttention
+
+EMBED, HEADS = 512, 8
+SIZES = ((1, 16), (32, 64), (8, 512), (1, 2048), (1, 8192))
+Work = Callable[[Tensor], Tensor]
+
+
+class Article(nn.Module):
+    """What the article's reader types in: four maps, heads side by side, the matrix built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(EMBED, EMBED) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Self-attention."""
+        size = EMBED // HEADS
+        q, k, v = (m(x).view(len(x), -1, HEADS, size).transpose(1, 2) for m in self.linears[:3])
+        weights = (q @ k.transpose(-2, -1) / math.sqrt(size)).softmax(-1)
+        return self.linears[3]((weights @ v).transpose(1, 2).reshape(x.shape))
+
+
+def modules(dtype: torch.dtype) -> dict[str, Work]:
+    """The peers, in evaluation mode: no dropout anywhere."""
+    ours, article = MultiHeadAttention(EMBED, HEADS), Article()
+    theirs = nn.MultiheadAttention(EMBED, HEADS, batch_first=True)
+    flash = XAttention(dim=EMBED, heads=HEADS, dim_head=EMBED // HEADS, flash=True)
+    for module in (ours, article, theirs, flash):
+        module.to(dtype).eval()
+    return {
+        "headscope": ours,
+        "nn.MultiheadAttention": lambda x: theirs(x, x, x, need_weights=False)[0],
+        "nn.MultiheadAttention, weights": lambda x: theirs(x, x, x, need_weights=True)[0],
+        "the article's code": article,
+        "x-transformers, flash": lambda x: flash(x),
+    }
+
+
+def products_only(batch: int, length: int, dtype: torch.dtype) -> Callable[[], object]:
+    """The four maps, and each head's scores and sums, as bare products of the whole: nothing else."""
+    x, wide = torch.randn(batch * length, EMBED, dtype=dtype), torch.randn(EMBED, 4 * EMBED, dtype=dtype)
+    rows = min(length, 256)  # scores a strip at a time, so that memory is no part of it
+    q = torch.randn(batch * HEADS, rows, EMBED // HEADS, dtype=dtype)
+    k = torch.randn(batch * HEADS, EMBED // HEADS, length, dtype=dtype)
+    scores = torch.empty(batch * HEADS, rows, length, dtype=dtype)
+    out = torch.empty(batch * HEADS, rows, EMBED // HEADS, dtype=dtype)
+
+    def run() -> None:
+        x @ wide
+        for _ in range(length // rows):
+            torch.bmm(q, k, out=scores)
+            torch.bmm(scores, k.transpose(1, 2), out=out)
+
+    return run
+
+
+def rows_for(batch: int, length: int, dtype: torch.dtype, backward: bool, rounds: int) -> list[list[str]]:
+    """One line a peer."""
+    torch.manual_seed(0)
+    x = torch.randn(batch, length, EMBED, dtype=dtype, requires_grad=backward)
+    work: dict[str, Callable[[], object]] = {}
+    for name, module in modules(dtype).items():
+        if length >= 8192 and ("weights" in name or "article" in name):
+            continue  # 2 GiB and more of matrix
+
+        def forward(module: Work = module) -> object:
+            if not backward:
+                with torch.no_grad():
+                    return module(x)
+            module(x).sum().backward()
+            return None
+
+        work[name] = forward
+    if not backward:
+        work["limit: the products alone"] = products_only(batch, length, dtype)
+    times = side_by_side(work, rounds)
+    ours = times["headscope"]
+    kind = f"{str(dtype).removeprefix('torch.')}, {'forward + backward' if backward else 'forward'}"
+    return [
+        [f"{batch} × {length}", kind, name, f"{t.median * 1e3:.2f} ms", f"{ours.over(t):.2f}"]
+        for name, t in times.items()
+    ]
+
+
+def main() -> None:
+    """All sizes; the table is written after each, so that a long run that is stopped has not been in vain."""
+    rows: list[list[str]] = []
+    dtypes = (torch.float32,) if "--float32" in sys.argv else (torch.float32, torch.bfloat16)
+    for dtype in dtypes:
+        for backward in (False, True):
+            for batch, length in SIZES:
+                work = batch * length * (length + 2000)
+                rounds = 200 if work < 1e6 else 15 if work < 1e8 else 3
+                rows += rows_for(
+                    batch, length, dtype, backward, rounds if dtype == torch.float32 else max(3, rounds // 5)
+                )
+                write(
+                    "module",
+                    f"Self-attention, embed_dim {EMBED}, {HEADS} heads",
+                    ("batch × length", "what", "whose", "time", "headscope ÷ it"),
+                    rows,
+                    "Below 1 in the last column: headscope is faster. Medians of rounds in which all lines ran in "
+                    "turn; the ratio is the median of the rounds' ratios. No mask, no dropout, evaluation mode.",
+                )
+
+
+if __name__ == "__main__":
+    main()
