@@ -15,9 +15,10 @@ LISTED = re.findall(r"^(\S+\.py) {2,}\S", PAGE.split("```")[1], re.MULTILINE)
 FILES = sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py"))
 HOMES = {
     "transformers": {"models.py", "seam/huggingface.py"},
-    "matplotlib": {"figures.py"},
+    "matplotlib": {"figures.py", "charts.py"},
     "rich": {"terminal.py"},
-    "typer": {"cli.py"},
+    "typer": {"cli.py", "commands.py"},
+    "tensorboard": {"training/logs.py"},
 }
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from headscope import models, output, terminal
+from headscope.commands import add_commands
 from headscope.errors import HeadscopeError, TextError
 from headscope.links import View, ask, head_of, run
 from headscope.recording import Recording
@@ -192,6 +193,9 @@ def remove(name: Annotated[str, typer.Argument(help="A model that was pulled.")]
         freed = models.remove(name)
         told = f"{name} is removed; {freed / 1e6:.0f} MB are free again." if freed else f"{name} was not here."
         terminal.print_line(told)
+
+
+add_commands(app, _reported)
 
 
 def _text(text: str | None, file: Path | None) -> str:

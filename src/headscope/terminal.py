@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -20,7 +20,7 @@ from headscope.links import Link, Rest, View
 from headscope.models import ModelEntry
 from headscope.words import label
 
-__all__ = ["Stages", "print_error", "print_line", "print_models", "print_stages", "print_view"]
+__all__ = ["Stages", "print_error", "print_line", "print_models", "print_stages", "print_view", "running"]
 
 _WIDEST = 110
 
@@ -221,6 +221,34 @@ class Stages:
 
             yield tell
         self.seconds[name] = time.monotonic() - began
+
+
+@contextmanager
+def running(name: str, *, shown: bool = True) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar, on the error stream, for what takes minutes; where that is no terminal, a line for each tenth.
+
+    The block calls what it is given with how much is done, of how much, and a word about it.
+    """
+    console = _console(sys.stderr)
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed}/{task.total} {task.fields[word]}", markup=False),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not (shown and console.is_terminal),
+    )
+    with progress:
+        task = progress.add_task(name, total=None, word="")
+
+        def tell(done: int, of: int, word: str) -> None:
+            progress.update(task, completed=done, total=of, word=word)
+            if shown and not console.is_terminal and done * 10 // of > (done - 1) * 10 // of:
+                print_line(f"{name}: {done}/{of} {word}", error=True)
+
+        yield tell
 
 
 def print_stages(stages: Stages, facts: dict[str, str]) -> None:

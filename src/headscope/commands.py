@@ -1,0 +1,237 @@
+"""The commands that train: `headscope train` and `headscope experiment`."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from headscope import terminal
+from headscope.training import TASKS, Step, Stopped, TrainConfig, TrainResult, make_task, train
+from headscope.training.logs import has_tensorboard, tensorboard
+from headscope.training.processes import rank
+
+__all__ = ["add_commands"]
+
+Reported = Callable[[], AbstractContextManager[None]]
+
+_TRAIN = """Train a small Transformer, and see what it does with what it has never seen.
+
+The tasks need no download:
+
+\b
+{tasks}
+
+Everything goes into --out: checkpoints (safetensors), and TensorBoard's logs of the loss and of what each head does.
+A run that was stopped, by Ctrl-C or by a power cut, goes on from its last checkpoint when you give the same command
+again, to the same result.
+
+\b
+Examples:
+  headscope train copy                       two minutes; 100% of unseen sequences copied
+  headscope train sort --heads 1             can one head sort?
+  headscope train bytes --steps 3000 --out runs/longer
+  tensorboard --logdir runs                  look at the logs (pip install 'headscope[train]')
+  torchrun --nproc-per-node 2 -m headscope train copy    two processes, the same result
+""".format(tasks="\n".join(f"  {name:<9}{task.about}" for name, task in TASKS.items()))
+
+_ONE_OR_MANY = """Do several heads beat one? Models of equal size, trained equally long, differ in their heads alone.
+
+Models with 1, 2, 4 and 8 heads (each head as much smaller as there are more of them) are trained with five seeds each
+on two tasks: "lookups", where each position must look at four places at once, and "bytes", Python source. The table
+gives the mean over seeds and its 95% interval of the loss on unseen rows, and how differently the heads look.
+
+Finished runs are saved: the same command goes on where it was stopped. It takes up to 20 minutes on 2 slow cores;
+--quick takes less than two, with 1 and 4 heads, three seeds and fewer steps.
+
+\b
+Examples:
+  headscope experiment one-or-many --quick
+  headscope experiment one-or-many --out out/one-or-many
+"""
+
+TaskName = Annotated[str, typer.Argument(metavar="TASK", help=f"One of {', '.join(TASKS)}.", show_default=False)]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="FOLDER", help="Checkpoints and logs; runs/TASK by default.")
+]
+Steps = Annotated[int, typer.Option("--steps", min=0, help="Updates of the weights; 0: the task's own number.")]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", min=0, help="Rows a step, over all processes; 0: the task's own number.")
+]
+Length = Annotated[int, typer.Option("--length", min=0, help="Positions a row; 0: the task's own number.")]
+Rate = Annotated[float, typer.Option("--learning-rate", help="The highest; after a warm-up it falls along a cosine.")]
+Warmup = Annotated[int, typer.Option("--warmup", min=0, help="Steps until the highest learning rate.")]
+EmbedDim = Annotated[int, typer.Option("--embed-dim", min=0, help="The model's width; 0: the task's own.")]
+Heads = Annotated[int, typer.Option("--heads", min=0, help="Heads, each of size width / heads; 0: the task's own.")]
+Layers = Annotated[int, typer.Option("--layers", min=0, help="Layers; 0: the task's own.")]
+Dropout = Annotated[float, typer.Option("--dropout", help="Share of the numbers dropped after each part in training.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the first weights, the data and the dropout.")]
+Precision = Annotated[
+    Literal["auto", "float32", "bfloat16"],
+    typer.Option("--precision", help="auto: bfloat16 where the machine is faster with it."),
+]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto: CUDA if there is any.")]
+SaveEvery = Annotated[int, typer.Option("--save-every", min=1, help="Steps between checkpoints; the last two stay.")]
+AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON, on the standard output.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Smaller: a first impression in less than two minutes.")]
+ExperimentOut = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="FOLDER", help="The results; out/one-or-many (-quick) by default."),
+]
+
+
+def add_commands(app: typer.Typer, reported: Reported) -> None:
+    """Add `train` and `experiment` to the command.
+
+    Args:
+        app: The command.
+        reported: A context in which an expected error becomes a message and an exit code.
+    """
+
+    @app.command(name="train", help=_TRAIN)
+    def train_(
+        task: TaskName,
+        out: Out = None,
+        steps: Steps = 0,
+        batch_size: BatchSize = 0,
+        length: Length = 0,
+        learning_rate: Rate = TrainConfig.learning_rate,
+        warmup: Warmup = TrainConfig.warmup,
+        embed_dim: EmbedDim = 0,
+        heads: Heads = 0,
+        layers: Layers = 0,
+        dropout: Dropout = 0.0,
+        seed: Seed = 0,
+        precision: Precision = "auto",
+        device: Device = "auto",
+        save_every: SaveEvery = 100,
+        as_json: AsJson = False,
+    ) -> None:
+        with _from_main_only(reported()):
+            sizes: dict[str, Any] = {"embed_dim": embed_dim, "ff_dim": 4 * embed_dim, "num_heads": heads}
+            sizes = {name: size for name, size in (sizes | {"num_layers": layers}).items() if size}
+            config = TrainConfig(
+                task,
+                steps=steps,
+                batch_size=batch_size,
+                length=length,
+                model=make_task(task, length).model_config(dropout_p=dropout, **sizes),
+                learning_rate=learning_rate,
+                warmup=warmup,
+                seed=seed,
+                precision=precision,
+            )
+            _train(config, out or Path("runs") / task, save_every, device, as_json)
+
+    experiments = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+    app.add_typer(experiments, name="experiment")
+
+    @experiments.callback(help="Questions that training answers.")
+    def _start() -> None:  # so that the experiment's name is a word of its own while there is only one
+        pass
+
+    @experiments.command(name="one-or-many", help=_ONE_OR_MANY)
+    def one_or_many_(quick: Quick = False, out: ExperimentOut = None) -> None:
+        with reported():
+            _one_or_many(quick, out or Path("out") / ("one-or-many-quick" if quick else "one-or-many"))
+
+
+def _from_main_only(context: AbstractContextManager[None]) -> AbstractContextManager[None]:
+    """Under torchrun, all processes fail alike: one of them says it, the others end without a word."""
+    return context if rank() == 0 else _Silent()
+
+
+class _Silent(AbstractContextManager[None]):
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (Exception, KeyboardInterrupt)):
+            raise typer.Exit(1) from None
+
+
+def _train(config: TrainConfig, folder: Path, save_every: int, device: str, as_json: bool) -> None:
+    is_main = rank() == 0
+    with ExitStack() as stack:
+        tell = stack.enter_context(terminal.running(f"training {config.task}", shown=is_main))
+
+        def on_step(step: Step) -> None:
+            tell(step.done, step.of, f"loss {step.loss:.4f}")
+
+        log = None
+        if is_main and has_tensorboard():
+            log = stack.enter_context(tensorboard(folder / "tensorboard"))
+        try:
+            result = train(
+                config,
+                folder=folder,
+                save_every=save_every,
+                device=device,
+                on_step=on_step,
+                on_note=lambda note: terminal.print_line(note, error=True),
+                log=log,
+            )
+        except Stopped as stop:
+            stack.close()
+            if is_main:
+                kept = f"its state is in {stop.path}. To go on, give the same command again."
+                terminal.print_line(f"Stopped after step {stop.step} of {config.steps}; {kept}", error=True)
+            raise typer.Exit(130) from None
+    if is_main:
+        _tell_result(config, result, as_json)
+
+
+def _tell_result(config: TrainConfig, result: TrainResult, as_json: bool) -> None:
+    held_out, task = result.held_out, config.make_task()
+    if as_json:
+        data = {
+            "config": config.as_data(),
+            "first_step": result.first_step,
+            "loss": result.loss,
+            "held_out": {"loss": held_out.loss, "bits": held_out.bits, "exact": held_out.exact, "rows": held_out.rows},
+            "seconds": round(result.seconds, 1),
+            "checkpoint": str(result.checkpoint),
+        }
+        sys.stdout.write(json.dumps(data, allow_nan=False, indent=1) + "\n")
+        return
+    if result.first_step == config.steps:
+        terminal.print_line(f"All {config.steps} steps were done before; another --out or --seed begins anew.")
+    elif result.first_step:
+        terminal.print_line(f"Went on after step {result.first_step}.")
+    guess = math.log2(task.vocab_size)
+    terminal.print_line(
+        f"On {held_out.rows} held-out rows, none of which it was trained on: {held_out.bits:.4f} bits a {task.unit} "
+        f"({held_out.loss:.4f} nats; guessing costs {guess:.2f} bits)."
+    )
+    if held_out.exact is not None:
+        terminal.print_line(f"Written without a mistake, token after token: {held_out.exact:.1%} of them.")
+    terminal.print_line(f"Checkpoint: {result.checkpoint}")
+    if not has_tensorboard():
+        terminal.print_line("For TensorBoard's logs: pip install 'headscope[train]'", error=True)
+
+
+def _one_or_many(quick: bool, folder: Path) -> None:
+    from headscope import experiments
+
+    with terminal.running("one or many") as tell:
+        try:
+            plan = experiments.QUICK if quick else experiments.FULL
+            report = experiments.one_or_many(folder, plan, on_step=tell)
+        except Stopped:
+            terminal.print_line(
+                f"Stopped. Finished runs are in {folder / 'runs'}; the same command goes on.", error=True
+            )
+            raise typer.Exit(130) from None
+    terminal.print_line(report.markdown())
+    written = ["one-or-many.md", "one-or-many.json", "one-or-many.csv"]
+    try:
+        from headscope import charts
+    except ImportError:
+        terminal.print_line("For a figure, too: pip install 'headscope[figures]'", error=True)
+    else:
+        charts.draw_report(report, folder / "one-or-many.png")
+        written.append("one-or-many.png")
+    terminal.print_line(f"In {folder}: {', '.join(written)}")

@@ -1,0 +1,160 @@
+"""Checkpoints: safetensors files that are whole or are not loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, uint8
+
+from headscope.errors import HeadscopeError
+
+__all__ = ["Checkpoint", "durable_file", "latest", "save"]
+
+FORMAT = "headscope-checkpoint"
+VERSION = 1
+_NAME = re.compile(r"step-(\d{1,12})\.safetensors")
+_PARTS = re.compile(r"\.step-\d{1,12}\.safetensors\.\d+\.part")
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A state of a run.
+
+    Attributes:
+        step: Steps done.
+        run: What run it is of, as plain data.
+        tensors: Weights and the optimizer's tensors, by name.
+        path: Its file.
+    """
+
+    step: int
+    run: dict[str, Any]
+    tensors: dict[str, Tensor]
+    path: Path
+
+
+class _NotWhole(Exception):
+    """A file that was cut short or damaged."""
+
+
+def save(folder: Path, step: int, run: dict[str, Any], tensors: dict[str, Tensor], *, keep: int = 2) -> Path:
+    """Write a checkpoint; when this returns it is on the disk, and all but the last ``keep`` are removed.
+
+    Args:
+        folder: Where; it is made if need be.
+        step: Steps done.
+        run: What run it is of, as plain data.
+        tensors: What to keep.
+        keep: How many checkpoints stay.
+
+    Raises:
+        HeadscopeError: It cannot be written.
+    """
+    data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {"step": step, "run": run, "digest": _digest(step, run, data)}
+    metadata = {"format": FORMAT, "version": str(VERSION), "checkpoint": json.dumps(header)}
+    path = folder / f"step-{step:08d}.safetensors"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with durable_file(path) as scratch:
+            save_file(data, scratch, metadata=metadata)
+        for old in _found(folder)[keep:]:
+            old.unlink(missing_ok=True)
+        for part in folder.iterdir():  # what a killed process left
+            if _PARTS.fullmatch(part.name):
+                part.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise HeadscopeError(f"Cannot write the checkpoint {path}: {reason}.") from error
+    return path
+
+
+def latest(folder: Path, report: Callable[[str], None] | None = None) -> Checkpoint | None:
+    """The last checkpoint that is whole; None if there is none.
+
+    Args:
+        folder: Where to look.
+        report: Told of each file that is passed over, and why.
+
+    Raises:
+        HeadscopeError: A checkpoint of another version of the format.
+    """
+    for path in _found(folder):
+        try:
+            return _load(path)
+        except _NotWhole as reason:
+            if report is not None:
+                report(f"{path} is not whole and is passed over: {reason}.")
+    return None
+
+
+@contextmanager
+def durable_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``, which becomes ``path`` once it is on the disk; nothing if the block fails.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield scratch
+        with scratch.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+        if os.name == "posix":  # the new name, too, must be on the disk
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _found(folder: Path) -> list[Path]:
+    """The checkpoints' files, the last step first."""
+    if not folder.is_dir():
+        return []
+    files = {path: match for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))}
+    return sorted(files, key=lambda path: int(files[path][1]), reverse=True)
+
+
+def _load(path: Path) -> Checkpoint:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise _NotWhole(f"its format is {str(metadata.get('format'))[:40]!r}, not {FORMAT!r}")
+            if metadata.get("version") != str(VERSION):
+                raise HeadscopeError(
+                    f"{path} is a checkpoint of version {metadata.get('version', '')[:20]!r}, this Headscope reads "
+                    f"version {VERSION}: use the Headscope that wrote it, or another folder."
+                )
+            header = json.loads(metadata["checkpoint"])
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        step, run, digest = int(header["step"]), dict(header["run"]), header["digest"]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise _NotWhole(str(error)[:200]) from error
+    if _digest(step, run, tensors) != digest:
+        raise _NotWhole("its contents are not those that were written")
+    return Checkpoint(step, run, tensors, path)
+
+
+def _digest(step: int, run: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """A digest of the whole: what run and step it is, and every tensor's name, shape, type and bytes."""
+    found = hashlib.blake2b(json.dumps([step, run], sort_keys=True).encode(), digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.reshape(-1).view(uint8).numpy().data)
+    return found.hexdigest()

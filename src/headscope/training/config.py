@@ -1,0 +1,128 @@
+"""TrainConfig: what decides the result of a run, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from headscope.training.tasks import Task, make_task
+from headscope.transformer import TransformerConfig
+
+__all__ = ["TrainConfig"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The settings of a run. With the same settings and seed, two runs give the same result.
+
+    Attributes:
+        task: "copy", "sort", "lookups" or "bytes".
+        steps: updates of the weights; 0: the task's own number.
+        batch_size: rows in each step, over all processes together; 0: the task's own.
+        length: positions a row; 0: the task's own.
+        model: its sizes; None: the task's own.
+        learning_rate: the highest; it rises to it over ``warmup`` steps, then falls to a tenth along a cosine.
+        warmup: steps.
+        weight_decay: AdamW's (arXiv 1711.05101), for matrices only.
+        clip: the gradient's largest norm.
+        seed: of the first weights, the data and the dropout.
+        precision: "float32", "bfloat16", or "auto": bfloat16 where the machine is faster with it.
+
+    Raises:
+        ValueError: no such task, numbers out of range, or a model that does not fit the task.
+
+    Example:
+        >>> config = TrainConfig("copy", steps=200)
+        >>> config.batch_size, config.sizes.num_heads
+        (64, 4)
+    """
+
+    task: str
+    steps: int = 0
+    batch_size: int = 0
+    length: int = 0
+    model: TransformerConfig | None = None
+    learning_rate: float = 2e-3
+    warmup: int = 50
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    seed: int = 0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self) -> None:
+        task = make_task(self.task, self.length)
+        for name in ("steps", "batch_size", "length"):
+            object.__setattr__(self, name, getattr(self, name) or getattr(task, name))
+        if self.model is None:
+            object.__setattr__(self, "model", task.model_config())
+        for name in ("steps", "batch_size", "learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0.")
+        for name in ("warmup", "weight_decay", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0.")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"precision is {self.precision!r}: it is one of auto, float32, bfloat16.")
+        _check_model(self.sizes, task)
+
+    @property
+    def sizes(self) -> TransformerConfig:
+        """The model's."""
+        assert self.model is not None  # filled in above
+        return self.model
+
+    def make_task(self) -> Task:
+        """The task, with rows of this length."""
+        return make_task(self.task, self.length)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0.
+
+        >>> config = TrainConfig("copy", steps=100, learning_rate=1.0, warmup=10)
+        >>> [round(config.rate(step), 2) for step in (0, 9, 55, 100)]
+        [0.1, 1.0, 0.55, 0.1]
+        """
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        share = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, share))))
+
+    def as_data(self) -> dict[str, Any]:
+        """The settings as plain data, for a file."""
+        return asdict(self)
+
+    def differences(self, data: dict[str, Any]) -> list[str]:
+        """Where settings that :meth:`as_data` gave differ from these: "steps 100, now 200".
+
+        >>> TrainConfig("copy", steps=200).differences(TrainConfig("copy", steps=100).as_data())
+        ['steps 100, now 200']
+        """
+        mine, theirs = _flat(self.as_data()), _flat(data)
+        names = [*mine, *(name for name in theirs if name not in mine)]
+        return [f"{n} {theirs.get(n)}, now {mine.get(n)}" for n in names if mine.get(n) != theirs.get(n)]
+
+
+def _flat(data: dict[str, Any]) -> dict[str, Any]:
+    """Settings with those of the model beside them; settings that are gone are left in."""
+    model = data.get("model") or {}
+    return {name: value for name, value in data.items() if name != "model"} | dict(model)
+
+
+def _check_model(model: TransformerConfig, task: Task) -> None:
+    wanted = {"kind": task.kind, "vocab_size": task.vocab_size}
+    for name, value in wanted.items():
+        if getattr(model, name) != value:
+            raise ValueError(
+                f"The task {task.name} needs a model of {name} {value!r}, this one has {getattr(model, name)!r}: "
+                f"make it with make_task({task.name!r}).model_config(…)."
+            )
+    if model.max_length < task.length + 1:
+        raise ValueError(
+            f"The task {task.name} has rows of length {task.length}, the model's max_length is {model.max_length}: "
+            f"make it at least {task.length + 1}."
+        )
+    if model.embed_dim % model.num_heads:
+        raise ValueError(
+            f"embed_dim {model.embed_dim} cannot be cut into {model.num_heads} heads: make it a multiple of them."
+        )

@@ -1,0 +1,43 @@
+"""TensorBoard logs of a run; the package `tensorboard` is optional (`pip install 'headscope[train]'`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+__all__ = ["has_tensorboard", "tensorboard"]
+
+
+def has_tensorboard() -> bool:
+    """Whether the package is installed."""
+    return find_spec("tensorboard") is not None
+
+
+@contextmanager
+def tensorboard(folder: Path) -> Iterator[Callable[[str, float, int], None]]:
+    """A function that writes (name, value, step) into TensorBoard's files in ``folder``.
+
+    A run that goes on replaces what was written of the steps that are done again.
+
+    Raises:
+        ValueError: The package `tensorboard` is not installed.
+    """
+    if not has_tensorboard():
+        raise ValueError("TensorBoard logs need the package tensorboard: pip install 'headscope[train]'.")
+    from torch.utils.tensorboard import SummaryWriter
+
+    writers: list[Any] = []
+
+    def log(name: str, value: float, step: int) -> None:
+        if not writers:
+            writers.append(SummaryWriter(str(folder), purge_step=step))
+        writers[0].add_scalar(name, value, step)
+
+    try:
+        yield log
+    finally:
+        for writer in writers:
+            writer.close()
