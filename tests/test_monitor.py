@@ -1,6 +1,8 @@
 """monitor(): what it says against the dense maps, that it changes nothing, and the heads that its warnings name."""
 
 import math
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -8,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from headscope import HeadWarning, MultiHeadAttention, Transformer, TransformerConfig, masks, monitor
+from headscope import HeadWarning, MultiHeadAttention, Transformer, TransformerConfig, masks, monitor, record
 from headscope.errors import HeadscopeError, NothingSeen
 from headscope.monitor import HeadStats
 from tests.options import unchecked
-from tests.tiny import ids, llama
+from tests.tiny import bart, ids, llama
 
 B, L, E, H = 2, 7, 12, 3
 
@@ -259,3 +261,197 @@ def test_errors() -> None:
         pass
     with unchecked(), pytest.raises(ValueError, match="every is 0: a look at least at every step"):
         monitor(model, every=0)
+
+
+def quiet(model: nn.Module, *inputs: Tensor) -> HeadStats:
+    """A look that warns of nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HeadWarning)
+        return look(model, *inputs)
+
+
+class Sdpa(nn.Module):
+    """Torch's own function with even weights over what a mask shows."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.mask, self.packed = mask, nn.Linear(E, 3 * E)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (H, -1)).transpose(1, 2) for part in self.packed(x).chunk(3, -1))
+        return nn.functional.scaled_dot_product_attention(q * 0, k, v, attn_mask=self.mask)
+
+
+@pytest.mark.parametrize("hidden", [-math.inf, torch.finfo(torch.float32).min, -65504.0, -1e4])
+def test_keys_that_an_additive_mask_hides_are_not_counted(hidden: float) -> None:
+    mask = torch.full((L, L), hidden).triu(1) + 1e-5 * torch.arange(L)
+    stats = quiet(Sdpa(mask), torch.randn(B, L, E))
+    torch.testing.assert_close(stats.entropy_share, torch.ones(1, H).double(), atol=1e-6, rtol=0)
+    even = sum(1 / n for n in range(2, L + 1)) / (L - 1)
+    torch.testing.assert_close(stats.sink_mass, torch.full((1, H), even).double(), atol=1e-5, rtol=0)
+
+
+def test_the_first_key_is_the_texts_first_also_in_a_window() -> None:
+    class Windowed(Own):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers[0](x, mask=masks.sliding_window(2))
+
+    model, x = Windowed(), torch.randn(B, L, E)
+    dense = model.layers[0].matrix(x, mask=masks.sliding_window(2)).dense().double()
+    torch.testing.assert_close(quiet(model, x).sink_mass[0], dense[:, :, 1:, 0].mean((0, 2)), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_of_torch_nn_is_left_out(side: str) -> None:
+    layer, x = nn.MultiheadAttention(E, H, batch_first=True), torch.randn(1, L, E)
+    blank = torch.full((1, 4, E), 9.0)
+    padded = torch.cat([x, blank] if side == "right" else [blank, x], 1)
+    hidden = (padded == 9).all(-1)
+    alone, watch = quiet(layer, x, x, x), monitor(layer, every=1)
+    with watch:
+        layer(padded, padded, padded, key_padding_mask=hidden)
+    for name in ("entropy", "entropy_share", "largest_logit", "sink_mass"):
+        torch.testing.assert_close(getattr(watch.history[0], name), getattr(alone, name), atol=1e-6, rtol=1e-5)
+
+
+def test_padding_of_the_source_says_nothing_of_the_targets_rows() -> None:
+    model, source, target = bart(), ids(B, 9), ids(B, 6)
+    shown = torch.ones_like(source)
+    shown[:, 5:] = 0
+    given = {"input_ids": source, "attention_mask": shown, "decoder_input_ids": target}
+    watch = monitor(model, every=1)
+    with watch, torch.no_grad():
+        model(**given)
+    with record(model) as recording, torch.no_grad():
+        model(**given)
+    rows = {"self_attn": slice(1, None), "encoder_attn": slice(None)}
+    decoder = [i for i, site in enumerate(recording.sites) if "decoder" in site.name]
+    assert len(decoder) == 4
+    for i in decoder:
+        wanted = recording[i].entropy()[:, :, rows[recording.sites[i].name.split(".")[-1]]].mean((0, 2))
+        torch.testing.assert_close(watch.history[0].entropy[i], wanted.double(), atol=1e-6, rtol=1e-5)
+
+
+def test_only_heads_that_exist_are_listed_logged_and_warned_of() -> None:
+    model, told = own(), []
+    model.layers[1] = MultiHeadAttention(E, 2)
+    watch = monitor(model, every=1, log=lambda name, value, step: told.append(name))
+    with warnings.catch_warnings(), watch:
+        warnings.simplefilter("error")
+        model(torch.randn(B, L, E))
+    listed = [(row["layer"], row["head"]) for row in watch.table()]
+    assert listed == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    assert {name.split("/")[1] for name in told} == {f"{layer}.{head}" for layer, head in listed}
+    assert watch.history[0].num_heads == (3, 2)
+
+
+def test_a_text_of_one_token_has_no_entropy_and_no_warning() -> None:
+    stats = quiet(own(), torch.randn(B, 1, E))
+    assert stats.entropy.isnan().all()
+    assert stats.sink_mass.isnan().all()
+    assert stats.largest_logit.isfinite().all()
+    assert stats.finite.all()
+
+
+def test_a_call_in_which_nothing_may_be_seen_says_nothing() -> None:
+    class Blind(Own):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers[0](x, mask=~masks.prefix(L))
+
+    stats = quiet(Blind(), torch.randn(B, L, E))
+    assert stats.largest_logit.isnan().all()
+    assert not stats.dead.any()
+    assert stats.finite.all()
+
+
+@pytest.mark.parametrize(("share", "dead"), [(2e-3, False), (5e-4, True)])
+def test_a_head_is_dead_below_a_thousandth_of_the_median_head(share: float, dead: bool) -> None:
+    layer, x = MultiHeadAttention(E, H), torch.randn(1, L, E)
+    values = layer.in_proj.weight.data[2 * E :]
+    with torch.no_grad():
+        values[8:] = values[4:8] = values[:4]  # all heads have the same values
+        layer.in_proj.weight.data[: 2 * E] = 0  # and even weights
+        values[4:8] *= share
+    hidden = torch.cat([x, 1e6 * torch.randn(1, 3, E)], 1)
+    watch = monitor(layer, every=1)
+    with watch:
+        layer(hidden, mask=masks.padding([L]))
+    assert watch.history[0].dead.tolist() == [[False, dead, False]]
+
+
+def test_rows_that_are_padding_do_not_keep_a_head_alive() -> None:
+    """Head 1 writes something only in rows of padding: there it sees the one key with a value."""
+    mask = torch.ones(1, H, L, L, dtype=torch.bool)
+    mask[:, :, :, L - 1] = False  # padding: no query sees it
+    mask[:, 1, : L - 1, 0] = False  # head 1: only the padding sees the first key
+    x = torch.zeros(1, L, E)
+    x[:, 0] = 1
+    layer = MultiHeadAttention(E, H, bias=False)
+    watch = monitor(layer, every=1)
+    with watch:
+        layer(x, mask=masks.dense(mask))
+    assert watch.history[0].dead.tolist() == [[False, True, False]]
+
+
+@pytest.mark.parametrize("part", ["query", "key", "value"])
+def test_only_the_head_that_is_not_finite_is_named(part: str) -> None:
+    layer, x = MultiHeadAttention(E, H), torch.randn(B, L, E)
+    good = quiet(layer, x)
+    layer.in_proj.weight.data[{"query": 0, "key": E, "value": 2 * E}[part] + 4] = math.nan
+    watch = monitor(layer, every=1)
+    with pytest.warns(HeadWarning, match=r"head 0\.1 .*NaN or infinite") as told, watch:
+        layer(x)
+    assert len(told) == 1
+    assert watch.history[0].finite.tolist() == [[True, False, True]]
+    torch.testing.assert_close(watch.history[0].entropy[0, [0, 2]], good.entropy[0, [0, 2]])
+    assert watch.history[0].largest_logit[0, 1].isnan() == watch.history[0].entropy[0, 1].isnan() == (part != "value")
+    assert not watch.history[0].dead.any()
+
+
+def test_a_bias_that_is_not_finite_is_a_warning_too() -> None:
+    with pytest.warns(HeadWarning, match=r"head 0\.2 .*NaN or infinite"):
+        stats = look(Sdpa(torch.full((L, L), math.nan)), torch.randn(B, L, E))
+    assert not stats.finite.any()
+
+
+def test_a_forward_that_failed_does_not_count() -> None:
+    class Fails(Own):
+        fails = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            if self.fails:
+                raise MemoryError
+            return x
+
+    model, x = Fails(), torch.randn(B, L, E)
+    watch = monitor(model, every=1)
+    with watch:
+        with pytest.raises(MemoryError):
+            model(100 * x)
+        model.fails = False
+        model(x)
+    torch.testing.assert_close(watch.history[0].largest_logit, look(model, x).largest_logit)
+
+
+def test_a_step_without_a_forward_is_passed_over() -> None:
+    model, x = own(), torch.randn(B, L, E)
+    watch = monitor(model, every=1)
+    with watch:
+        model(x)
+    with watch:
+        pass
+    with watch:
+        model(x)
+    assert [stats.step for stats in watch.history] == [0, 2]
+
+
+def test_a_warning_points_at_the_line_of_the_with() -> None:
+    program = (
+        "import torch, warnings\nfrom headscope import MultiHeadAttention, monitor\n"
+        "layer = MultiHeadAttention(12, 3)\nlayer.in_proj.weight.data[:4] *= 1e5\n"
+        "warnings.simplefilter('always')\nwatch = monitor(layer, every=1)\n"
+        "def step():\n    with watch:\n        layer(torch.randn(2, 7, 12))\nstep()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.startswith("<string>:8: HeadWarning: head 0.0")

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from headscope import cli
 from headscope.errors import HeadscopeError
-from headscope.training import TASKS, Step, Stopped, TrainConfig, TrainResult, checkpoint, make_task, train
+from headscope.training import TASKS, Step, Stopped, TrainConfig, TrainResult, checkpoint, make_task, signals, train
 from headscope.training.processes import Processes, joined
 from headscope.training.tasks import IGNORED
 
@@ -312,6 +312,21 @@ def test_stopping_between_two_steps() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_second_ctrl_c_interrupts_at_once_unless_torchrun_sent_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(signals, "monotonic", lambda: now[0])
+    with signals.stop_signals() as flag:
+        assert not flag.asked
+        signal.raise_signal(signal.SIGINT)
+        now[0] += 0.5  # torchrun passes on the Ctrl-C that the process has had from the terminal
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert flag.asked
+        now[0] += 2
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 # Checkpoints
 
 
@@ -475,6 +490,12 @@ def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatc
         train(small())
     with joined("cpu") as alone:
         assert (alone.rank, alone.count, alone.total(2.5, 3.0)) == (0, 1, [2.5, 3.0])
+
+
+def test_under_torchrun_an_error_is_told_once(tmp_path: Path) -> None:
+    words = ["copy", *SMALL, "--batch-size", "7", "--out", str(tmp_path / "run")]
+    _, error = command(*words, processes=2).communicate(timeout=120)
+    assert error.count("Error: A batch of 7 rows cannot be shared evenly by 2 processes") == 1
 
 
 def test_numbers_that_get_too_large_are_told() -> None:

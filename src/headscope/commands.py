@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -18,6 +19,8 @@ from headscope.training.logs import has_tensorboard, tensorboard
 from headscope.training.processes import rank
 
 __all__ = ["add_commands"]
+
+_PATIENCE = 3.0  # seconds that the first process has to say what is wrong, before torchrun ends it for another's sake
 
 Reported = Callable[[], AbstractContextManager[None]]
 
@@ -150,6 +153,7 @@ def _from_main_only(context: AbstractContextManager[None]) -> AbstractContextMan
 class _Silent(AbstractContextManager[None]):
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, (Exception, KeyboardInterrupt)):
+            time.sleep(_PATIENCE)
             raise typer.Exit(1) from None
 
 

@@ -86,6 +86,8 @@ def _fused(scores: Scores, value: Tensor, want_lse: bool) -> tuple[Tensor, Tenso
     if value.shape[1] != key.shape[1]:  # a value for each query head: the keys follow
         key = key.repeat_interleave(value.shape[1] // key.shape[1], 1)
     width, size = value.shape[-1], query.shape[-1]
+    if width == size:
+        return _by_query_blocks(scores, query, key, _dense_rows(value), want_lse)
     outputs: list[Tensor] = []
     lse: Tensor | None = None
     for column in range(0, width, size):

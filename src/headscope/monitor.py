@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from headscope.errors import HeadscopeError, NothingSeen
-from headscope.reductions import Block, Entropy, Groups, Max, Reduction
+from headscope.reductions import Block, Entropy, Groups, Reduction
 from headscope.reductions.reduction import Shape
-from headscope.seam import AttentionCall, Forward, invisible, watch
+from headscope.scores import Scores
+from headscope.seam import AttentionCall, Forward, invisible, matrix_of, watch
 
 __all__ = ["HeadStats", "HeadWarning", "Monitor", "monitor"]
 
@@ -24,6 +25,8 @@ Log = Callable[[str, float, int], object]  # told a name, a value, a step
 _DEAD = 1e-3  # of the layer's median head
 _FELL = 10.0  # an entropy share that fell so many times within the looks remembered
 _LOOKS = 5
+_HIDDEN = -1e4  # a number in an additive mask that hides, also in half precision and in old BERTs
+_CELLS = 1 << 22  # cells of a mask that may exist at once
 _RESTS = 0.5  # a head with more than this on the first key rests there: low entropy is its way, not a fault
 
 
@@ -43,6 +46,10 @@ class HeadStats:
         largest_logit: The largest score before the softmax, after scale, cap and bias.
         sink_mass: Mean weight on the first key that may be seen (arXiv 2410.10781).
         dead: Whether the head's output is below a thousandth of its layer's median head.
+        finite: Whether its queries, keys, mask and output hold only finite numbers.
+        num_heads: How many heads each site has.
+
+    Queries that see nothing are left out, and so are those at positions that no query may see: padding.
     """
 
     step: int
@@ -52,10 +59,15 @@ class HeadStats:
     largest_logit: Tensor
     sink_mass: Tensor
     dead: Tensor
+    finite: Tensor
+    num_heads: tuple[int, ...]
 
 
 class Monitor(AbstractContextManager["Monitor"]):
-    """Made by :func:`monitor`. ``with`` it around a forward; ``history`` holds a `HeadStats` a look."""
+    """Made by :func:`monitor`. ``with`` it around a forward; ``history`` holds a `HeadStats` a look.
+
+    ``step`` is the number of the next step; a run that goes on sets it to the steps done.
+    """
 
     def __init__(self, model: nn.Module, every: int, log: Log | None, logit_limit: float, low_entropy: float) -> None:
         self.model, self.every, self.log = model, every, log
@@ -64,16 +76,17 @@ class Monitor(AbstractContextManager["Monitor"]):
         self.history: list[HeadStats] = []
         self._running: ExitStack | None = None
         self._sums: dict[tuple[str, int], _Sums] = {}
+        self._pending: dict[int, list[tuple[tuple[str, int], _Sums]]] = {}
         self._warned: set[tuple[str, int, int]] = set()
 
     def __enter__(self) -> Monitor:
         """Look at this step, if it is one to be looked at."""
         if self._running is not None:
             raise HeadscopeError("this monitor is watching already: one `with` at a time, around one step.")
-        self._running, self._sums = ExitStack(), {}
+        self._running, self._sums, self._pending = ExitStack(), {}, {}
         if self.step % self.every == 0:
             try:
-                self._running.enter_context(watch(self.model, self._saw))
+                self._running.enter_context(watch(self.model, self._saw, on_end=self._ended))
             except BaseException:
                 self._running = None
                 raise
@@ -87,10 +100,12 @@ class Monitor(AbstractContextManager["Monitor"]):
         running, self._running = self._running, None
         running.__exit__(kind, error, trace)
         step, self.step = self.step, self.step + 1
-        sums, self._sums = self._sums, {}
+        sums, self._sums, self._pending = self._sums, {}, {}
         if error is not None or step % self.every:
             return
         if not sums:
+            if self.history:
+                return  # a step without a forward
             raise NothingSeen(
                 "no attention was seen inside the `with`: put the model's forward there. What can be seen: modules of "
                 "headscope, torch.nn and transformers, and scaled_dot_product_attention."
@@ -98,16 +113,26 @@ class Monitor(AbstractContextManager["Monitor"]):
         stats = _stats(step, sums)
         self.history.append(stats)
         self._tell(stats)
-        self._warn(stats)
+        for text in self._warnings(stats):
+            warnings.warn(text, HeadWarning, stacklevel=2)
 
     def table(self) -> list[dict[str, Any]]:
-        """The last look, a row a head: layer, head, site, entropy, entropy_share, largest_logit, sink_mass, dead."""
+        """The last look, a row a head: layer, head, site, entropy, entropy_share, largest_logit, sink_mass, dead,
+        finite.
+        """
         return [] if not self.history else list(_rows(self.history[-1]))
 
     def _saw(self, call: AttentionCall, forward: Forward) -> None:
-        key = (call.name, call.occurrence)
         with invisible():
-            self._sums.setdefault(key, _Sums()).add(call, forward.valid)
+            found = (call.name, call.occurrence), _sums(call)
+        self._pending.setdefault(id(forward), []).append(found)
+
+    def _ended(self, forward: Forward) -> None:
+        """What a forward showed counts when it is over; one that failed does not count."""
+        for key, sums in self._pending.pop(id(forward), []):
+            if not forward.failed:
+                held = self._sums.get(key)
+                self._sums[key] = sums if held is None else held.plus(sums)
 
     def _tell(self, stats: HeadStats) -> None:
         if self.log is None:
@@ -116,20 +141,21 @@ class Monitor(AbstractContextManager["Monitor"]):
             for name in ("entropy", "largest_logit", "sink_mass", "dead"):
                 self.log(f"heads/{row['layer']}.{row['head']}/{name}", float(row[name]), stats.step)
 
-    def _warn(self, stats: HeadStats) -> None:
+    def _warnings(self, stats: HeadStats) -> list[str]:
+        """What is to be said of this look."""
+        texts: list[str] = []
         before = self.history[-1 - _LOOKS : -1]
         for row in _rows(stats):
             layer, head = row["layer"], row["head"]
             where = f"head {layer}.{head} ({row['site']}) at step {stats.step}"
             logit, share = row["largest_logit"], row["entropy_share"]
-            bad = not torch.isfinite(torch.tensor([logit, row["entropy"]])).all()
-            self._once(
+            texts += self._once(
                 ("nonfinite", layer, head),
-                bad,
-                f"{where}: its queries or keys are NaN or infinite. Go back to a checkpoint; lower the learning rate, "
-                "clip gradients.",
+                not row["finite"],
+                f"{where}: its queries, keys or output are NaN or infinite. Go back to a checkpoint; lower the "
+                "learning rate, clip gradients.",
             )
-            self._once(
+            texts += self._once(
                 ("logit", layer, head),
                 logit > self.logit_limit,
                 f"{where}: its largest logit is {logit:.3g}, above {self.logit_limit:g}: logits explode. Lower the "
@@ -137,21 +163,23 @@ class Monitor(AbstractContextManager["Monitor"]):
             )
             was = max((_at(s.entropy_share, layer, head) for s in before), default=0.0)
             fell = share < self.low_entropy and was > _FELL * share and was > self.low_entropy
-            self._once(
+            texts += self._once(
                 ("entropy", layer, head),
                 fell and row["sink_mass"] < _RESTS,
                 f"{where}: its entropy fell from {was:.1%} to {share:.1%} of even attention's: it collapses onto "
                 "single keys. Lower the learning rate, warm up longer, or use qk_norm=True.",
                 recovered=share > self.low_entropy,
             )
+        return texts
 
-    def _once(self, key: tuple[str, int, int], now: bool, text: str, recovered: bool | None = None) -> None:
-        """Warn when it begins, and again only after it has ended."""
+    def _once(self, key: tuple[str, int, int], now: bool, text: str, recovered: bool | None = None) -> list[str]:
+        """The text when it begins, and again only after it has ended."""
         if now and key not in self._warned:
             self._warned.add(key)
-            warnings.warn(text, HeadWarning, stacklevel=5)
-        elif (not now) if recovered is None else recovered:
+            return [text]
+        if (not now) if recovered is None else recovered:
             self._warned.discard(key)
+        return []
 
 
 def monitor(
@@ -197,110 +225,143 @@ def monitor(
     return Monitor(model, every, log, logit_limit, low_entropy)
 
 
-class _Visible(Reduction):
-    """How many keys each query may see: [B, H, L]."""
+class _Largest(Reduction):
+    """The logarithm of each query's largest weight: [B, H, L]."""
 
     def start(self, shape: Shape, like: Tensor) -> Tensor:
-        """Zeros."""
-        return like.new_zeros(shape[:3])
+        """Nothing found yet."""
+        return like.new_full(shape[:3], -torch.inf)
 
     def update(self, state: Tensor, block: Block) -> None:
-        """Count."""
-        seen, width = block.visible, block.weights.shape[-1]
-        state[block.at] += width if seen is None else seen.sum(-1)
+        """The larger of this block's and what was found."""
+        part = state[block.at]
+        torch.maximum(part, (block.centered.amax(-1, keepdim=True) + block.offset).squeeze(-1), out=part)
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class _Sums:
-    """One site's sums over the calls of a step; each [H]."""
+    """Sums over one site's queries, those of several calls added up; float64 on the CPU."""
 
-    parts: dict[str, Tensor] = field(default_factory=dict)
+    totals: Tensor  # [6, H]: queries, those that see two keys; of these entropy, ln keys, first key; squared outputs
+    largest: Tensor  # [H], logits; −inf where no query counts
 
-    def add(self, call: AttentionCall, valid: Tensor | None) -> None:
-        """Add a call: one pass, reduced at once."""
-        heads = call.shape[1]
-        finite = call.query.isfinite().all() & call.key.isfinite().all()
-        if not finite:
-            self._put({name: torch.full((heads,), torch.nan) for name in ("entropy", "even", "sink", "rows", "square")})
-            self._top(torch.full((heads,), torch.nan))
-            return
-        matrix, first = call.matrix(), _first_key(call)
-        entropy, best, sink, seen = matrix.reduce(Entropy(), Max(), Groups(first, 1), _Visible())
-        rows = (seen > 1) & _valid_rows(valid, seen)
-        outputs = call.head_outputs().float().square().sum(-1)
-        keep = rows.to(entropy.dtype)
-        values = {
-            "entropy": entropy * keep,
-            "even": seen.clamp(min=1).log() * keep,
-            "sink": sink.squeeze(-1) * keep,
-            "rows": keep,
-            "square": outputs * keep,
+    def plus(self, other: _Sums) -> _Sums:
+        """Both together."""
+        return _Sums(self.totals + other.totals, torch.maximum(self.largest, other.largest))
+
+    def numbers(self) -> dict[str, Tensor]:
+        """The tensors of `HeadStats` for this site, [H] each; NaN where no query counts."""
+        queries, choosing, entropy, even, first, squared = self.totals
+        finite = self.totals.isfinite().all(0) & ~(self.largest.isnan() | (self.largest == torch.inf))
+        size = squared.sqrt()
+        middle = size[finite].median() if bool(finite.any()) else size.new_tensor(torch.nan)
+        return {
+            "entropy": entropy / choosing,
+            "entropy_share": entropy / even,
+            "largest_logit": self.largest.masked_fill(queries == 0, torch.nan),
+            "sink_mass": first / choosing,
+            "dead": finite & (queries > 0) & (size <= _DEAD * middle),
+            "finite": finite,
         }
-        self._put({name: value.double().sum((0, 2)).cpu() for name, value in values.items()})
-        logits = (best.values.log() + matrix.logsumexp).masked_fill(seen == 0, -torch.inf)
-        self._top(logits.amax((0, 2)).double().cpu())
-
-    def _put(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            self.parts[name] = self.parts.get(name, 0) + value
-
-    def _top(self, logits: Tensor) -> None:
-        held = self.parts.get("logit")
-        self.parts["logit"] = logits if held is None else torch.maximum(held, logits)
 
 
-def _first_key(call: AttentionCall) -> Tensor:
-    """[B, S] ids: 0 for the first key that the last query may see, −1 elsewhere."""
-    scores = call.scores
+def _sums(call: AttentionCall) -> _Sums:
+    """What one call shows: one pass over its weights."""
+    scores, broken = _finite_part(call.scores)
+    text, count, seen = _text(scores, call.is_cross)
+    first = torch.where(seen.any(1), seen.int().argmax(1), -1)
+    is_first = torch.arange(scores.shape[3], device=seen.device) == first[:, None]
+    matrix = matrix_of(scores)
+    entropy, best, mass = matrix.reduce(Entropy(), _Largest(), Groups(is_first.long() - 1, 1))
+    counts = text[:, None] & (count > 0)  # [B, H, L]
+    chooses = counts & (count > 1)
+    squared = torch.linalg.vector_norm(call.head_outputs().to(entropy.dtype), dim=-1).square()
+    parts = (
+        counts.to(entropy.dtype),
+        chooses.to(entropy.dtype),
+        entropy.where(chooses, 0),
+        count.clamp(min=1).log().where(chooses, 0),
+        mass.squeeze(-1).where(chooses, 0),
+        squared.where(counts, 0),
+    )
+    totals = torch.stack([part.sum((0, 2)) for part in parts]).cpu().double()
+    largest = (best + matrix.logsumexp).masked_fill(~counts, -torch.inf).amax((0, 2)).cpu().double()
+    return _Sums(totals.masked_fill(broken, torch.nan), largest.masked_fill(broken, torch.nan))
+
+
+def _finite_part(scores: Scores) -> tuple[Scores, Tensor]:
+    """The operands with zeros for heads that hold NaN or infinite numbers, and which heads these are, [H]."""
+    query = ~scores.query.isfinite().all(-1).all(-1).all(0)
+    key = ~scores.key.isfinite().all(-1).all(-1).all(0)
+    broken = query | key.repeat_interleave(scores.per_group)
+    bias, sinks = scores.bias, scores.sinks
+    if isinstance(bias, Tensor):
+        wrong = bias.isnan() | (bias == torch.inf)
+        broken = broken | wrong.transpose(0, 1).flatten(1).any(1)
+        bias = bias.masked_fill(wrong, 0)
+    if sinks is not None:
+        broken = broken | ~sinks.isfinite()
+        sinks = sinks.masked_fill(~sinks.isfinite(), 0)
+    if not bool(broken.any()):
+        return scores, broken.cpu()
+    clean = scores.query.masked_fill(query.view(1, -1, 1, 1), 0), scores.key.masked_fill(key.view(1, -1, 1, 1), 0)
+    return replace(scores, query=clean[0], key=clean[1], bias=bias, sinks=sinks), broken.cpu()
+
+
+def _text(scores: Scores, is_cross: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Which queries are no padding, [B, L]; how many keys each may see, [B, H, L]; which keys some may see, [B, S]."""
     batch, heads, queries, keys = scores.shape
-    ids = torch.full((batch, keys), -1)
-    first = torch.zeros(batch, dtype=torch.int64)
-    if scores.mask is not None:
-        last = slice(queries - 1, queries)
-        seen = scores.visible(slice(0, batch), slice(0, heads), last, slice(0, keys))
-        first = seen.any(1)[:, 0].int().argmax(-1).expand(batch).cpu()
-    return ids.scatter_(1, first[:, None], 0)
-
-
-def _valid_rows(valid: Tensor | None, like: Tensor) -> Tensor:
-    """[B, 1, L]: rows that are text, where the model was told which are."""
-    batch, _, queries = like.shape
-    if valid is None or valid.shape[0] != batch or valid.shape[1] < queries:
-        return torch.ones((1, 1, 1), dtype=torch.bool, device=like.device)
-    return valid[:, None, -queries:].to(like.device)
+    device = scores.query.device
+    count = torch.zeros((batch, heads, queries), device=device)
+    seen = torch.zeros((batch, keys), dtype=torch.bool, device=device)
+    every, all_heads = slice(0, batch), slice(0, heads)
+    hides = isinstance(scores.bias, Tensor) and bool((scores.bias <= _HIDDEN).any())
+    step = max(1, _CELLS // (batch * heads * keys))
+    for start in range(0, queries, step):
+        rows = slice(start, min(queries, start + step))
+        for low, high, mixed in scores.spans(every, rows):
+            shown = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
+            if mixed:
+                shown = shown & scores.visible(every, all_heads, rows, slice(low, high))
+            if hides:
+                shown = shown & (scores.bias_block(every, all_heads, rows, slice(low, high)) > _HIDDEN)
+            width = high - low if shown.shape[-1] == 1 else 1
+            count[:, :, rows] += shown.sum(-1) * width
+            seen[:, low:high] |= shown.any(1).any(1)
+    text = torch.ones((batch, queries), dtype=torch.bool, device=device)
+    return (seen if queries == keys and not is_cross else text), count, seen
 
 
 def _stats(step: int, sums: dict[tuple[str, int], _Sums]) -> HeadStats:
     names = tuple(name if not occurrence else f"{name} ({occurrence + 1})" for name, occurrence in sums)
-    width = max(len(s.parts["rows"]) for s in sums.values())
+    sites = [part.numbers() for part in sums.values()]
+    num_heads = tuple(len(site["entropy"]) for site in sites)
+    blank = {"dead": False, "finite": True}
 
-    def table(of: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
-        rows = []
-        for part in (s.parts for s in sums.values()):
-            row = torch.full((width,), torch.nan, dtype=torch.float64)
-            row[: len(part["rows"])] = of(part)
-            rows.append(row)
-        return torch.stack(rows)
+    def table(name: str) -> Tensor:
+        width, value = max(num_heads), blank.get(name, torch.nan)
+        return torch.stack([nn.functional.pad(site[name], (0, width - len(site[name])), value=value) for site in sites])
 
-    root = table(lambda p: (p["square"] / p["rows"]).sqrt())
     return HeadStats(
         step,
         names,
-        table(lambda p: p["entropy"] / p["rows"]),
-        table(lambda p: p["entropy"] / p["even"]),
-        table(lambda p: p["logit"]),
-        table(lambda p: p["sink"] / p["rows"]),
-        root <= _DEAD * root.nanmedian(1, keepdim=True).values,
+        table("entropy"),
+        table("entropy_share"),
+        table("largest_logit"),
+        table("sink_mass"),
+        table("dead"),
+        table("finite"),
+        num_heads,
     )
 
 
 def _rows(stats: HeadStats) -> Iterator[dict[str, Any]]:
     for layer, site in enumerate(stats.sites):
-        for head in range(stats.entropy.shape[1]):
+        for head in range(stats.num_heads[layer]):
             names = ("entropy", "entropy_share", "largest_logit", "sink_mass")
             values = {name: float(getattr(stats, name)[layer, head]) for name in names}
-            dead = bool(stats.dead[layer, head])
-            yield {"layer": layer, "head": head, "site": site, **values, "dead": dead}
+            states = {name: bool(getattr(stats, name)[layer, head]) for name in ("dead", "finite")}
+            yield {"layer": layer, "head": head, "site": site, **values, **states}
 
 
 def _at(table: Tensor, layer: int, head: int) -> float:

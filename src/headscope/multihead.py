@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from headscope import layouts
+from headscope import kernels, layouts
 from headscope.cache import KVCache
 from headscope.masks import Mask, sliding_window
-from headscope.matrix import AttentionMatrix, attention
+from headscope.matrix import AttentionMatrix
 from headscope.positions import Alibi, Rotary
+from headscope.scores import Scores
 
 __all__ = ["MultiHeadAttention"]
 
@@ -72,7 +74,8 @@ class MultiHeadAttention(nn.Module):
         self.is_cross = False  # whether the last call had keys of another sequence; for those who watch
         _check_sizes(self, divided=head_dim is None)
         wide, narrow = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        if self.kdim == self.vdim == embed_dim:
+        self._packed = self.kdim == self.vdim == embed_dim
+        if self._packed:
             self.in_proj = nn.Linear(embed_dim, wide + 2 * narrow, bias)  # queries, keys, values in one product
         else:
             self.q_proj = nn.Linear(embed_dim, wide, bias)
@@ -115,9 +118,7 @@ class MultiHeadAttention(nn.Module):
         if cache is not None and cache.window is not None:
             window = sliding_window(cache.window - 1)
             mask = window if mask is None else layouts.as_mask(mask) & window
-        bias = self.position if isinstance(self.position, Alibi) else None
-        dropout_p = self.dropout_p if self.training else 0.0
-        heads = attention(q, k, v, mask=mask, bias=bias, dropout_p=dropout_p)
+        heads = kernels.product(self._scores(q, k, mask), v, self.dropout_p if self.training else 0.0)
         return self.out_proj(heads.transpose(1, 2).flatten(2))
 
     def matrix(
@@ -184,12 +185,14 @@ class MultiHeadAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, H, L, D], keys and values [B, G, S, D], placed and with what the cache holds."""
         _check_inputs(self, query, key, value)
-        self.is_cross = key is not None and key is not query
+        across = key is not None and key is not query
+        if across is not self.is_cross:
+            self.is_cross = across
         if key is not None:
             return self._heads_across(query, key, key if value is None else value, cache)
-        if hasattr(self, "in_proj"):
-            heads = self._split(self.in_proj(query))
-            q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
+        if self._packed:
+            sizes = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+            q, k, v = torch.split_with_sizes(self._split(self.in_proj(query)), sizes, 1)
         else:
             q, k, v = self._queries(query), self._keys(query), self._values(query)
         first = 0 if cache is None else cache.length
@@ -228,14 +231,23 @@ class MultiHeadAttention(nn.Module):
 
     def _map(self, x: Tensor, which: int) -> Tensor:
         """Query (0), key (1) or value (2) map alone."""
-        if not hasattr(self, "in_proj"):
+        if not self._packed:
             return (self.q_proj, self.k_proj, self.v_proj)[which](x)
         rows = layouts.rows(self)[which]
         return F.linear(x, self.in_proj.weight[rows], None if self.in_proj.bias is None else self.in_proj.bias[rows])
 
     def _split(self, x: Tensor) -> Tensor:
         """[B, L, n·D] as [B, n, L, D]."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x.view(x.shape[0], x.shape[1], -1, self.head_dim).transpose(1, 2)
+
+    def _scores(self, q: Tensor, k: Tensor, mask: Mask | Tensor | None) -> Scores:
+        """The operands, which are known to fit; as :func:`headscope.attention` makes them."""
+        batch, heads, queries, keys = *q.shape[:3], k.shape[2]
+        if mask is not None:
+            mask = layouts.as_mask(mask)
+            mask.check((batch, heads, queries, keys))
+        bias = self.position if isinstance(self.position, Alibi) else None
+        return Scores(q, k, mask, bias, self.head_dim**-0.5, None, None, (0, 0, keys - queries))
 
 
 def _check_sizes(module: MultiHeadAttention, divided: bool) -> None:

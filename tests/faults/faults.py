@@ -380,7 +380,7 @@ FAULTS = [
     Fault(
         "heads and positions mixed (view without transpose)",
         "multihead.py",
-        "return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)",
+        "return x.view(x.shape[0], x.shape[1], -1, self.head_dim).transpose(1, 2)",
         "return x.reshape(x.shape[0], -1, x.shape[1], self.head_dim)",
         "test_multihead.py::test_positions_do_not_mix_with_heads",
     ),

@@ -7,9 +7,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
 from types import FrameType
 
 __all__ = ["StopFlag", "Stopped", "stop_signals"]
+
+_SAME = 1.0  # seconds within which two signals are one Ctrl-C: from the terminal, and from torchrun that had it too
 
 
 class Stopped(KeyboardInterrupt):
@@ -30,6 +33,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.asked = False
+        self.since = 0.0  # when, by the clock of time.monotonic
 
 
 @contextmanager
@@ -41,9 +45,10 @@ def stop_signals() -> Iterator[StopFlag]:
     flag = StopFlag()
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if flag.asked and number == signal.SIGINT:
+        if flag.asked and number == signal.SIGINT and monotonic() - flag.since > _SAME:
             raise KeyboardInterrupt
-        flag.asked = True
+        if not flag.asked:
+            flag.asked, flag.since = True, monotonic()
 
     if threading.current_thread() is not threading.main_thread():
         yield flag
