@@ -35,7 +35,8 @@ def main() -> None:
     tables = [rotary(token, torch.tensor([[PAST + i]])) for i, token in enumerate(steps)]
 
     def with_theirs() -> torch.Tensor:
-        held.crop(PAST)
+        if held.get_seq_length() > PAST:
+            held.crop(PAST - held.get_seq_length())  # it wants to be told how many to remove
         out = []
         for at, token in zip(tables, steps, strict=True):
             out.append(theirs(token, position_embeddings=at, attention_mask=None, past_key_values=held)[0])

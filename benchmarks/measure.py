@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import platform
 import resource
 import statistics
@@ -34,19 +35,27 @@ def side_by_side(work: dict[str, Callable[[], object]], rounds: int) -> dict[str
     """Time several pieces of work in turn, so that a slow minute of the machine meets all of them; a single round
     is not warmed up: for work so long that it does not matter.
     """
-    for action in work.values() if rounds > 1 else ():
-        action()
+    times = {name: _times(action) if rounds > 1 else 1 for name, action in work.items()}
     taken: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):
+        gc.collect()
         for name, action in work.items():
-            gc.collect()
             start = time.perf_counter()
-            action()
-            taken[name].append(time.perf_counter() - start)
+            for _ in range(times[name]):
+                action()
+            taken[name].append((time.perf_counter() - start) / times[name])
     return {
         name: Timing(statistics.median(t), (max(t) - min(t)) / statistics.median(t), tuple(t))
         for name, t in taken.items()
     }
+
+
+def _times(action: Callable[[], object]) -> int:
+    """How often to do a piece of work in a round, so that a round takes some hundredths of a second; warms it up."""
+    action()
+    start = time.perf_counter()
+    action()
+    return max(1, math.ceil(0.03 / (time.perf_counter() - start)))
 
 
 def peak_memory() -> float:

@@ -107,9 +107,8 @@ def main() -> None:
         for backward in (False, True):
             for batch, length in SIZES:
                 work = batch * length * (length + 2000)
-                rounds = 200 if work < 1e6 else 15 if work < 1e8 else 3
                 rows += rows_for(
-                    batch, length, dtype, backward, rounds if dtype == torch.float32 else max(3, rounds // 5)
+                    batch, length, dtype, backward, 15 if work < 1e7 else 5 if dtype == torch.float32 else 3
                 )
                 write(
                     "module",

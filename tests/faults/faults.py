@@ -461,4 +461,18 @@ FAULTS = [
         "return part",
         "test_indexing.py::test_a_part_that_was_written_into_is_read_anew",
     ),
+    Fault(
+        "a damaged checkpoint taken for whole",
+        "training/checkpoint.py",
+        "if _digest(step, run, tensors) != digest:",
+        "if False:",
+        "test_training.py::test_a_damaged_checkpoint_is_never_loaded",
+    ),
+    Fault(
+        "the oldest checkpoint taken for the last",
+        "training/checkpoint.py",
+        "key=lambda path: int(files[path][1]), reverse=True)",
+        "key=lambda path: int(files[path][1]))",
+        "test_training.py::test_the_last_two_checkpoints_stay_and_come_back_as_they_were",
+    ),
 ]
