@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
-from headscope import AttentionMatrix, KVCache, MultiHeadAttention, SlidingWindowCache, masks, positions
+from headscope import AttentionMatrix, KVCache, MultiHeadAttention, SlidingWindowCache, masks, models, positions
 from tests.options import unchecked
 
 B, L, S, E, H = 2, 7, 11, 12, 3
@@ -322,6 +322,34 @@ def test_t5_by_its_bias() -> None:
     heads = headscope.attention(*ours._heads(x, None, None, None), bias=bias.detach(), scale=1.0)
     wanted = theirs(x)[0]
     torch.testing.assert_close(ours.out_proj(heads.transpose(1, 2).flatten(2)), wanted, atol=1e-6, rtol=1e-6)
+
+
+def test_the_default_models_first_layer(smollm2: models.Loaded) -> None:
+    """Its attention by our module, the rest its own: the hidden states that it makes itself."""
+    model, config = smollm2.model, smollm2.model.config
+    layer = model.model.layers[0]
+    theta = layer_theta(config)
+    ours = MultiHeadAttention(
+        config.hidden_size,
+        config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        bias=False,
+        position=positions.rotary(theta),
+    )
+    ours.load_weights(layer.self_attn.state_dict())
+    text = torch.tensor([[smollm2.start_token_id, *smollm2.tokenizer("The animal was too tired.")["input_ids"]]])
+    with torch.no_grad():
+        wanted = model.model(text, output_hidden_states=True).hidden_states[1]
+        x = model.model.embed_tokens(text)
+        x = x + ours(layer.input_layernorm(x), mask=masks.causal())
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    torch.testing.assert_close(x, wanted, atol=1e-4, rtol=1e-5)
+    assert (wanted - model.model.embed_tokens(text)).abs().max() > 0.1
+
+
+def layer_theta(config: transformers.PretrainedConfig) -> float:
+    """The base of its rotary positions."""
+    return float(config.rope_parameters["rope_theta"])
 
 
 # --- positions
