@@ -169,7 +169,7 @@ class Sort(_Sequences):
 
     name = "sort"
     about = "write a random sequence in order (encoder-decoder)"
-    steps = 1000
+    steps = 2000
 
     def answer(self, source: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
         """The symbols, the smallest first."""
