@@ -26,7 +26,7 @@ def generated(model: nn.Module, *args: Any, **options: Any) -> tuple[Recording, 
     return recording, watched
 
 
-def same_as_eager(
+def assert_same_as_eager(
     recording: Recording, model: nn.Module, inputs: dict[str, Any], rows: Tensor | None = None, tolerance: float = 1e-5
 ) -> None:
     """Every joined matrix is the map of one eager forward, on the rows that are text."""
@@ -45,7 +45,7 @@ def test_a_decoder(cache: str | None, sample: bool) -> None:
     model = llama()
     recording, tokens = generated(model, ids(2, 7), cache_implementation=cache, do_sample=sample)
     assert tokens.shape == (2, 7 + NEW)
-    same_as_eager(recording, model, {"input_ids": tokens[:, :-1]})
+    assert_same_as_eager(recording, model, {"input_ids": tokens[:, :-1]})
     assert len(recording.calls) == 2 * NEW
 
 
@@ -62,7 +62,7 @@ def test_a_sliding_window_keeps_its_positions(cache: str | None, window: int) ->
     model = mistral(window)
     recording, tokens = generated(model, ids(2, 7), cache_implementation=cache, max_new_tokens=8)
     assert recording[0].shape == (2, 6, 14, 14)
-    same_as_eager(recording, model, {"input_ids": tokens[:, :-1]})
+    assert_same_as_eager(recording, model, {"input_ids": tokens[:, :-1]})
     far = torch.ones(14, 14).tril(-window).bool()
     assert recording[1].dense()[..., far].eq(0).all()
 
@@ -82,7 +82,7 @@ def test_a_padded_batch(side: str, cache: str | None) -> None:
     whole = torch.cat([mask, torch.ones(2, NEW - 1, dtype=torch.long)], 1)
     given = torch.cat(positions[NEW:], 1)
     inputs = {"input_ids": tokens[:, :-1], "attention_mask": whole, "position_ids": given}
-    same_as_eager(recording, model, inputs, rows=whole.bool())
+    assert_same_as_eager(recording, model, inputs, rows=whole.bool())
     if cache is None:  # with a static cache, generate() gives the model its own 4-D mask
         assert recording.valid is not None
         assert torch.equal(recording.valid, whole.bool())
@@ -97,13 +97,13 @@ def test_a_text_in_chunks_of_ones_own() -> None:
             cache = model(part, past_key_values=cache, use_cache=True).past_key_values
     assert len(recording.runs) == 1
     assert len(recording.calls) == 8
-    same_as_eager(recording, model, {"input_ids": text})
+    assert_same_as_eager(recording, model, {"input_ids": text})
 
 
 def test_generate_with_a_prefill_in_chunks() -> None:
     model = llama()
     recording, tokens = generated(model, ids(2, 11), prefill_chunk_size=4)
-    same_as_eager(recording, model, {"input_ids": tokens[:, :-1]})
+    assert_same_as_eager(recording, model, {"input_ids": tokens[:, :-1]})
 
 
 def test_calls_of_a_static_cache_are_not_overwritten() -> None:
@@ -232,7 +232,7 @@ def test_a_model_of_speech() -> None:
     assert torch.equal(plain, tokens)
     rows = recording[1].shape[2]
     decoder = torch.cat([start, tokens], 1) if tokens.shape[1] < rows + 1 else tokens
-    same_as_eager(recording, model, {"input_features": sound, "decoder_input_ids": decoder[:, :rows]})
+    assert_same_as_eager(recording, model, {"input_features": sound, "decoder_input_ids": decoder[:, :rows]})
 
 
 def test_two_texts_one_after_the_other_are_two_runs() -> None:

@@ -84,7 +84,7 @@ def describe(
     return Made(matrix, value, p, seen, lse, (s - lse.unsqueeze(-1)).nan_to_num(nan=-torch.inf) > -1e29)
 
 
-def compare(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
+def assert_is(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
     assert found.shape == wanted.shape
     torch.testing.assert_close(found.double(), wanted, atol=tolerance, rtol=tolerance)
 
@@ -93,45 +93,45 @@ def compare_largest(found: reductions.WeightsAt, made: Made, k: int) -> None:
     """Ties may come in any order: values are right, and lie where the indices say."""
     values, indices = found
     wanted, places = reference.topk(made.p, made.shown, k)
-    compare(values, wanted)
+    assert_is(values, wanted)
     assert (indices >= 0).equal(places >= 0)
-    compare(values, made.p.gather(-1, indices.clamp(min=0)) * (indices >= 0))
+    assert_is(values, made.p.gather(-1, indices.clamp(min=0)) * (indices >= 0))
     ordered = indices.sort(-1).values
     assert not bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any())
 
 
-def compare_all(made: Made) -> None:
+def assert_all_answers(made: Made) -> None:
     """Every answer, fast: without the tests' shape checks."""
     with unchecked():
-        compare_all_checked(made)
+        assert_all_checked(made)
 
 
-def compare_all_checked(made: Made) -> None:
+def assert_all_checked(made: Made) -> None:
     """Every question that a matrix answers without gradients."""
     matrix, p = made.matrix, made.p
     batch, _, queries, keys = p.shape
     ids = torch.arange(keys) * 5 // 3 % 4 - 1
     by_row = torch.stack([(ids + b + 1) % 4 - 1 for b in range(batch)])
     rows = torch.arange(queries) // 2 - int(queries > 4)
-    compare(matrix.entropy(), reference.entropy(p))
+    assert_is(matrix.entropy(), reference.entropy(p))
     compare_largest(matrix.topk(min(3, keys)), made, min(3, keys))
     largest = matrix.max()
     compare_largest(reductions.WeightsAt(*(x.unsqueeze(-1) for x in largest)), made, 1)
-    compare(matrix.received(), reference.received(p))
-    compare(matrix.received(mean=True), reference.received(p, made.seen))
-    compare(matrix.offsets(3), reference.offsets(p, 3))
-    compare(matrix.groups(ids), reference.groups(p, ids, int(ids.max()) + 1))
-    compare(matrix.groups(by_row), reference.groups(p, by_row, int(by_row.max()) + 1))
-    compare(matrix.reduce(Mass())[0], p.sum(-1))
+    assert_is(matrix.received(), reference.received(p))
+    assert_is(matrix.received(mean=True), reference.received(p, made.seen))
+    assert_is(matrix.offsets(3), reference.offsets(p, 3))
+    assert_is(matrix.groups(ids), reference.groups(p, ids, int(ids.max()) + 1))
+    assert_is(matrix.groups(by_row), reference.groups(p, by_row, int(by_row.max()) + 1))
+    assert_is(matrix.reduce(Mass())[0], p.sum(-1))
     for how in ("mean", "max", "mass"):
-        compare(matrix.pool(rows, by_row, how), reference.pool(p, rows, by_row, how))
+        assert_is(matrix.pool(rows, by_row, how), reference.pool(p, rows, by_row, how))
         bins = reference.bins(3, queries), reference.bins(4, keys)
-        compare(matrix.pool(3, 4, how), reference.pool(p, *bins, how))
+        assert_is(matrix.pool(3, 4, how), reference.pool(p, *bins, how))
     x = torch.randn(*p.shape[:3], 2)
-    compare(matrix.T @ x, p.transpose(-1, -2) @ x.double())
-    compare(matrix.dense(), p)
-    compare(matrix[:, -1, -2:, ::3], p[:, -1, -2:, ::3])
-    compare(matrix.logsumexp, made.logsumexp)
+    assert_is(matrix.T @ x, p.transpose(-1, -2) @ x.double())
+    assert_is(matrix.dense(), p)
+    assert_is(matrix[:, -1, -2:, ::3], p[:, -1, -2:, ::3])
+    assert_is(matrix.logsumexp, made.logsumexp)
 
 
 @pytest.fixture
@@ -148,41 +148,41 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_every_answer_is_its_definition(variant: Variant) -> None:
     made = make(variant)
-    compare_all_checked(made)
-    compare(made.matrix @ made.value, reference.attend(made.p, made.value))
+    assert_all_checked(made)
+    assert_is(made.matrix @ made.value, reference.attend(made.p, made.value))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_in_many_strips_and_blocks_too(variant: Variant, tiny: None) -> None:
     made = make(variant, (2, 6, 5, 300))
     with unchecked():
-        compare_all(made)
-        compare(made.matrix @ made.value, reference.attend(made.p, made.value))
+        assert_all_answers(made)
+        assert_is(made.matrix @ made.value, reference.attend(made.p, made.value))
 
 
 @pytest.mark.parametrize("mask_name", MASKS)
 def test_rows_known_from_the_fused_kernel_give_the_same(mask_name: str) -> None:
     made = make(Variant(mask_name))
     assert made.matrix.plan().blocks.endswith("rows summed on the way")
-    compare(made.matrix @ made.value, reference.attend(made.p, made.value))
+    assert_is(made.matrix @ made.value, reference.attend(made.p, made.value))
     assert made.matrix.plan().blocks.endswith("rows known")
-    compare_all(made)
+    assert_all_answers(made)
 
 
 @pytest.mark.parametrize("mask_name", ["none", "causal", "dense"])
 def test_without_torchs_private_op_it_is_the_same(mask_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_flash_cpu", None)
     made = make(Variant(mask_name))
-    compare(made.matrix @ made.value, reference.attend(made.p, made.value))
+    assert_is(made.matrix @ made.value, reference.attend(made.p, made.value))
     assert made.matrix.plan().blocks.endswith("rows summed on the way")
-    compare_all(made)
+    assert_all_answers(made)
 
 
 @pytest.mark.parametrize("bias_name", ["-inf", "finfo.min"])
 def test_a_bias_keeps_the_fused_kernels_sums_out(bias_name: str) -> None:
     made = make(Variant("causal", bias_name))
-    compare(made.matrix @ made.value, reference.attend(made.p, made.value))
-    compare_all(made)
+    assert_is(made.matrix @ made.value, reference.attend(made.p, made.value))
+    assert_all_answers(made)
 
 
 def test_rows_of_finfo_min_are_even_as_the_model_had_them() -> None:
@@ -190,10 +190,10 @@ def test_rows_of_finfo_min_are_even_as_the_model_had_them() -> None:
     bias = torch.zeros(7, 11)
     bias[2] = FINFO_MIN
     matrix = AttentionMatrix(query, key, bias=bias)
-    compare(matrix @ value, reference.attend(reference.weights(query, key, bias=bias), value))
-    compare(matrix.entropy()[:, :, 2], torch.full((2, 6), math.log(11), dtype=torch.float64))
-    compare(matrix[:, :, 2], torch.full((2, 6, 11), 1 / 11, dtype=torch.float64))
-    compare(matrix.max().values[:, :, 2], torch.full((2, 6), 1 / 11, dtype=torch.float64))
+    assert_is(matrix @ value, reference.attend(reference.weights(query, key, bias=bias), value))
+    assert_is(matrix.entropy()[:, :, 2], torch.full((2, 6), math.log(11), dtype=torch.float64))
+    assert_is(matrix[:, :, 2], torch.full((2, 6, 11), 1 / 11, dtype=torch.float64))
+    assert_is(matrix.max().values[:, :, 2], torch.full((2, 6), 1 / 11, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("after_product", [False, True])
@@ -209,14 +209,14 @@ def test_a_realistic_size(mask_name: str, after_product: bool) -> None:
     }[mask_name]
     made = describe(Variant(mask_name), query, key, value, mask, seen)
     if after_product:
-        compare(made.matrix @ value, reference.attend(made.p, value))
-    compare(made.matrix.entropy(), reference.entropy(made.p))
-    compare(made.matrix.received(mean=True), reference.received(made.p, made.seen), 2e-5)
-    compare(
+        assert_is(made.matrix @ value, reference.attend(made.p, value))
+    assert_is(made.matrix.entropy(), reference.entropy(made.p))
+    assert_is(made.matrix.received(mean=True), reference.received(made.p, made.seen), 2e-5)
+    assert_is(
         made.matrix.pool(30, 40, "mass"),
         reference.pool(made.p, reference.bins(30, 300), reference.bins(40, 700), "mass"),
     )
-    compare(made.matrix.dense(), made.p)
+    assert_is(made.matrix.dense(), made.p)
     for k in (1, 2, 5, 7):
         compare_largest(made.matrix.topk(k), made, k)
     values, indices = made.matrix.max()
@@ -236,7 +236,7 @@ def test_any_shapes(
 ) -> None:
     batch, groups, shared, queries, keys = shape
     with unchecked():
-        compare_all(make(Variant(mask, bias, softcap, sinks), (batch, groups * shared, queries, keys), shared))
+        assert_all_answers(make(Variant(mask, bias, softcap, sinks), (batch, groups * shared, queries, keys), shared))
 
 
 @pytest.mark.parametrize("variant", [Variant(), Variant("causal", "key only"), Variant("padding", sinks=True)], ids=str)
@@ -244,36 +244,36 @@ def test_any_shapes(
 def test_halves_give_float32_answers(dtype: torch.dtype, variant: Variant) -> None:
     made = make(variant, dtype=dtype)
     assert made.matrix.dtype == made.matrix.entropy().dtype == made.matrix.dense().dtype == torch.float32
-    compare_all(made)
+    assert_all_answers(made)
     product = made.matrix @ made.value
     assert product.dtype == dtype
-    compare(product, reference.attend(made.p, made.value), 2e-2)
-    compare_all(made)
+    assert_is(product, reference.attend(made.p, made.value), 2e-2)
+    assert_all_answers(made)
 
 
 def test_doubles_give_doubles() -> None:
     made = make(Variant("causal"), dtype=torch.float64)
     assert made.matrix.dtype == made.matrix.entropy().dtype == torch.float64
-    compare(made.matrix.entropy(), reference.entropy(made.p), 1e-12)
-    compare(made.matrix.dense(), made.p, 1e-12)
-    compare(made.matrix @ made.value, reference.attend(made.p, made.value), 1e-12)
+    assert_is(made.matrix.entropy(), reference.entropy(made.p), 1e-12)
+    assert_is(made.matrix.dense(), made.p, 1e-12)
+    assert_is(made.matrix @ made.value, reference.attend(made.p, made.value), 1e-12)
 
 
 def test_answers_do_not_depend_on_autocast() -> None:
     made = make(Variant("causal", softcap=1.2))
     with torch.autocast("cpu", torch.bfloat16):
-        compare_all(made)
+        assert_all_answers(made)
 
 
 def test_inputs_need_not_be_contiguous() -> None:
     query, key, value = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in operands())
     made = describe(Variant(), query, key, value, None, torch.ones(7, 11, dtype=torch.bool))
-    compare(made.matrix @ value, reference.attend(made.p, value))
-    compare_all(made)
+    assert_is(made.matrix @ value, reference.attend(made.p, value))
+    assert_all_answers(made)
     for mask_name in ("causal", "padding"):
         made = describe(Variant(mask_name), query, key, value, *masked(mask_name, SIZES))
-        compare(made.matrix @ value, reference.attend(made.p, value))
-        compare_all(made)
+        assert_is(made.matrix @ value, reference.attend(made.p, value))
+        assert_all_answers(made)
 
 
 X_SHAPES = [(11,), (11, 1), (11, 5), (11, 13), (1, 1, 11, 4), (2, 1, 11, 4), (1, 3, 11, 4), (2, 3, 11, 7)]
@@ -291,8 +291,8 @@ def test_product_with_any_x(shape: tuple[int, ...], variant: Variant) -> None:
     heads = full if full.dim() == 2 or full.shape[1] != 3 else reference.for_each_head(full, 6)
     wanted = made.p @ heads
     for _ in range(2):  # the second time with the rows known
-        compare(made.matrix @ x, wanted.squeeze(-1) if len(shape) == 1 else wanted)
-        compare(made.matrix.entropy(), reference.entropy(made.p))
+        assert_is(made.matrix @ x, wanted.squeeze(-1) if len(shape) == 1 else wanted)
+        assert_is(made.matrix.entropy(), reference.entropy(made.p))
 
 
 @pytest.mark.parametrize("wants_gradient", [False, True])
@@ -304,7 +304,7 @@ def test_transposed_product_with_any_x(shape: tuple[int, ...], wants_gradient: b
     wanted = made.p.transpose(-1, -2) @ full
     out = made.matrix.T @ x
     assert out.requires_grad == wants_gradient
-    compare(out.detach(), wanted.squeeze(-1) if len(shape) == 1 else wanted)
+    assert_is(out.detach(), wanted.squeeze(-1) if len(shape) == 1 else wanted)
     assert made.matrix.T.shape == (2, 6, 11, 7)
     assert made.matrix.T.T is made.matrix
 
@@ -356,8 +356,8 @@ def test_the_value_alone_may_want_a_gradient(mask_name: str) -> None:
     (made.matrix @ value).backward(sent)
     wanted = (made.p.transpose(-1, -2) @ sent.double()).unflatten(1, (3, 2)).sum(2)
     assert value.grad is not None
-    compare(value.grad, wanted)
-    compare_all(made)
+    assert_is(value.grad, wanted)
+    assert_all_answers(made)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -379,9 +379,9 @@ def test_hidden_keys_before_very_low_scores_do_no_harm(tiny: None) -> None:
     seen[1, :200] = False
     matrix = AttentionMatrix(query, key, mask=seen)
     counts = torch.tensor([300.0, 100, 300, 300], dtype=torch.float64)
-    compare(matrix.entropy()[0, 0], counts.log())
-    compare(matrix.received()[0, 0, :200], torch.full((200,), 3 / 300, dtype=torch.float64))
-    compare(matrix.dense()[0, 0, 1], seen[1].double() / 100)
+    assert_is(matrix.entropy()[0, 0], counts.log())
+    assert_is(matrix.received()[0, 0, :200], torch.full((200,), 3 / 300, dtype=torch.float64))
+    assert_is(matrix.dense()[0, 0, 1], seen[1].double() / 100)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 7])
@@ -394,7 +394,7 @@ def test_the_largest_lie_where_they_were_put(k: int) -> None:
         key[0, 0, put, 0] = torch.arange(k, 0, -1.0)
         values, indices = AttentionMatrix(torch.ones(1, 1, 2, 1), key).topk(k)
         assert indices[0, 0, 1].tolist() == put
-        compare(values[0, 0, 0], torch.softmax(key.double().flatten(), 0)[put])
+        assert_is(values[0, 0, 0], torch.softmax(key.double().flatten(), 0)[put])
         assert int(AttentionMatrix(torch.ones(1, 1, 2, 1), key).max().indices[0, 0, 0]) == put[0]
 
 
@@ -451,7 +451,7 @@ def test_the_reduction_in_the_docstring_works(sizes: tuple[int, int, int, int], 
     exec(source, names)
     made = make(Variant("causal"), sizes)
     far = reference.seen_where(lambda b, h, i, j: i - j > 2, *sizes)
-    compare(made.matrix.reduce(names["FarMass"](2))[0], (made.p * far).sum(-1))
+    assert_is(made.matrix.reduce(names["FarMass"](2))[0], (made.p * far).sum(-1))
 
 
 class Cells(Reduction):

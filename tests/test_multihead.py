@@ -559,6 +559,10 @@ def test_a_full_cache_is_as_it_was() -> None:
             lambda: MultiHeadAttention(12, 3, bias=False).load_weights(made(12, 3).weights_as("linears")),
             "which this module has no place for",
         ),
+        (
+            lambda: MultiHeadAttention(12, 3)(torch.randn(2, 7, 12), mask=[[True]]),
+            "mask is a list; wanted a headscope mask",
+        ),
         (lambda: positions.rotary(0.5), "base=0.5: it must be above 1"),
         (lambda: positions.linear_scaling(0.0), "factor=0.0: it must be above 0"),
         (lambda: positions.sinusoidal(3, 5), "embed_dim=5"),

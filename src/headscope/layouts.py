@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headscope.masks import Mask, dense
-
-__all__ = ["as_mask", "dump", "from_torch", "load", "parts", "rows", "to_torch"]
+__all__ = ["dump", "from_torch", "load", "parts", "rows", "to_torch"]
 
 _MAPS = ("q", "k", "v", "o")
 _NAMES: dict[str, tuple[str, ...]] = {  # of the four maps, in the order query, key, value, output
@@ -18,11 +16,6 @@ _NAMES: dict[str, tuple[str, ...]] = {  # of the four maps, in the order query, 
     "huggingface": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "out_proj": ("q_proj", "k_proj", "v_proj", "out_proj"),
 }
-
-
-def as_mask(mask: Mask | Tensor) -> Mask:
-    """A bool tensor as ``masks.dense``; a mask as it is."""
-    return dense(mask) if isinstance(mask, Tensor) else mask
 
 
 def rows(module: Any) -> tuple[slice, slice, slice]:

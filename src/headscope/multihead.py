@@ -14,7 +14,7 @@ from headscope.cache import KVCache
 from headscope.masks import Mask, sliding_window
 from headscope.matrix import AttentionMatrix
 from headscope.positions import Alibi, Rotary
-from headscope.scores import Scores
+from headscope.scores import Scores, checked_mask
 
 __all__ = ["MultiHeadAttention"]
 
@@ -115,10 +115,8 @@ class MultiHeadAttention(nn.Module):
             ValueError: shapes that do not fit; see :class:`headscope.KVCache` for the cache's.
         """
         q, k, v = self._heads(query, key, value, cache)
-        if cache is not None and cache.window is not None:
-            window = sliding_window(cache.window - 1)
-            mask = window if mask is None else layouts.as_mask(mask) & window
-        heads = kernels.product(self._scores(q, k, mask), v, self.dropout_p if self.training else 0.0)
+        window = None if cache is None else cache.window
+        heads = kernels.product(self._scores(q, k, mask, window), v, self.dropout_p if self.training else 0.0)
         return self.out_proj(heads.transpose(1, 2).flatten(2))
 
     def matrix(
@@ -240,14 +238,15 @@ class MultiHeadAttention(nn.Module):
         """[B, L, n·D] as [B, n, L, D]."""
         return x.view(x.shape[0], x.shape[1], -1, self.head_dim).transpose(1, 2)
 
-    def _scores(self, q: Tensor, k: Tensor, mask: Mask | Tensor | None) -> Scores:
+    def _scores(self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, window: int | None) -> Scores:
         """The operands, which are known to fit; as :func:`headscope.attention` makes them."""
         batch, heads, queries, keys = *q.shape[:3], k.shape[2]
-        if mask is not None:
-            mask = layouts.as_mask(mask)
-            mask.check((batch, heads, queries, keys))
+        seen = checked_mask(mask, (batch, heads, queries, keys))
+        if window is not None:
+            near = sliding_window(window - 1)
+            seen = near if seen is None else seen & near
         bias = self.position if isinstance(self.position, Alibi) else None
-        return Scores(q, k, mask, bias, self.head_dim**-0.5, None, None, (0, 0, keys - queries))
+        return Scores(q, k, seen, bias, self.head_dim**-0.5, None, None, (0, 0, keys - queries))
 
 
 def _check_sizes(module: MultiHeadAttention, divided: bool) -> None:

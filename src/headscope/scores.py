@@ -14,7 +14,7 @@ from torch import Tensor
 from headscope.masks import Mask, dense
 from headscope.positions import Alibi
 
-__all__ = ["LOWEST", "Scores", "make_scores"]
+__all__ = ["LOWEST", "Scores", "checked_mask", "make_scores"]
 
 LOWEST = -1e30  # stands for the logarithm of a hidden weight, so that 0 · log 0 is 0
 
@@ -176,12 +176,7 @@ def make_scores(
     _check_operands(query, key)
     batch, heads, queries, width = query.shape
     shape = (batch, heads, queries, key.shape[2])
-    if isinstance(mask, Tensor):
-        mask = dense(mask)
-    if mask is not None:
-        if not isinstance(mask, Mask):
-            raise ValueError(f"mask is a {type(mask).__name__}; wanted a headscope mask, a bool tensor or None.")
-        mask.check(shape)
+    mask = checked_mask(mask, shape)
     if isinstance(bias, Alibi):
         if len(bias.slopes) != heads:
             raise ValueError(f"alibi has {len(bias.slopes)} slopes, but there are {heads} heads: give one a head.")
@@ -199,6 +194,17 @@ def make_scores(
         raise ValueError(f"scale is {scale}: it must be a finite number; 1/√D is {1 / math.sqrt(width):.4g} here.")
     origin = (0, 0, shape[3] - shape[2])
     return Scores(query, key, mask, bias, float(scale), softcap, sinks, origin)
+
+
+def checked_mask(mask: Mask | Tensor | None, shape: tuple[int, int, int, int]) -> Mask | None:
+    """The mask, a bool tensor taken as ``masks.dense``. Raises ValueError if it is neither, or does not fit."""
+    if isinstance(mask, Tensor):
+        mask = dense(mask)
+    if mask is not None:
+        if not isinstance(mask, Mask):
+            raise ValueError(f"mask is a {type(mask).__name__}; wanted a headscope mask, a bool tensor or None.")
+        mask.check(shape)
+    return mask
 
 
 def _check_operands(query: Tensor, key: Tensor) -> None:
