@@ -1,5 +1,6 @@
 """AttentionMatrix: every question against its definition, over masks, biases, softcap, sinks, blocks, paths."""
 
+import copy
 import math
 import textwrap
 from collections.abc import Callable
@@ -139,6 +140,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Strips of a row or two, blocks of 128 keys, parts of few cells: every loop goes round several times."""
     monkeypatch.setattr(blockwise, "_BLOCK", 1)
     monkeypatch.setattr(blockwise, "_STRIP", 2 * 2 * 300)
+    monkeypatch.setattr(blockwise, "_EVEN", 1)
+    monkeypatch.setattr(blockwise, "_ROWS", 2 * 2)
     monkeypatch.setattr(blockwise, "_AUTOGRAD", 2 * 6 * 300 * 2)
     monkeypatch.setattr(kernels, "_ROWS", 3)
     monkeypatch.setattr(indexing, "_CELLS", 2 * 6 * 11 * 3)
@@ -158,6 +161,64 @@ def test_in_many_strips_and_blocks_too(variant: Variant, tiny: None) -> None:
     with unchecked():
         assert_all_answers(made)
         assert_is(made.matrix @ made.value, reference.attend(made.p, made.value))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_answers_that_wait_for_no_sums(variant: Variant, tiny: None) -> None:
+    """Each is the first question to its matrix; then all at once."""
+    made = make(variant, (2, 6, 5, 300))
+    ids = torch.arange(300) * 5 // 3 % 4 - 1
+    asked = [reductions.Entropy(), Mass(), reductions.Max(), reductions.TopK(3), reductions.Offsets(3)]
+    asked.append(reductions.Groups(ids))
+    with unchecked():
+        for answers in ([fresh(made).reduce(question)[0] for question in asked], fresh(made).reduce(*asked)):
+            entropy, mass, largest, best, offsets, groups = answers
+            assert_is(entropy, reference.entropy(made.p))
+            assert_is(mass, made.p.sum(-1))
+            compare_largest(reductions.WeightsAt(*(x.unsqueeze(-1) for x in largest)), made, 1)
+            compare_largest(best, made, 3)
+            assert_is(offsets, reference.offsets(made.p, 3))
+            assert_is(groups, reference.groups(made.p, ids, 3))
+        matrix = fresh(made)
+        matrix.entropy()
+        assert_is(matrix.received(), reference.received(made.p))  # the sums that were found on the way
+        assert_is(matrix.logsumexp, made.logsumexp)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_the_first_question_may_wait_for_the_sums(variant: Variant, tiny: None) -> None:
+    made = make(variant, (2, 6, 5, 300))
+    with unchecked():
+        received, entropy = fresh(made).reduce(reductions.Received(), reductions.Entropy())
+        assert_is(received, reference.received(made.p))
+        assert_is(entropy, reference.entropy(made.p))
+
+
+def fresh(made: Made) -> AttentionMatrix:
+    """The same matrix, of which nothing is known yet."""
+    return copy.copy(made.matrix)
+
+
+@pytest.mark.parametrize("step", [0.05, 1.0, 30.0, -1.0])
+def test_scores_that_grow_from_block_to_block(step: float, tiny: None) -> None:
+    """What a block was centered on is outgrown, by up to 9,000 nats: nothing overflows, nothing is lost."""
+    query = torch.tensor([1.0, 0.5, 2.0]).view(1, 1, 3, 1).double()
+    key = (torch.arange(300) * step).view(1, 1, 300, 1).double()
+    p = reference.weights(query, key, scale=1.0)
+    asked = reductions.Entropy(), Mass(), reductions.Max()
+    entropy, mass, largest = AttentionMatrix(query, key, scale=1.0).reduce(*asked)
+    assert_is(entropy, reference.entropy(p))
+    assert_is(mass, p.sum(-1))
+    assert_is(largest.values, p.amax(-1))
+
+
+def test_who_says_online_must_rescale() -> None:
+    class Forgot(Mass):
+        rescale = reductions.Reduction.rescale
+
+    query, key, _ = operands()
+    with pytest.raises(NotImplementedError, match=r"Forgot says online = True, but has no rescale\(\)"):
+        AttentionMatrix(query, key).reduce(Forgot())
 
 
 @pytest.mark.parametrize("mask_name", MASKS)
@@ -379,8 +440,8 @@ def test_hidden_keys_before_very_low_scores_do_no_harm(tiny: None) -> None:
     seen[1, :200] = False
     matrix = AttentionMatrix(query, key, mask=seen)
     counts = torch.tensor([300.0, 100, 300, 300], dtype=torch.float64)
+    assert_is(copy.copy(matrix).received()[0, 0, :200], torch.full((200,), 3 / 300, dtype=torch.float64))
     assert_is(matrix.entropy()[0, 0], counts.log())
-    assert_is(matrix.received()[0, 0, :200], torch.full((200,), 3 / 300, dtype=torch.float64))
     assert_is(matrix.dense()[0, 0, 1], seen[1].double() / 100)
 
 

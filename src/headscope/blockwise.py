@@ -21,8 +21,10 @@ from headscope.scores import LOWEST, Scores
 
 __all__ = ["Normalizer", "Strip", "by_rows", "stream", "strips"]
 
-_BLOCK = 1 << 20  # scores in one block: small enough for the cache, large enough for the work around it
-_STRIP = 1 << 23  # scores in one strip: they are held until its rows are known
+_BLOCK = 1 << 19  # scores in one block: small enough for the cache, large enough for the work around it
+_ROWS = 384  # rows in one matrix product: more are no faster, and cross the diagonal of a causal mask further
+_STRIP = 1 << 23  # scores in one strip whose blocks are held until its rows are known
+_DRIFT = 40.0  # nats by which a row's largest score may outgrow what its blocks are centered on
 _EVEN = 16  # rows come in multiples of it: odd shapes are slow in a matrix product
 _AUTOGRAD = 1 << 21  # scores in one strip when gradients are wanted: several copies are alive
 
@@ -69,12 +71,13 @@ class Strip:
     spans: list[tuple[int, int, bool]]
 
 
-def strips(scores: Scores) -> Iterator[Strip]:
-    """Cut an attention into strips: enough rows for a good matrix product, few enough to stay in the cache."""
+def strips(scores: Scores, held: bool = True) -> Iterator[Strip]:
+    """Cut an attention into strips: enough rows for a good matrix product, few enough for blocks to be ``held``."""
     batch, _, queries, keys = scores.shape
     groups, shared = scores.key.shape[1], scores.per_group
-    rows = min(queries, max(_EVEN, 256 // shared // _EVEN * _EVEN))
-    rows = max(1, min(rows, _STRIP // (shared * keys)))
+    rows = min(queries, max(_EVEN, _ROWS // shared // _EVEN * _EVEN))
+    if held:
+        rows = max(1, min(rows, _STRIP // (shared * keys)))
     together = max(1, _BLOCK // (shared * rows * keys))  # short texts: several heads and rows at once
     many_groups = min(groups, together)
     many_batch = max(1, min(batch, together // groups))
@@ -92,18 +95,23 @@ def stream(
 ) -> tuple[list[Any], Normalizer]:
     """Answer all ``reductions`` in one pass; no gradients. Gives the answers, and the rows' normalizer.
 
-    With ``known`` each block is final at once; without it, a strip's blocks wait for their rows' sums.
+    With ``known`` each block is final at once. Without it, reductions that can :meth:`~Reduction.rescale` see
+    blocks that are final up to a factor a row; for others a strip's blocks wait until their rows' sums are known.
     """
     like = scores.query.new_empty(0, dtype=scores.dtype)
     states = [reduction.start(scores.shape, like) for reduction in reductions]
     found = known or Normalizer(like.new_zeros(scores.shape[:3]), like.new_zeros(scores.shape[:3]))
     buffers = Buffers(like)
     with torch.no_grad(), torch.autocast(scores.query.device.type, enabled=False):
-        for strip in strips(scores):
+        online = known is None and all(reduction.online for reduction in reductions)
+        for strip in strips(scores, held=known is None and not online):
+            if online:
+                _online(scores, strip, found, buffers, list(zip(reductions, states, strict=True)))
+                continue
             if known is not None:
                 blocks = _known_blocks(scores, strip, known, buffers)
             else:
-                blocks = _fresh_blocks(scores, strip, found, buffers, hold=bool(reductions))
+                blocks = _fresh_blocks(scores, strip, found, buffers)
             for block in blocks:
                 for reduction, state in zip(reductions, states, strict=True):
                     reduction.update(state, block)
@@ -183,30 +191,66 @@ def _known_blocks(scores: Scores, strip: Strip, known: Normalizer, buffers: Buff
         yield _block(scores, strip, keys, mixed, weights, centered, offset)
 
 
-def _fresh_blocks(scores: Scores, strip: Strip, found: Normalizer, buffers: Buffers, hold: bool) -> Iterator[Block]:
-    """Blocks wait, each centered on the largest score so far, until their rows' sums are known.
+def _online(
+    scores: Scores, strip: Strip, found: Normalizer, buffers: Buffers, asked: list[tuple[Reduction, Any]]
+) -> None:
+    """No block waits: each is centered on one number a row, and what was counted is rescaled at the end.
 
-    Without ``hold`` only the sums are wanted, and no block comes.
+    The number is a row's first visible maximum; a later score that outgrows it by ``_DRIFT`` takes its place, so
+    that nothing overflows (the lazy rescaling of online softmax, arXiv 1805.02867).
     """
+    top = found.top.new_full(_rows_of(scores, strip), -torch.inf)
+    center, total = torch.zeros_like(top), torch.zeros_like(top)
+    at = (strip.batch, _heads(scores, strip), strip.rows)
+    offset = torch.zeros_like(top)
+    for x, keys, mixed in _raw_blocks(scores, strip, buffers, reuse=True):
+        higher = torch.maximum(top, x.amax(-1, keepdim=True))
+        moved = (higher - center > _DRIFT) | ((top == -torch.inf) & (higher > top))
+        if bool(moved.any()):
+            by = torch.where(moved & (total > 0), center - higher, 0.0).clamp(min=-1e4)  # e⁻¹⁰⁰⁰⁰ is 0
+            _rescale(asked, at, by, total)
+            total = total * by.exp()
+            center = torch.where(moved, higher, center)
+        top = higher
+        centered = x.sub_(center)
+        weights = torch.exp(centered, out=buffers.take(1, *centered.shape))
+        total = total + weights.sum(-1, keepdim=True)
+        block = _block(scores, strip, keys, mixed, weights, centered, offset)
+        for reduction, state in asked:
+            reduction.update(state, block)
+    log_total = total.log()
+    if scores.sinks is not None:
+        log_total = torch.logaddexp(log_total, scores.sinks[at[1]].detach().to(top.dtype).view(1, -1, 1, 1) - center)
+    _rescale(asked, at, torch.where(total > 0, -log_total, 0.0), total)
+    found.top[at] = center.squeeze(-1)
+    found.log_total[at] = log_total.squeeze(-1)
+
+
+def _rescale(asked: list[tuple[Reduction, Any]], at: tuple[slice, slice, slice], by: Tensor, total: Tensor) -> None:
+    for reduction, state in asked:
+        reduction.rescale(state, at, by, total)
+
+
+def _rows_of(scores: Scores, strip: Strip) -> tuple[int, int, int, int]:
+    """Room for one number a row of the strip, [b, h, r, 1]."""
+    heads, rows = _heads(scores, strip), strip.rows
+    return strip.batch.stop - strip.batch.start, heads.stop - heads.start, rows.stop - rows.start, 1
+
+
+def _fresh_blocks(scores: Scores, strip: Strip, found: Normalizer, buffers: Buffers) -> Iterator[Block]:
+    """Blocks wait, each centered on the largest score so far, until their rows' sums are known."""
     heads = _heads(scores, strip)
     held: list[tuple[slice, list[slice], Tensor, Tensor, Tensor]] = []
-    size = (
-        strip.batch.stop - strip.batch.start,
-        heads.stop - heads.start,
-        strip.rows.stop - strip.rows.start,
-        1,
-    )
-    top = found.top.new_full(size, -torch.inf)
-    total = found.top.new_zeros(size)
-    for number, (x, keys, mixed) in enumerate(_raw_blocks(scores, strip, buffers, reuse=not hold)):
+    top = found.top.new_full(_rows_of(scores, strip), -torch.inf)
+    total = torch.zeros_like(top)
+    for number, (x, keys, mixed) in enumerate(_raw_blocks(scores, strip, buffers)):
         higher = torch.maximum(top, x.amax(-1, keepdim=True))
         shift = torch.where(higher == -torch.inf, 0.0, higher)
         centered = x.sub_(shift)
-        weights = torch.exp(centered, out=buffers.take(2 * number + 1 if hold else 1, *centered.shape))
+        weights = torch.exp(centered, out=buffers.take(2 * number + 1, *centered.shape))
         total = total * (top - shift).exp() + weights.sum(-1, keepdim=True)
         top = higher
-        if hold:
-            held.append((keys, mixed, weights, centered, shift))
+        held.append((keys, mixed, weights, centered, shift))
     shift = torch.where(top == -torch.inf, 0.0, top)
     if scores.sinks is not None:
         logit = scores.sinks[heads].detach().to(top.dtype).view(1, -1, 1, 1)

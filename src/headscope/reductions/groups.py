@@ -13,6 +13,8 @@ from headscope.reductions.reduction import Block, Reduction, Shape
 class Groups(Reduction):
     """The weight on groups of keys: [B, H, L, N]. ``ids`` [S] or [B, S] names each key's group, −1 for none."""
 
+    online = True
+
     def __init__(self, ids: Tensor, num_groups: int | None = None) -> None:
         self.ids, self.num_groups = _group_ids("groups", ids, num_groups)
 
@@ -27,6 +29,10 @@ class Groups(Reduction):
         if chosen.shape[-1]:
             part = state[(*block.at, slice(low, low + chosen.shape[-1]))]
             part += block.weights @ chosen.unsqueeze(1)
+
+    def rescale(self, state: Tensor, at: tuple[slice, slice, slice], by: Tensor, total: Tensor) -> None:
+        """Every weight by its row's factor."""
+        state[at] *= by.exp()
 
 
 class Pool(Reduction):

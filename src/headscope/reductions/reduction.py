@@ -61,7 +61,11 @@ class Reduction(ABC):
     """One question. ``start`` makes the state, ``update`` adds a block to it, ``finish`` gives the answer.
 
     The object holds the question only, so that one can be asked of many matrices at once.
+
+    ``online = True`` says that :meth:`rescale` is written: then no block has to wait for its rows' sums.
     """
+
+    online = False
 
     @abstractmethod
     def start(self, shape: Shape, like: Tensor) -> Any:
@@ -73,6 +77,13 @@ class Reduction(ABC):
 
         The block's tensors are used again for the next one: keep no view of them.
         """
+
+    def rescale(self, state: Any, at: tuple[slice, slice, slice], by: Tensor, total: Tensor) -> None:
+        """All weights that rows ``at`` have shown so far are to be multiplied by exp(by), and their logs to grow by it.
+
+        ``by`` and ``total``, the sum of those weights before, are [b, h, r, 1]. Called only where ``online``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} says online = True, but has no rescale().")
 
     def finish(self, state: Any) -> Any:
         """The answer."""

@@ -21,6 +21,8 @@ class WeightsAt(NamedTuple):
 class Entropy(Reduction):
     """H_i = −Σ_j P_ij ln P_ij in nats: [B, H, L]. 0: one key; ln n: even over n keys (arXiv 1906.04341)."""
 
+    online = True
+
     def start(self, shape: Shape, like: Tensor) -> Tensor:
         """Zeros, [B, H, L]."""
         return like.new_zeros(shape[:3])
@@ -31,6 +33,10 @@ class Entropy(Reduction):
         if block.offset.any():
             state[block.at] -= block.weights.sum(-1) * block.offset.squeeze(-1)
 
+    def rescale(self, state: Tensor, at: tuple[slice, slice, slice], by: Tensor, total: Tensor) -> None:
+        """−Σ cP ln cP = c·(−Σ P ln P − ln c·Σ P)."""
+        state[at] = (by.exp() * (state[at].unsqueeze(-1) - by * total)).squeeze(-1)
+
     def finish(self, state: Tensor) -> Tensor:
         """Rounding may leave −1e−8 for a row on one key."""
         return state.clamp_(min=0)
@@ -38,6 +44,8 @@ class Entropy(Reduction):
 
 class Mass(Reduction):
     """Σ_j P_ij: [B, H, L]. 1, less where sinks take a share, 0 where nothing is visible."""
+
+    online = True
 
     def start(self, shape: Shape, like: Tensor) -> Tensor:
         """Zeros, [B, H, L]."""
@@ -47,6 +55,10 @@ class Mass(Reduction):
         """Add up the rows."""
         state[block.at] += block.weights.sum(-1)
 
+    def rescale(self, state: Tensor, at: tuple[slice, slice, slice], by: Tensor, total: Tensor) -> None:
+        """A sum grows with its parts."""
+        state[at] *= by.exp().squeeze(-1)
+
 
 class TopK(Reduction):
     """The k largest weights of each row, largest first: values and key positions, each [B, H, L, k].
@@ -55,6 +67,7 @@ class TopK(Reduction):
     """
 
     _CHUNK = 32
+    online = True
 
     def __init__(self, k: int) -> None:
         if k < 1:
@@ -80,10 +93,14 @@ class TopK(Reduction):
         held_values.copy_(best.values)
         held_indices.copy_(indices.gather(-1, best.indices))
 
+    def rescale(self, state: tuple[Tensor, Tensor], at: tuple[slice, slice, slice], by: Tensor, total: Tensor) -> None:
+        """What was found keeps its place."""
+        state[0][at] += by
+
     def _best(self, x: Tensor) -> tuple[Tensor, Tensor]:
         size, width = self._CHUNK, x.shape[-1]
         chunks = width // size
-        if chunks <= 2 * self.k:
+        if chunks <= 12 * self.k:  # sorting few is no slower than choosing among them first
             best = x.topk(min(self.k, width), -1)
             return best.values, best.indices
         whole = x[..., : chunks * size].unflatten(-1, (chunks, size))
@@ -138,6 +155,8 @@ class Max(TopK):
 class Offsets(Reduction):
     """P[i, i+δ] for δ = −radius … radius: [B, H, L, 2·radius+1]; 0 where there is no such key."""
 
+    online = True
+
     def __init__(self, radius: int) -> None:
         if radius < 0:
             raise ValueError(f"offsets got radius={radius}: it counts positions, from 0 up.")
@@ -160,3 +179,7 @@ class Offsets(Reduction):
         inside = (where >= 0) & (where < width)
         index = where.clamp(0, width - 1).expand(*block.weights.shape[:2], -1, -1)
         state[block.at] += block.weights.gather(-1, index) * inside
+
+    def rescale(self, state: Tensor, at: tuple[slice, slice, slice], by: Tensor, total: Tensor) -> None:
+        """Every weight by its row's factor."""
+        state[at] *= by.exp()
