@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from headscope import ablate, edit, knock_out, patch, record
+from headscope.edits import freeze
 from headscope.errors import EditError
 from tests.tiny import bart, ids, llama, mistral
 
@@ -195,3 +196,99 @@ def test_positions_are_checked() -> None:
         ablate(0, -3)
     with pytest.raises(EditError, match="query is"):
         knock_out([], 3)
+
+
+def test_mean_ablation_writes_the_mean_at_every_position() -> None:
+    model = llama()
+    means = torch.randn(2, 6, 4)
+    with torch.no_grad(), edit(model, ablate(None, [1, 4], to=means)), record(model, keep=_KEPT) as edited:
+        several = model(TEXT).logits
+    for layer in range(2):
+        output = edited.run.calls_of_sites[layer].output()
+        expected = means[layer, [1, 4], None].expand(2, 2, 7, 4)
+        assert torch.equal(output[:, [1, 4]], expected)
+        assert output[:, [0, 2, 3, 5]].std(2).min() > 0
+    one_by_one = logits(model, ablate(0, [1, 4], to=means[0]), ablate(1, [1, 4], to=means[1]))
+    assert torch.equal(several, one_by_one)
+
+
+_KEPT = ("query", "key", "output")
+
+
+@pytest.mark.parametrize(
+    ("shape", "text"),
+    [
+        ((6, 9), r"`to` is \(6, 9\) at model.layers.1.self_attn, whose heads write \(6, 4\)"),
+        ((2, 5, 4), r"`to` is \(5, 4\) at .* write \(6, 4\)"),
+        ((1, 6, 4), r"`to` is \(1, 6, 4\), \[layers, H, Dv\], and has no site 1"),
+    ],
+)
+def test_means_of_another_shape_are_refused(shape: tuple[int, ...], text: str) -> None:
+    model = llama()
+    with pytest.raises(EditError, match=text), torch.no_grad(), edit(model, ablate(1, 3, to=torch.zeros(shape))):
+        model(TEXT)
+
+
+def test_means_that_are_no_table_are_refused() -> None:
+    with pytest.raises(EditError, match=r"`to` is \(17,\); wanted means"):
+        ablate(1, 3, to=torch.zeros(17))
+
+
+def test_frozen_patterns_alone_change_nothing() -> None:
+    model = llama()
+    with torch.no_grad(), record(model) as clean:
+        model(TEXT)
+    torch.testing.assert_close(logits(model, freeze(from_=clean)), logits(model), atol=1e-5, rtol=0)
+
+
+def test_frozen_patterns_stay_while_an_early_head_is_ablated() -> None:
+    model = llama()
+    with torch.no_grad():
+        with record(model, keep=("query", "key", "value")) as clean:
+            model(TEXT)
+        with edit(model, ablate(0, 3)), record(model) as free:
+            model(TEXT)
+        with (
+            edit(model, ablate(0, 3), freeze(from_=clean)),
+            record(model, keep=("query", "key", "value", "output")) as held,
+        ):
+            frozen = model(TEXT).logits
+    torch.testing.assert_close(held[1].dense(), clean[1].dense(), atol=1e-6, rtol=0)
+    assert (free[1].dense() - clean[1].dense()).abs().max() > 1e-2
+    sites = held.run.calls_of_sites
+    assert sites[0].output()[:, 3].abs().max() == 0, "freeze does not undo the ablation, wherever it stands"
+    assert sites[0].output()[:, 2].abs().max() > 0
+    assert (sites[1].value() - clean.run.calls_of_sites[1].value()).abs().max() > 1e-2, "values are of now"
+    value = sites[1].value().repeat_interleave(3, 1)
+    torch.testing.assert_close(sites[1].output(), clean[1].dense() @ value, atol=1e-5, rtol=0)
+    assert torch.equal(frozen, logits(model, freeze(from_=clean), ablate(0, 3)))
+    assert (frozen - logits(model, ablate(0, 3))).abs().max() > 1e-2
+
+
+def test_chosen_layers_are_frozen() -> None:
+    model = llama()
+    with torch.no_grad(), record(model) as other:
+        model(ids(2, 7, seed=1))
+    with torch.no_grad(), edit(model, freeze(from_=other, layers=1)), record(model) as held:
+        model(TEXT)
+    torch.testing.assert_close(held[1].dense(), other[1].dense(), atol=1e-6, rtol=0)
+    assert (held[0].dense() - other[0].dense()).abs().max() > 1e-2
+
+
+def test_a_recording_that_does_not_fit_cannot_freeze() -> None:
+    model = llama()
+    with torch.no_grad():
+        with record(model) as shorter:
+            model(ids(2, 6))
+        with record(model, layers=[1]) as part:
+            model(TEXT)
+        with (
+            pytest.raises(EditError, match=r"freeze: .*\(2, 6, 7, 7\).*\(2, 6, 6, 6\)"),
+            edit(model, freeze(from_=shorter)),
+        ):
+            model(TEXT)
+        with (
+            pytest.raises(EditError, match=r"freeze: the recording has no site 'model\.layers\.0\.self_attn'"),
+            edit(model, freeze(from_=part)),
+        ):
+            model(TEXT)

@@ -15,9 +15,11 @@ LISTED = re.findall(r"^(\S+\.py) {2,}\S", PAGE.split("```")[1], re.MULTILINE)
 FILES = sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py"))
 HOMES = {
     "transformers": {"models.py", "seam/huggingface.py"},
-    "matplotlib": {"figures.py", "charts.py"},
-    "rich": {"terminal.py"},
-    "typer": {"cli.py", "commands.py"},
+    "matplotlib": {"figures.py", "charts.py", "atlas_figures.py"},
+    "rich": {"terminal.py", "terminal_heads.py"},
+    "typer": {"cli.py", "commands.py", "heads_command.py"},
+    "pyarrow": {"atlas_file.py"},
+    "conllu": {"relations/treebank.py"},
     "tensorboard": {"training/logs.py"},
 }
 

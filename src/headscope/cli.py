@@ -17,6 +17,7 @@ import typer
 from headscope import models, output, terminal
 from headscope.commands import add_commands
 from headscope.errors import HeadscopeError, TextError
+from headscope.heads_command import add_heads
 from headscope.links import View, ask, head_of, run
 from headscope.recording import Recording
 from headscope.tokens import Tokens, tokenize
@@ -196,6 +197,7 @@ def remove(name: Annotated[str, typer.Argument(help="A model that was pulled.")]
 
 
 add_commands(app, _reported)
+add_heads(app, _reported)
 
 
 def _text(text: str | None, file: Path | None) -> str:

@@ -1,4 +1,4 @@
-"""edit(model): ablate a head, knock out a link, patch a pattern; everything is as before after the block.
+"""edit(model): ablate a head, knock out a link, patch or freeze patterns; everything is as before after the block.
 
 An edit acts where the attention function returns: the model's own function runs first, unchanged; then the rows
 and heads that an edit names are computed again as edited, by the same kernels, and nothing L×S is built.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from headscope.recording import Place, Recording, Tracker
 from headscope.scores import Scores, make_scores
 from headscope.seam import AttentionCall, Forward, watch, with_output
 
-__all__ = ["Ablate", "Edit", "KnockOut", "Patch", "ablate", "edit", "knock_out", "patch"]
+__all__ = ["Ablate", "Edit", "Freeze", "KnockOut", "Patch", "ablate", "edit", "freeze", "knock_out", "patch"]
 
 Layers = int | str | Iterable[int | str] | None
 
@@ -35,6 +35,10 @@ class Edit:
         """Whether this call is meant."""
         return self.layers is None or index in self.layers or call.name in self.layers
 
+    def at(self, index: int) -> Edit:
+        """The edit as it is at the site of this number; itself, unless it brings something for each site."""
+        return self
+
     def apply(self, call: AttentionCall, place: Place) -> AttentionCall:
         """The call as edited, or itself; ``place`` says where its rows and keys stand in the whole text."""
         raise EditError(f"{type(self).__name__} does not say what it changes: subclass Edit and write apply().")
@@ -42,17 +46,38 @@ class Edit:
 
 @dataclass(frozen=True)
 class Ablate(Edit):
-    """The output of some heads is zero: what they would have written is not written."""
+    """The output of some heads is zero, or one vector at every position: what they have to say is not said."""
 
     heads: tuple[int, ...]
+    to: Tensor | None = field(default=None, compare=False, repr=False)  # [H, Dv] or [layers, H, Dv]
+
+    def at(self, index: int) -> Ablate:
+        """With the vectors of this site."""
+        if self.to is None or self.to.dim() != 3:
+            return self
+        if index >= self.to.shape[0]:
+            raise EditError(
+                f"ablate: `to` is {tuple(self.to.shape)}, [layers, H, Dv], and has no site {index}: wanted one "
+                "[H, Dv] for each attention call of a forward, as head_means() of this model gives."
+            )
+        return replace(self, to=self.to[index])
 
     def apply(self, call: AttentionCall, place: Place) -> AttentionCall:
-        """Zero the heads' outputs; the weights stay what they were."""
+        """Replace the heads' outputs; the weights stay what they were."""
         _check_heads(self.heads, call)
         outputs = call.head_outputs()
-        kept = torch.ones(outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
-        kept[list(self.heads)] = 0
-        return with_output(call, outputs * kept.view(1, -1, 1, 1))
+        chosen = torch.zeros(outputs.shape[1], dtype=torch.bool, device=outputs.device)
+        chosen[list(self.heads)] = True
+        chosen = chosen.view(1, -1, 1, 1)
+        if self.to is None:
+            return with_output(call, outputs.masked_fill(chosen, 0))
+        wanted = (outputs.shape[1], outputs.shape[3])
+        if tuple(self.to.shape) != wanted:
+            raise EditError(
+                f"ablate: `to` is {tuple(self.to.shape)} at {call.name}, whose heads write {wanted}, [H, Dv]: give "
+                "that, or [layers, H, Dv] for every site, as head_means() of this model gives."
+            )
+        return with_output(call, torch.where(chosen, self.to.to(outputs)[None, :, None], outputs))
 
 
 @dataclass(frozen=True)
@@ -98,12 +123,7 @@ class Patch(Edit):
         """Take the recorded pattern over the values of now."""
         _refuse_dropout(self, call)
         _check_heads(self.heads, call)
-        given = self.source(call, place)
-        if tuple(given.shape) != tuple(call.shape):
-            raise EditError(
-                f"patch: {call.name} attends as {tuple(call.shape)} (B, H, L, S) here, but as {tuple(given.shape)} in "
-                "the recording: record a text at least as long, with the same batch."
-            )
+        given = _same_shape("patch", self.source(call, place), call)
         outputs = call.head_outputs().clone()
         chosen = list(self.heads)
         new = kernels.product(given, _per_head(call.value, call.shape[1]))
@@ -111,9 +131,36 @@ class Patch(Edit):
         return with_output(call, outputs, _mixed(call.scores, given, self.heads))
 
 
-def ablate(layer: Layers, head: int | Iterable[int]) -> Ablate:
-    """Zero the output of a head before the output projection: ``ablate(13, 8)``; several: ``ablate(13, [2, 8])``."""
-    return Ablate(_layers(layer), _positions("head", head))
+@dataclass(frozen=True)
+class Freeze(Edit):
+    """All heads attend as they did in a recording, the values are of now: patterns no longer answer to other edits."""
+
+    source: Callable[[AttentionCall, Place], Scores]
+
+    def apply(self, call: AttentionCall, place: Place) -> AttentionCall:
+        """Attend with the recorded queries and keys to the values of now."""
+        _refuse_dropout(self, call)
+        given = _same_shape("freeze", self.source(call, place), call)
+        new = kernels.product(given, call.value)
+        return with_output(call, new.to(call.value.dtype), given)
+
+
+def ablate(layer: Layers, head: int | Iterable[int], *, to: Tensor | None = None) -> Ablate:
+    """Take away what a head writes before the output projection: ``ablate(13, 8)``; several: ``ablate(13, [2, 8])``.
+
+    Args:
+        layer: number in the order of calls, module name, several of them, or None for all.
+        head: which heads, counted from 0.
+        to: None writes zeros. A tensor of mean head outputs, [H, Dv] for this site or [layers, H, Dv] for all of
+            them (``head_means``), writes the head's own row at every position: mean ablation, which takes away
+            what the head says of this text but not its constant part (Wang et al. 2022, arXiv 2211.00593).
+
+    Raises:
+        EditError: heads that are no positions; inside the block, a head that is not there, ``to`` of another shape.
+    """
+    if to is not None and to.dim() not in (2, 3):
+        raise EditError(f"ablate: `to` is {tuple(to.shape)}; wanted means [H, Dv], or [layers, H, Dv].")
+    return Ablate(_layers(layer), _positions("head", head), to)
 
 
 def knock_out(
@@ -144,21 +191,36 @@ def patch(layer: Layers, head: int | Iterable[int], *, from_: Recording) -> Patc
     Raises:
         EditError: inside the block, where the recording does not have this site or its shape.
     """
+    return Patch(_layers(layer), _positions("head", head), _patterns("patch", from_))
 
-    def source(call: AttentionCall, place: Place) -> Scores:
-        found = [s for s in from_.run.calls_of_sites if (s.name, s.occurrence) == (call.name, call.occurrence)]
-        if not found:
-            raise EditError(f"patch: the recording has no site {call.name!r}: record the same model with these layers.")
-        whole = found[0].scores()
-        first, rows, keys = place.first_row, call.shape[2], place.first_key + call.shape[3]
-        if whole.shape == tuple(call.shape) or first + rows > whole.shape[2] or keys > whole.shape[3]:
-            return whole
-        part = whole.narrow(slice(0, whole.shape[0]), slice(0, whole.shape[1]), slice(first, first + rows))
-        bias = part.bias_tensor
-        bias = bias if bias is None or bias.shape[3] == 1 else bias[..., :keys]
-        return replace(part, key=part.key[:, :, :keys], bias=bias)
 
-    return Patch(_layers(layer), _positions("head", head), source)
+def freeze(*, from_: Recording, layers: Layers = None) -> Freeze:
+    """Hold every head's pattern at what it was in ``from_``, while values go on changing.
+
+    ``edit(model, ablate(3, 1), freeze(from_=clean))`` removes what head 3.1 adds to the values that later layers
+    read, and not what they look at: pattern-preserving ablation (Olsson et al. 2022, arXiv 2209.11895). The heads
+    attend again with the recorded queries and keys; no pattern is built. At a site with several edits ``freeze`` acts
+    first, wherever it stands, so that it does not undo an ablation.
+
+    Args:
+        from_: a recording of the same text (or one at least as long) by the same model.
+        layers: None means every attention site, all of which must then be in the recording.
+
+    Raises:
+        EditError: inside the block, where the recording does not have this site or its shape, or under dropout.
+
+    Example:
+        >>> import torch
+        >>> from headscope import record
+        >>> layer, x = torch.nn.MultiheadAttention(16, 4), torch.randn(7, 2, 16)
+        >>> with record(layer) as clean:
+        ...     before, _ = layer(x, x, x)
+        >>> with edit(layer, freeze(from_=clean)):
+        ...     after, _ = layer(x, x, x)
+        >>> torch.allclose(before, after, atol=1e-5)
+        True
+    """
+    return Freeze(_layers(layers), _patterns("freeze", from_))
 
 
 @contextmanager
@@ -167,7 +229,7 @@ def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
 
     Args:
         model: as for record().
-        edits: applied in this order at each attention call that they name.
+        edits: applied in this order at each attention call that they name, freeze() before all others.
 
     Raises:
         EditError: an edit that did not apply anywhere, a head that is not there, gradient checkpointing with
@@ -183,16 +245,20 @@ def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
     """
     for given in edits:
         if not isinstance(given, Edit):
-            raise EditError(f"edit() got {type(given).__name__}; wanted edits: ablate(…), knock_out(…), patch(…).")
+            raise EditError(
+                f"edit() got {type(given).__name__}; wanted edits: ablate(…), knock_out(…), patch(…), freeze(…)."
+            )
     used: set[int] = set()
     forwards: list[Forward] = []
     tracker = Tracker()
+    order = sorted(range(len(edits)), key=lambda number: not isinstance(edits[number], Freeze))
 
     def change(call: AttentionCall, forward: Forward) -> AttentionCall:
         place = tracker.place(call)
-        for number, given in enumerate(edits):
+        for number in order:
+            given = edits[number]
             if given.applies(forward.calls, call):
-                edited = given.apply(call, place)
+                edited = given.at(forward.calls).apply(call, place)
                 if edited is not call:
                     used.add(number)
                 call = edited
@@ -206,6 +272,37 @@ def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
             f"{unused[0]} changed nothing: no attention call had such a layer, query or key. Layers count from 0 "
             "in the order of calls, or are module names as record() lists them; positions count from 0 in the text."
         )
+
+
+def _patterns(edit_name: str, recording: Recording) -> Callable[[AttentionCall, Place], Scores]:
+    """What a recording has for a call: the operands of its rows and keys."""
+
+    def source(call: AttentionCall, place: Place) -> Scores:
+        sites = recording.run.calls_of_sites
+        found = [s for s in sites if (s.name, s.occurrence) == (call.name, call.occurrence)]
+        if not found:
+            raise EditError(
+                f"{edit_name}: the recording has no site {call.name!r}: record the same model with these layers."
+            )
+        whole = found[0].scores()
+        first, rows, keys = place.first_row, call.shape[2], place.first_key + call.shape[3]
+        if whole.shape == tuple(call.shape) or first + rows > whole.shape[2] or keys > whole.shape[3]:
+            return whole
+        part = whole.narrow(slice(0, whole.shape[0]), slice(0, whole.shape[1]), slice(first, first + rows))
+        bias = part.bias_tensor
+        bias = bias if bias is None or bias.shape[3] == 1 else bias[..., :keys]
+        return replace(part, key=part.key[:, :, :keys], bias=bias)
+
+    return source
+
+
+def _same_shape(edit_name: str, given: Scores, call: AttentionCall) -> Scores:
+    if tuple(given.shape) != tuple(call.shape):
+        raise EditError(
+            f"{edit_name}: {call.name} attends as {tuple(call.shape)} (B, H, L, S) here, but as {tuple(given.shape)} "
+            "in the recording: record a text at least as long, with the same batch."
+        )
+    return given
 
 
 def _per_head(value: Tensor, heads: int) -> Tensor:

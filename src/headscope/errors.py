@@ -44,3 +44,11 @@ class ProofError(HeadscopeError):
 
 class EditError(HeadscopeError):
     """An edit that cannot be applied to this model, or would not take effect."""
+
+
+class TreebankError(HeadscopeError):
+    """A treebank file that is not in CoNLL-U format, with the line where it goes wrong."""
+
+
+class AtlasError(HeadscopeError):
+    """An atlas that cannot be read, merged, or asked for what it does not hold."""

@@ -20,7 +20,16 @@ from headscope.links import Link, Rest, View
 from headscope.models import ModelEntry
 from headscope.words import label
 
-__all__ = ["Stages", "print_error", "print_line", "print_models", "print_stages", "print_view", "running"]
+__all__ = [
+    "Stages",
+    "print_error",
+    "print_line",
+    "print_models",
+    "print_renderable",
+    "print_stages",
+    "print_view",
+    "running",
+]
 
 _WIDEST = 110
 
@@ -31,6 +40,11 @@ def _console(file: Any = None) -> Console:
         file.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     console = Console(file=file, highlight=False, soft_wrap=False)
     return Console(file=file, highlight=False, width=min(console.width, _WIDEST))
+
+
+def print_renderable(what: Any) -> None:
+    """A table or a text, as wide as the terminal but no wider than can be read."""
+    _console().print(what)
 
 
 def print_line(line: str, *, error: bool = False) -> None:

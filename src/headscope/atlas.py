@@ -1,0 +1,246 @@
+"""HeadAtlas: what every head of a model does and is worth, one row a head, with the sums behind every number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headscope.errors import AtlasError
+from headscope.measures import REPEATED
+from headscope.profiling import Measured
+from headscope.relations.counts import RelationCounts
+from headscope.relations.score import RelationScore, scores
+from headscope.roles import Evidence, find_roles
+
+__all__ = ["FORMAT", "HeadAtlas", "Worth"]
+
+FORMAT = 1  # of the file and of the parts
+
+
+@dataclass(eq=False)
+class Worth:
+    """What heads are worth on some texts: for each method and each text one value a head.
+
+    Attributes:
+        values: By method ("ablation_zero", "ablation_mean", "gradient"): [texts, layers, H] float64.
+        clean: The unchanged model's metric for each text, [texts].
+        documents: The texts' documents, in this order.
+        unit: "nats a token", or "1 - cosine" for a model without logits.
+    """
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    clean: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    documents: list[str] = field(default_factory=list)
+    unit: str = ""
+
+    def merge(self, other: Worth) -> None:
+        """Add other texts. Raises ValueError when they were measured in another unit."""
+        if not other.documents:
+            return
+        if self.documents and other.unit != self.unit:
+            raise ValueError(f"the worth of heads is in {self.unit} here and in {other.unit} there: not to be merged.")
+        for method, theirs in other.values.items():
+            ours = self.values.get(method)
+            self.values[method] = theirs if ours is None else torch.cat([ours, theirs])
+        self.clean = torch.cat([self.clean, other.clean])
+        self.documents = self.documents + other.documents
+        self.unit = other.unit
+
+    def sorted(self) -> Worth:
+        """The same in the order of the documents, so that it does not matter who finished first."""
+        order = sorted(range(len(self.documents)), key=lambda i: self.documents[i])
+        values = {method: value[order] for method, value in sorted(self.values.items())}
+        return Worth(values, self.clean[order], [self.documents[i] for i in order], self.unit)
+
+    def interval(self, method: str, level: float = 0.95, replicates: int = 1000) -> tuple[Tensor, Tensor]:
+        """Percentile bootstrap of the mean over documents, [layers, H] each; NaN with fewer than two."""
+        values = self.values[method]
+        names = sorted(set(self.documents))
+        if len(names) < 2:
+            nothing = torch.full(values.shape[1:], torch.nan, dtype=values.dtype)
+            return nothing, nothing
+        rows = torch.tensor([names.index(name) for name in self.documents])
+        drawn = torch.randint(len(names), (replicates, len(names)), generator=torch.Generator().manual_seed(0))
+        times = torch.zeros(replicates, len(names), dtype=values.dtype)
+        times = times.scatter_add(1, drawn, torch.ones_like(times))[:, rows]
+        means = (times @ values.flatten(1)) / times.sum(1, keepdim=True).clamp(min=1)
+        ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=means.dtype)
+        low, high = means.quantile(ends, dim=0).view(2, *values.shape[1:])
+        return low, high
+
+
+class HeadAtlas:
+    """What every head of a model does. Made by :func:`headscope.survey.profile`, or by ``headscope heads``.
+
+    Attributes:
+        info: Where it comes from: model, hash of its weights, texts with their hashes, version, seeds, definitions.
+        measured: The sums behind all measures.
+        relations: The counts behind all relations.
+        worth: What each head is worth on each text.
+    """
+
+    def __init__(
+        self,
+        info: Mapping[str, Any] | None = None,
+        measured: Measured | None = None,
+        relations: RelationCounts | None = None,
+        worth: Worth | None = None,
+    ) -> None:
+        self.info: dict[str, Any] = dict(info or {})
+        self.measured = measured or Measured()
+        self.relations = relations or RelationCounts()
+        self.worth = worth or Worth()
+        self._scores: list[RelationScore] | None = None
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """How many heads each layer has."""
+        return tuple(self.info["model"]["heads"])
+
+    def __len__(self) -> int:
+        return sum(self.heads)
+
+    def relation_scores(self) -> list[RelationScore]:
+        """Every head's accuracy for every relation and direction, on the half that did not choose heads."""
+        if self._scores is None:
+            self._scores = scores(self.relations)
+        return self._scores
+
+    def roles(self) -> list[Evidence]:
+        """All roles that hold, with their evidence. A head may have several, or none."""
+        return find_roles(
+            self.measured.sums, self.measured.null, self.relation_scores(), self.info.get("documents", {})
+        )
+
+    def value(self, column: str) -> Tensor:
+        """A column as [layers, H]: NaN where a layer has fewer heads, or nothing was measured.
+
+        Raises:
+            AtlasError: There is no such column.
+        """
+        columns = self.columns()
+        if column not in columns:
+            raise AtlasError(f"the atlas has no column {column!r}; it has: {', '.join(columns)}.")
+        return columns[column]
+
+    def columns(self) -> dict[str, Tensor]:
+        """All numbers of all heads, [layers, H] each: measures, relations, worth."""
+        shape = len(self.heads), max(self.heads, default=0)
+        found: dict[str, Tensor] = {}
+        for column in self.info.get("columns", {}):
+            if column in self.measured.sums.values:
+                found[column] = _padded(self.measured.sums.value(column), shape)
+        for row in self.relation_scores():
+            name = f"relation:{row.direction}"
+            found.setdefault(name, torch.full(shape, torch.nan, dtype=torch.float64))[row.layer, row.head] = (
+                row.accuracy
+            )
+        for method, values in sorted(self.worth.values.items()):
+            if method == "gradient":
+                importance = values.mean(0)
+                norm = importance.nan_to_num().norm(dim=1, keepdim=True)
+                found["gradient"] = _padded(importance / torch.where(norm > 0, norm, 1.0), shape)
+                continue
+            low, high = self.worth.interval(method)
+            for name, part in ((method, values.mean(0)), (f"{method}_low", low), (f"{method}_high", high)):
+                found[name] = _padded(part, shape)
+        return found
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a head: layer, head, roles, then all columns."""
+        roles: dict[tuple[int, int], list[str]] = {}
+        for evidence in self.roles():
+            roles.setdefault((evidence.layer, evidence.head), []).append(evidence.role)
+        columns = {name: value.tolist() for name, value in self.columns().items()}
+        return [
+            {"layer": layer, "head": head, "roles": roles.get((layer, head), [])}
+            | {name: _number(value[layer][head]) for name, value in columns.items()}
+            for layer, count in enumerate(self.heads)
+            for head in range(count)
+        ]
+
+    def agreement(self) -> float:
+        """Spearman's rank correlation of ablation to zero and gradient importance over all heads; NaN without both."""
+        if not {"ablation_zero", "gradient"} <= set(self.worth.values):
+            return float("nan")
+        from headscope.effects import HeadEffects, agreement
+
+        both = [
+            HeadEffects(v.mean(0), v, self.worth.clean, self.worth.unit, m)
+            for m, v in ((m, self.worth.values[m]) for m in ("ablation_zero", "gradient"))
+        ]
+        return agreement(*both)
+
+    def merge(self, other: HeadAtlas) -> HeadAtlas:
+        """The atlas of both corpora together; neither is changed.
+
+        Raises:
+            AtlasError: Another model, other definitions, or a document that both have: it would count twice.
+        """
+        for name, ours, theirs in (
+            ("weights", self.info["model"]["weights"], other.info["model"]["weights"]),
+            ("definitions", self.info["columns"], other.info["columns"]),
+        ):
+            if ours != theirs:
+                raise AtlasError(f"two atlases of different {name} cannot be merged: {self.name} and {other.name}.")
+        both = sorted(set(self.info["texts"]) & set(other.info["texts"]))
+        if both:
+            raise AtlasError(f"both atlases hold {both[0]!r} and {len(both) - 1} more: they would be counted twice.")
+        merged = HeadAtlas(self.info)
+        merged.measured.merge(self.measured)
+        merged.measured.merge(self._new_in(other))
+        merged.relations.merge(self.relations)
+        if other.info["examples"] != self.info["examples"]:
+            self._check_examples(other)
+            merged.relations.merge(other.relations)
+        for part in (self, other):
+            merged.worth.merge(part.worth)
+        for name in ("documents", "examples", "texts"):
+            merged.info[name] = self.info[name] | other.info[name]
+        merged.worth = merged.worth.sorted()
+        return merged
+
+    def _new_in(self, other: HeadAtlas) -> Measured:
+        """What another atlas measured that this one did not: repeated random tokens that both read count once."""
+        ours, theirs = ({n for n in a.info["documents"] if n.startswith("repeat:")} for a in (self, other))
+        if not ours & theirs:
+            return other.measured
+        if ours != theirs:
+            raise AtlasError("both atlases read some of the same random tokens, but not all: use one seed, or two.")
+        new = Measured()
+        for held, given in ((new.sums, other.measured.sums), (new.null, other.measured.null)):
+            held.values = {name: value for name, value in given.values.items() if name not in REPEATED}
+        new.sums.documents = {n: rows for n, rows in other.measured.sums.documents.items() if n not in ours}
+        new.notes, new.outputs = other.measured.notes, other.measured.outputs
+        return new
+
+    def _check_examples(self, other: HeadAtlas) -> None:
+        both = sorted(set(self.info["examples"]) & set(other.info["examples"]))
+        if both:
+            raise AtlasError(
+                f"both atlases hold the sentences {both[0]!r}, and others besides: they would count twice."
+            )
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return str(self.info["model"]["name"])
+
+    def __repr__(self) -> str:
+        documents = len(self.info.get("documents", {}))
+        return f"HeadAtlas({self.name}: {len(self)} heads, {len(self.columns())} columns, {documents} documents)"
+
+
+def _padded(values: Tensor, shape: tuple[int, int]) -> Tensor:
+    out = torch.full(shape, torch.nan, dtype=torch.float64)
+    rows, columns = min(shape[0], values.shape[0]), min(shape[1], values.shape[1])
+    out[:rows, :columns] = values[:rows, :columns]
+    return out
+
+
+def _number(value: float) -> float | None:
+    return None if value != value else value

@@ -1,0 +1,321 @@
+"""Texts to profile heads on: documents, cut into pieces that the model can read, put together into batches.
+
+Each piece begins with the model's start token, because most heads of a decoder rest on the first position: a score
+taken without one would call a word's token what a start token should be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headscope.errors import TextError
+from headscope.models import Loaded
+
+__all__ = ["Batch", "Document", "Piece", "batches", "cut", "default_documents", "documents_of", "repeats"]
+
+_MODULES = [
+    "argparse",
+    "ast",
+    "asyncio",
+    "bisect",
+    "calendar",
+    "collections",
+    "concurrent.futures",
+    "contextlib",
+    "csv",
+    "dataclasses",
+    "datetime",
+    "decimal",
+    "difflib",
+    "email.message",
+    "enum",
+    "fractions",
+    "functools",
+    "heapq",
+    "html.parser",
+    "http.client",
+    "inspect",
+    "itertools",
+    "json",
+    "logging",
+    "optparse",
+    "os",
+    "pathlib",
+    "pickle",
+    "random",
+    "re",
+    "shutil",
+    "socket",
+    "statistics",
+    "string",
+    "subprocess",
+    "tarfile",
+    "tempfile",
+    "textwrap",
+    "threading",
+    "turtle",
+    "typing",
+    "unittest",
+    "urllib.request",
+    "uuid",
+    "xml.etree.ElementTree",
+    "zipfile",
+]
+_LICENSED = ("torch", "numpy", "safetensors", "transformers")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text with a name; ``read`` gives it, only when it is its turn."""
+
+    name: str
+    read: Callable[[], str]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of a document that are read in one go, with the model's special tokens around them.
+
+    Attributes:
+        ids: Token ids.
+        sinks: True for the start token and the other special tokens: what heads may rest on.
+        delimiters: True for tokens of punctuation or line ends alone.
+        document: The document's name: pieces of one are not independent.
+        half: 0 or 1. Heads are picked on one half of the documents and reported on the other.
+        offset: How many tokens of the document came before.
+        texts: What each token stands for.
+        period: For a repeated text, how many tokens are repeated; 0 otherwise.
+    """
+
+    ids: tuple[int, ...]
+    sinks: tuple[bool, ...]
+    delimiters: tuple[bool, ...]
+    document: str
+    half: int
+    offset: int = 0
+    texts: tuple[str, ...] = ()
+    period: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Pieces side by side, padded on the right: ``ids``, ``valid``, ``sinks`` and ``delimiters`` are [B, L]."""
+
+    pieces: tuple[Piece, ...]
+    ids: Tensor
+    valid: Tensor
+    sinks: Tensor
+    delimiters: Tensor
+
+
+def documents_of(paths: Sequence[Path], *, text: str | None = None) -> list[Document]:
+    """Files as documents, in the order given; ``text`` is what came from a pipe.
+
+    Raises:
+        TextError: A file cannot be read, is not UTF-8, or holds nothing.
+    """
+    found = [Document(str(path), _reader(path)) for path in paths]
+    if text is not None:
+        found.append(Document("-", lambda: _checked("-", text)))
+    return found
+
+
+def _reader(path: Path) -> Callable[[], str]:
+    def read() -> str:
+        try:
+            return _checked(str(path), path.read_text("utf-8"))
+        except UnicodeDecodeError as error:
+            raise TextError(f"{path} is not UTF-8: byte {error.start} does not fit. Convert the file first.") from None
+        except OSError as error:
+            raise TextError(f"{path} cannot be read: {error.strerror}.") from None
+
+    return read
+
+
+def _checked(name: str, text: str) -> str:
+    if not text or text.isspace():
+        raise TextError(f"{name} holds no text. Give a text with words in it, or leave it out.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TextError(f"{name}: character {error.start} is half a character, which no tokenizer can read.") from None
+    return text
+
+
+def default_documents(most: int = 24) -> list[Document]:
+    """Texts that every machine has: docstrings of the standard library, and licence texts.
+
+    They differ from one version of Python to the next: an atlas keeps their hash.
+    """
+    found = [Document(f"python:{name}", _docstrings(name)) for name in _MODULES]
+    found += [Document(f"licence:{name}", lambda name=name: _licence(name)) for name in _LICENSED]  # type: ignore[misc]
+    step = max(1, len(found) // most)
+    return [document for document in found[::step][:most] if document.read().strip()]
+
+
+def _docstrings(module: str) -> Callable[[], str]:
+    def read() -> str:
+        import importlib
+        import inspect
+
+        loaded = importlib.import_module(module)
+        parts = [inspect.cleandoc(loaded.__doc__ or "")]
+        for name, thing in sorted(vars(loaded).items()):
+            if name.startswith("_") or not (inspect.isclass(thing) or inspect.isfunction(thing)):
+                continue
+            if str(getattr(thing, "__module__", "")).split(".")[0] == module.split(".")[0]:
+                parts.append(inspect.cleandoc(vars(thing).get("__doc__") or ""))
+        return "\n\n".join(part for part in parts if len(part) > 80)
+
+    return read
+
+
+def _licence(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, files
+
+    try:
+        listed = [file for file in files(package) or [] if file.name.upper().startswith(("LICENSE", "LICENCE"))]
+        return listed[0].read_text("utf-8")[:20_000] if listed else ""
+    except (PackageNotFoundError, OSError):
+        return ""
+
+
+def digest(documents: Iterable[Document]) -> str:
+    """A hash of names and texts: the same corpus, the same hash."""
+    found = hashlib.sha256()
+    for document in documents:
+        text = document.read().encode("utf-8", "surrogatepass")
+        found.update(f"{document.name}\0{len(text)}\0".encode())
+        found.update(text)
+    return found.hexdigest()
+
+
+def cut(loaded: Loaded, document: Document, half: int, *, length: int = 512, most: int | None = None) -> list[Piece]:
+    """Cut a document into pieces of at most ``length`` tokens, special tokens included.
+
+    Args:
+        loaded: The model whose tokens they are.
+        document: The text.
+        half: Which half of the evidence it belongs to, 0 or 1.
+        length: Tokens in a piece; the model's context if that is less.
+        most: Only so many pieces from the document's start; None for all.
+
+    Raises:
+        TextError: Fewer tokens fit than the model's special tokens need; or the text cannot be read.
+    """
+    text = document.read()
+    before, after = _around(loaded)
+    room = min(length, loaded.context or length) - len(before) - len(after)
+    if room < 2:
+        raise TextError(f"{length} tokens a piece leave no room beside {len(before) + len(after)} special tokens.")
+    encoded = loaded.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    texts = [text[start:end] for start, end in offsets]
+    delimiters = [is_delimiter(piece) for piece in texts]
+    special = set(loaded.tokenizer.all_special_ids)
+    pieces = []
+    starts = range(0, len(ids), room)
+    for start in starts if most is None else starts[:most]:
+        part = slice(start, start + room)
+        if len(ids[part]) < 2:
+            continue
+        pieces.append(
+            Piece(
+                ids=(*before, *ids[part], *after),
+                sinks=(*(True for _ in before), *(i in special for i in ids[part]), *(True for _ in after)),
+                delimiters=(*(False for _ in before), *delimiters[part], *(False for _ in after)),
+                document=document.name,
+                half=half,
+                offset=start,
+                texts=(*("" for _ in before), *texts[part], *("" for _ in after)),
+            )
+        )
+    return pieces
+
+
+def is_delimiter(piece: str) -> bool:
+    """Whether a token is punctuation, or a line end: Clark et al.'s delimiters, without [SEP] (arXiv 1906.04341)."""
+    shown = piece.strip()
+    if not shown:
+        return "\n" in piece
+    return all(unicodedata.category(mark)[0] == "P" for mark in shown)
+
+
+def _around(loaded: Loaded) -> tuple[list[int], list[int]]:
+    """The special tokens that this model's texts begin and end with."""
+    encoded = loaded.tokenizer("a", return_special_tokens_mask=True, verbose=False)
+    ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
+    first = next((i for i, flag in enumerate(added) if not flag), 0)
+    last = len(added) - next((i for i, flag in enumerate(reversed(added)) if not flag), 0)
+    before, after = list(ids[:first]), list(ids[last:])
+    if loaded.start_token_id is not None and before[:1] != [loaded.start_token_id]:
+        before = [loaded.start_token_id, *before]
+    return before, after
+
+
+def repeats(loaded: Loaded, *, count: int = 16, period: int = 50, seed: int = 0) -> list[Piece]:
+    """Random tokens, twice: what a head does with the second copy cannot come from meaning (arXiv 2209.11895).
+
+    Args:
+        loaded: The model.
+        count: How many texts; each counts as a document of its own.
+        period: Tokens that are repeated.
+        seed: Of the tokens.
+    """
+    before, after = _around(loaded)
+    period = min(period, ((loaded.context or 1 << 30) - len(before) - len(after)) // 2)
+    special = set(loaded.tokenizer.all_special_ids)
+    vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
+    words = torch.tensor([i for i in range(min(vocabulary, len(loaded.tokenizer))) if i not in special])
+    pieces = []
+    for number in range(count):
+        random = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{number}".encode()))
+        once = words[torch.randint(len(words), (period,), generator=random)].tolist()
+        ids = (*before, *once, *once, *after)
+        sinks = tuple(not len(before) <= i < len(before) + 2 * period for i in range(len(ids)))
+        name = f"repeat:{seed}:{number}"
+        pieces.append(Piece(ids, sinks, (False,) * len(ids), name, number % 2, period=period))
+    return pieces
+
+
+def batches(pieces: Iterable[Piece], *, tokens: int = 2048, pad: int = 0, device: Any = None) -> Iterator[Batch]:
+    """Put pieces together, the longest first, so that little is padding; at most ``tokens`` in a batch of several.
+
+    Args:
+        pieces: The pieces.
+        tokens: Tokens in a batch, padding included.
+        pad: The id of padding.
+        device: Where the tensors shall be.
+    """
+    waiting: list[Piece] = []
+    for piece in sorted(pieces, key=lambda piece: -len(piece.ids)):
+        if waiting and (len(waiting) + 1) * len(waiting[0].ids) > tokens:
+            yield _batch(waiting, pad, device)
+            waiting = []
+        waiting.append(piece)
+    if waiting:
+        yield _batch(waiting, pad, device)
+
+
+def _batch(pieces: Sequence[Piece], pad: int, device: Any) -> Batch:
+    length = max(len(piece.ids) for piece in pieces)
+
+    def padded(rows: Iterable[Sequence[Any]], fill: Any) -> Tensor:
+        return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], device=device)
+
+    return Batch(
+        pieces=tuple(pieces),
+        ids=padded((piece.ids for piece in pieces), pad),
+        valid=padded(([True] * len(piece.ids) for piece in pieces), False),
+        sinks=padded((piece.sinks for piece in pieces), False),
+        delimiters=padded((piece.delimiters for piece in pieces), False),
+    )

@@ -1,0 +1,199 @@
+"""The command `headscope heads`: what each head of a model does, and what it is worth."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headscope import corpus, models, terminal, terminal_heads
+from headscope.atlas import HeadAtlas
+from headscope.errors import AtlasError, HeadscopeError
+from headscope.output import check_writable
+from headscope.training.processes import rank
+
+__all__ = ["add_heads"]
+
+Reported = Callable[[], AbstractContextManager[None]]
+
+_HEADS = """Profile every head of a model: what it does, with evidence, and what it is worth.
+
+Each head is measured on texts (how evenly it looks, how far, at which distance, what rests on the first token …), on
+random tokens that come twice, and on sentences in which it is known which word belongs to which. It gets a role where
+a measure is strong on texts that it was not picked on. Then each head is left out, to see what the model loses.
+
+For the default models the answer is in the package and comes at once. With a text or a treebank of your own, with
+--again, or for another model, it is measured: about 15 minutes for the default model on two slow cores.
+
+\b
+Examples:
+  headscope heads                                the default model's roles, and its most valuable heads
+  headscope heads --head 18.6                    all about one head, with its best and worst examples
+  headscope heads --text a.txt --text b.txt --out mine.parquet
+  headscope heads --treebank en.conllu           every dependency relation, in any language
+  headscope heads --atlas mine.parquet --figure heads.png --by entropy
+  torchrun --nproc-per-node 2 -m headscope heads --out shared.parquet     several processes share the work
+
+A run with --out that was stopped goes on where it was when you give the same command again.
+"""
+
+Model = Annotated[
+    str, typer.Option("--model", metavar="NAME", help="smollm2, minilm, a folder, a .gguf file or a hub name.")
+]
+TextOption = Annotated[
+    list[Path] | None,
+    typer.Option("--text", metavar="FILE", help="A UTF-8 text, several times if wanted; - for a pipe."),
+]
+Treebank = Annotated[
+    list[Path] | None, typer.Option("--treebank", metavar="FILE", help="A CoNLL-U file: all its relations are scored.")
+]
+Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Save the atlas as a Parquet file.")]
+AtlasOption = Annotated[
+    Path | None, typer.Option("--atlas", metavar="FILE", help="Show a saved atlas instead of measuring.")
+]
+HeadOption = Annotated[
+    str | None, typer.Option("--head", metavar="LAYER.HEAD", help="All about one head, with examples in words.")
+]
+Figure = Annotated[
+    Path | None, typer.Option("--figure", metavar="FILE", help="Draw all heads by a measure: .png, .svg or .pdf.")
+]
+By = Annotated[
+    str, typer.Option("--by", metavar="COLUMN", help="The measure to draw; roles and worth are figures of their own.")
+]
+Worth = Annotated[bool, typer.Option("--worth/--no-worth", help="Whether to measure what heads are worth.")]
+Length = Annotated[int, typer.Option("--length", min=8, help="Tokens in a piece of text.")]
+Pieces = Annotated[int, typer.Option("--pieces", min=0, help="Pieces of each text, from its start; 0: all of it.")]
+All = Annotated[bool, typer.Option("--all", help="Every head of each role, not the first three.")]
+Again = Annotated[bool, typer.Option("--again", help="Measure anew what the package already holds.")]
+
+
+def add_heads(app: typer.Typer, reported: Reported) -> None:
+    """Add `heads` to the command; ``reported`` turns expected errors into messages."""
+
+    @app.command(name="heads", help=_HEADS)
+    def heads(
+        model: Model = "smollm2",
+        text: TextOption = None,
+        treebank: Treebank = None,
+        out: Out = None,
+        atlas: AtlasOption = None,
+        head: HeadOption = None,
+        figure: Figure = None,
+        by: By = "roles",
+        worth: Worth = True,
+        length: Length = 512,
+        pieces: Pieces = 1,
+        all_heads: All = False,
+        again: Again = False,
+    ) -> None:
+        with reported():
+            for path in (out, figure):
+                if path is not None:
+                    check_writable(path)
+            fresh = bool(text or treebank or again or out)
+            found = _held(model, atlas, fresh)
+            if found is None:
+                found = _measure(model, text or [], treebank or [], out, worth=worth, length=length, pieces=pieces)
+            if rank():
+                return
+            if head is not None:
+                _one_head(found, head, model)
+            else:
+                terminal_heads.print_atlas(found, all_heads=all_heads)
+            if figure is not None:
+                from headscope import atlas_figures
+
+                atlas_figures.draw(found, figure, by=by)
+                terminal.print_line(f"Figure: {figure}")
+
+
+def _held(model: str, given: Path | None, fresh: bool) -> HeadAtlas | None:
+    """The atlas of a file, or the one in the package; None if it has to be measured."""
+    from headscope.atlas_file import load_atlas
+
+    if given is not None:
+        return load_atlas(given)
+    if fresh:
+        return None
+    inside = resources.files("headscope") / "atlases" / f"{model}.parquet"
+    if not re.fullmatch(r"[\w-]+", model) or not inside.is_file():
+        return None
+    with resources.as_file(inside) as path:
+        return load_atlas(path)
+
+
+def _measure(
+    model: str, texts: list[Path], treebanks: list[Path], out: Path | None, *, worth: bool, length: int, pieces: int
+) -> HeadAtlas:
+    """Profile the model; with several processes each does its share."""
+    from headscope.atlas_file import save_atlas
+    from headscope.relations import chinese, english
+    from headscope.relations.treebank import read_conllu
+    from headscope.survey import Plan, profile
+
+    piped = sys.stdin.read() if Path("-") in texts else None
+    files = [path for path in texts if path != Path("-")]
+    documents = corpus.documents_of(files, text=piped) if texts else None
+    for document in documents or []:
+        document.read()  # so that what cannot be read is said before the work
+    examples = {"English frames": english(), "Chinese frames": chinese()}
+    examples |= {str(path): read_conllu(path) for path in treebanks}
+    here = {entry.name: entry.path for entry in models.available()}
+    if model in here and here[model] is None:
+        terminal.print_line(f"The model {model} is not here yet; it is fetched once.", error=True)
+        models.pull(model, report=lambda line: terminal.print_line(line, error=True))
+    loaded = models.load(model)
+    plan = Plan(length=length, pieces=pieces, worth=Plan.worth if worth else 0)
+    parts = None if out is None else out.with_name(out.name + ".parts")
+    with terminal.running("measuring heads", shown=rank() == 0) as tell:
+        found = profile(loaded, documents, examples=examples, plan=plan, parts=parts, on_part=tell)
+    if out is not None and rank() == 0:
+        save_atlas(found, out)
+        if parts is not None:
+            shutil.rmtree(parts, ignore_errors=True)
+        terminal.print_line(f"Atlas: {out}")
+    return found
+
+
+def _one_head(atlas: HeadAtlas, head: str, model: str) -> None:
+    """All about one head; its examples need the model, and are left out where it is not here."""
+    match = re.fullmatch(r"(\d+)\.(\d+)", head.strip())
+    if match is None:
+        raise AtlasError(f"{head!r} is not a head. Write layer.head, both counted from 0: 13.8")
+    layer, number = int(match[1]), int(match[2])
+    if layer >= len(atlas.heads) or number >= atlas.heads[layer]:
+        raise AtlasError(
+            f"There is no head {head}: {atlas.name} has {len(atlas.heads)} layers with up to {max(atlas.heads)} heads, "
+            "both counted from 0."
+        )
+    terminal_heads.print_head(atlas, layer, number)
+    try:
+        loaded = models.load(atlas.name if atlas.name != model else model)
+    except HeadscopeError as error:
+        terminal.print_line(f"Its examples in words need the model: {error}", error=True)
+        return
+    _examples(atlas, loaded, layer, number)
+
+
+def _examples(atlas: HeadAtlas, loaded: models.Loaded, layer: int, head: int) -> None:
+    from headscope.examples import pair_looks, token_looks
+    from headscope.relations import chinese, english
+
+    with terminal.running("reading examples") as _:
+        best, worst = token_looks(loaded, corpus.default_documents(), layer, head)
+    terminal_heads.print_examples(best, worst)
+    scored = [row for row in atlas.relation_scores() if (row.layer, row.head) == (layer, head) and not row.too_fixed]
+    for row in sorted(scored, key=lambda row: row.baseline - row.accuracy)[:1]:
+        given = [
+            e for e in [*english(), *chinese()] if e.half == 1 and any(p.relation == row.relation for p in e.pairs)
+        ]
+        looks = pair_looks(loaded, given[::3][:24], row.relation, layer, head, reverse=row.direction != row.relation)
+        if looks:
+            terminal_heads.print_pairs(looks, row.direction)

@@ -1,0 +1,326 @@
+"""Run a model over examples, and count where its heads look for each pair."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headscope.errors import HeadscopeError
+from headscope.models import Loaded
+from headscope.recording import record
+from headscope.reductions import Pool
+from headscope.relations.counts import RelationCounts, direction_of
+from headscope.relations.pairs import Example
+from headscope.seam import AttentionCall
+from headscope.tokens import Tokens, tokenize
+
+__all__ = ["Question", "count_controls", "count_hits", "count_relations", "questions_of", "reads", "words_of_tokens"]
+
+_ROWS_AT_ONCE = 256  # query words of one text whose rows are held at the same time
+_MOST_UNKNOWN = 0.05
+_MOST_PER_CHARACTER = 1.2
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One pair in one direction: does the word `query` look at the word `gold`?
+
+    Attributes:
+        relation: The relation's name.
+        reverse: Whether the pair's target is the one that looks.
+        query: Index of the word that looks.
+        gold: Index of the word that it should look at.
+    """
+
+    relation: str
+    reverse: bool
+    query: int
+    gold: int
+
+
+def words_of_tokens(tokens: Tokens, words: Sequence[Span]) -> list[int]:
+    """For each token the index of the word that it overlaps most, the first of equals; -1 if none or special."""
+    found, first = [], 0
+    for (start, end), special in zip(tokens.offsets, tokens.special, strict=True):
+        best, most = -1, 0
+        while first < len(words) and words[first][1] <= start and not special:
+            first += 1
+        for index in range(max(0, first - 1), len(words)):
+            if special or words[index][0] >= end:
+                break
+            shared = min(end, words[index][1]) - max(start, words[index][0])
+            if shared > most:
+                best, most = index, shared
+        found.append(best)
+    return found
+
+
+def questions_of(example: Example, present: Sequence[bool], *, causal: bool) -> list[Question]:
+    """The questions that can be asked of a model: both words have tokens, and a choice of at least two words.
+
+    Args:
+        example: The sentence and its pairs.
+        present: For each word whether it has tokens.
+        causal: Whether a word sees only those before it.
+    """
+    before = [0]
+    for there in present:
+        before.append(before[-1] + there)
+    asked = []
+    for pair in example.pairs:
+        for reverse in (False, True):
+            query, gold = (pair.target, pair.source) if reverse else (pair.source, pair.target)
+            if query == gold or not present[query] or not present[gold] or (causal and gold > query):
+                continue
+            choice = before[query] if causal else before[-1] - 1
+            if choice >= 2:
+                asked.append(Question(pair.relation, reverse, query, gold))
+    return asked
+
+
+def count_hits(
+    word_map: Tensor, row: Tensor, text: Tensor, query: Tensor, gold: Tensor, present: Tensor, *, causal: bool
+) -> Tensor:
+    """Whether each head's strongest weight, of those a question chooses from, is on the gold word: [N, H] bool.
+
+    The word itself is left out, and in a decoder every word behind it. A tie with the gold word is no hit, so
+    a head that gives every word the same, or none anything, never hits.
+
+    Args:
+        word_map: [B, H, R, W], the weights of some words' rows on all words.
+        row: [N], the row of each question's query in its text's map.
+        text: [N], its text in the batch.
+        query: [N], the word that looks.
+        gold: [N], the word that it should look at.
+        present: [B, W] bool, the words that have tokens.
+        causal: Whether a word sees only those before it.
+    """
+    weights = word_map[text, :, row]  # [N, H, W]
+    columns = torch.arange(word_map.shape[-1], device=word_map.device)
+    choice = present[text] & (columns < query[:, None] if causal else columns != query[:, None])
+    on_gold = weights.gather(-1, gold[:, None, None].expand(-1, weights.shape[1], 1))[..., 0]
+    others = choice & (columns != gold[:, None])
+    return on_gold > weights.masked_fill(~others[:, None], -1.0).amax(-1)
+
+
+def count_controls(
+    word_map: Tensor, words: Tensor, text: Tensor, query: Tensor, gold: Tensor, present: Tensor, *, causal: bool
+) -> Tensor:
+    """How often a head's strongest weight is on the gold word from the other words that may see it: [N, H], 0 to 1.
+
+    A head that likes the gold word whoever asks has not found a relation.
+
+    Args:
+        word_map: [B, H, R, W], as in `count_hits`.
+        words: [B, R], the word of each row, -1 for none.
+        text: [N], each question's text in the batch.
+        query: [N], the word that looks.
+        gold: [N], the word that it should look at.
+        present: [B, W] bool, the words that have tokens.
+        causal: Whether a word sees only those before it.
+    """
+    columns = torch.arange(word_map.shape[-1], device=word_map.device)
+    asks = words[..., None]
+    choice = present[:, None] & (columns < asks if causal else columns != asks)  # [B, R, W]
+    chosen = word_map.masked_fill(~choice[:, None], -1.0).argmax(-1)  # [B, H, R]
+    others = (words[text] >= 0) & (words[text] != query[:, None]) & (words[text] != gold[:, None])
+    if causal:
+        others &= words[text] > gold[:, None]
+    hits = (chosen[text] == gold[:, None, None]) & others[:, None]
+    return hits.sum(-1) / others.sum(-1).clamp(min=1)[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """An example that is tokenized."""
+
+    example: Example
+    ids: tuple[int, ...]
+    words: list[int]
+    present: list[bool]
+    questions: list[Question]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Chunk:
+    """Some of a batch's words: whose rows are pooled together."""
+
+    pool_rows: Tensor  # [B, L]: which row of the map each token adds to, -1 for none
+    index: list[int]  # which of the batch's questions these are
+    words: Tensor  # [B, R]: the word of each row, -1 for none
+    row: Tensor  # [N]
+    text: Tensor
+    query: Tensor
+    gold: Tensor
+
+
+def count_relations(
+    loaded: Loaded,
+    examples: Sequence[Example],
+    *,
+    batch_tokens: int = 2048,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> RelationCounts:
+    """Count for every head how often its strongest weight from a word is on the word that belongs to it.
+
+    Each pair is asked in both directions. Weights between tokens become weights between words: columns are
+    summed, rows averaged (arXiv 1906.04341). What lies on the word itself, on special tokens and on tokens of
+    no word is left out. In a decoder only pairs whose key stands before the query are asked.
+
+    Args:
+        loaded: The model.
+        examples: The sentences.
+        batch_tokens: How many tokens are run at once, padding included.
+        on_batch: Told after each batch: how many examples are done, and of how many.
+
+    Raises:
+        HeadscopeError: The model's attention is not between the tokens of its text.
+    """
+    ready, skipped = [], 0
+    for example in examples:
+        tokens = tokenize(example.text, loaded.tokenizer, start_token_id=loaded.start_token_id)
+        if loaded.context is not None and len(tokens) > loaded.context:
+            skipped += 1
+            continue
+        words = words_of_tokens(tokens, example.words)
+        here = set(words)
+        present = [index in here for index in range(len(example.words))]
+        ready.append(_Ready(example, tokens.ids, words, present, questions_of(example, present, causal=loaded.causal)))
+    counts = RelationCounts()
+    done = 0
+    for batch in _batches(ready, batch_tokens):
+        asked = [item for item in batch if item.questions]
+        if asked:
+            counts.merge(_count_batch(loaded, asked))
+        done += len(batch)
+        if on_batch is not None:
+            on_batch(done, len(ready))
+    counts.examples, counts.skipped = len(ready), skipped
+    return counts
+
+
+def _batches(ready: list[_Ready], batch_tokens: int) -> Iterator[list[_Ready]]:
+    """Examples of like length together, the longest first, so that too little memory shows at once."""
+    batch: list[_Ready] = []
+    for item in sorted(ready, key=lambda item: -len(item.ids)):
+        if batch and len(batch[0].ids) * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def _count_batch(loaded: Loaded, batch: list[_Ready]) -> RelationCounts:
+    length = max(len(item.ids) for item in batch)
+    ids = torch.full((len(batch), length), _padding(loaded.tokenizer))
+    mask = torch.zeros(len(batch), length, dtype=torch.long)
+    columns = torch.full((len(batch), length), -1)
+    present = torch.zeros(len(batch), max(len(item.present) for item in batch), dtype=torch.bool)
+    for i, item in enumerate(batch):
+        ids[i, : len(item.ids)] = torch.tensor(item.ids)
+        mask[i, : len(item.ids)] = 1
+        columns[i, : len(item.ids)] = torch.tensor(item.words)
+        present[i, : len(item.present)] = torch.tensor(item.present)
+    chunks = list(_chunks(batch, columns))
+    total = sum(len(item.questions) for item in batch)
+    used = int(columns.max()) + 1  # words behind the last one with tokens have no column
+
+    def hits_of(call: AttentionCall) -> tuple[Tensor, Tensor]:
+        if tuple(call.shape[-2:]) != (length, length) or call.shape[0] != len(batch):
+            raise HeadscopeError(
+                f"{loaded.name} has attention of shape {tuple(call.shape)}, but was given {len(batch)} texts of "
+                f"{length} tokens: its positions are not those of the text, so no words can be put on them."
+            )
+        hits = torch.zeros(total, call.shape[1], dtype=torch.bool)
+        controls = torch.zeros(total, call.shape[1])
+        for chunk in chunks:
+            (pooled,) = call.matrix().reduce(Pool(chunk.pool_rows, columns, "mass"))
+            asked = (chunk.text, chunk.query, chunk.gold, present[:, :used])
+            hits[chunk.index] = count_hits(pooled.cpu(), chunk.row, *asked, causal=loaded.causal)
+            controls[chunk.index] = count_controls(pooled.cpu(), chunk.words, *asked, causal=loaded.causal)
+        return hits, controls
+
+    layers = _answers(loaded, ids, mask, hits_of)
+    counts = RelationCounts([layer.shape[1] for layer, _ in layers])
+    hits, controls = (_side_by_side([layer[which] for layer in layers]) for which in (0, 1))
+    everyone = [(item, question) for item in batch for question in item.questions]
+    for number, (item, question) in enumerate(everyone):
+        direction = direction_of(question.relation, question.reverse)
+        key = (question.relation, direction, item.example.half)
+        counts.add(key, item.example.cluster, hits[number], question.gold - question.query, controls[number])
+    return counts
+
+
+def _side_by_side(layers: Sequence[Tensor]) -> Tensor:
+    """[N, H] of each layer as [N, layers, heads], with 0 for heads that a layer does not have."""
+    widest = max(layer.shape[1] for layer in layers)
+    return torch.stack([torch.nn.functional.pad(x, (0, widest - x.shape[1])) for x in layers], 1).double()
+
+
+def _chunks(batch: list[_Ready], columns: Tensor) -> Iterator[_Chunk]:
+    """The words of each text, at most 256 of a text at a time."""
+    queries = [sorted({word for word in item.words if word >= 0}) for item in batch]
+    for start in range(0, max(map(len, queries)), _ROWS_AT_ONCE):
+        pool_rows = torch.full_like(columns, -1)
+        words = torch.full((len(batch), min(_ROWS_AT_ONCE, max(map(len, queries)) - start)), -1)
+        index, places, number = [], [], 0
+        for i, item in enumerate(batch):
+            row_of = {word: row for row, word in enumerate(queries[i][start : start + _ROWS_AT_ONCE])}
+            if row_of:
+                table = torch.full((len(item.present) + 1,), -1)  # its last entry is for tokens of no word
+                table[list(row_of)] = torch.tensor(list(row_of.values()))
+                pool_rows[i] = table[columns[i]]
+                words[i, : len(row_of)] = torch.tensor(list(row_of))
+            for question in item.questions:
+                if question.query in row_of:
+                    index.append(number)
+                    places.append((row_of[question.query], i, question.query, question.gold))
+                number += 1
+        if places:
+            yield _Chunk(pool_rows, index, words, *torch.tensor(places).unbind(1))
+
+
+def _answers(loaded: Loaded, ids: Tensor, mask: Tensor, ask: Callable[[AttentionCall], Any]) -> list[Any]:
+    """Run the model once; what `ask` gave for each attention site, in the order of the calls."""
+    model = loaded.model
+    entry = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+    known = inspect.signature(entry.forward).parameters
+    options = {name: value for name, value in (("logits_to_keep", 1), ("use_cache", False)) if name in known}
+    with torch.no_grad(), record(entry, reduce=ask) as recording:
+        entry(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **options)
+    return [answer.values for answer in recording.answers]
+
+
+def _padding(tokenizer: Any) -> int:
+    found = getattr(tokenizer, "pad_token_id", None)
+    return 0 if found is None else int(found)
+
+
+def reads(loaded: Loaded, texts: Sequence[str]) -> tuple[bool, str]:
+    """Whether the model reads a language, judged by its tokens of these texts; if not, the reason.
+
+    It does with at most 5 % unknown tokens and, where most letters are Chinese, at most 1.2 tokens a
+    character: a model that sees characters only as bytes has not learned their words.
+    """
+    tokens = unknown = characters = chinese = 0
+    for text in texts:
+        cut = tokenize(text, loaded.tokenizer)
+        tokens += len(cut) - sum(cut.special)
+        unknown += sum(cut.unknown)
+        characters += sum(not c.isspace() for c in text)
+        chinese += sum("\u3400" <= c <= "\u9fff" for c in text)
+    if unknown > _MOST_UNKNOWN * tokens:
+        return False, f"{unknown / tokens:.0%} of the tokens are unknown to it, more than {_MOST_UNKNOWN:.0%}"
+    if chinese > characters / 2 and tokens > _MOST_PER_CHARACTER * characters:
+        return False, (
+            f"it needs {tokens / characters:.2f} tokens for a Chinese character, more than {_MOST_PER_CHARACTER}"
+        )
+    return True, ""

@@ -1,0 +1,194 @@
+"""What the English frames are filled with: word lists and insertions, a set for each half.
+
+The halves share no content word; function words may stand in both. An insertion of each length makes the two
+words of a pair stand at many distances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+__all__ = ["BEFORE_NOUN", "COMPOUND", "FUNCTION_WORDS", "KINDS", "LISTS", "MANNER", "PLACE", "WHO"]
+
+
+def _words(listed: str) -> frozenset[str]:
+    return frozenset(listed.split())
+
+
+FUNCTION_WORDS = _words(
+    """a after again all also and another as at because before behind but by each ever every first from had
+    he i in indeed it just later long near neither no nor not of on once only or our rather she so some
+    that the then they this though to until very was we when which while who with"""
+)
+
+
+def _lists(**lists: str) -> dict[str, list[str]]:
+    return {name: words.split() for name, words in lists.items()}
+
+
+LISTS: tuple[Mapping[str, list[str]], ...] = (
+    _lists(
+        man="king uncle father boy waiter monk",
+        woman="queen aunt mother girl waitress nun",
+        person="farmer doctor teacher baker sailor lawyer",
+        people="neighbours tourists students workers",
+        thing="letter basket hammer lamp ball cup",
+        place="garden kitchen village station church market",
+        material="stone silver paper winter",
+        adj="old small heavy bright strange dirty",
+        adv="slowly quietly silently patiently",
+        stood="stood sat",
+        moved="moved vanished returned",
+        slept="slept laughed waited smiled",
+        saw="saw noticed remembered",
+        took="carried lifted painted broke",
+        gave="gave handed sold sent",
+        given="given handed sold sent",
+        got="received bought",
+    ),
+    _lists(
+        man="prince brother grandfather son duke actor",
+        woman="princess sister grandmother daughter duchess actress",
+        person="nurse sculptor soldier driver judge pilot",
+        people="children guests players visitors",
+        thing="book box knife chair key plate",
+        place="forest library office harbour school castle",
+        material="iron gold glass summer",
+        adj="new large light dark plain clean",
+        adv="quickly calmly carefully gladly",
+        stood="remained rested",
+        moved="disappeared dropped turned",
+        slept="cried arrived shouted coughed",
+        saw="watched spotted described",
+        took="cleaned opened pushed hid",
+        gave="lent offered passed brought",
+        given="lent offered passed brought",
+        got="accepted borrowed",
+    ),
+)
+
+# Who a pronoun stands for, who else is there, and the pronoun.
+KINDS: tuple[Mapping[str, str], ...] = tuple(
+    {"{a}": a, "{d}": d, "{p}": p}
+    for a, d, p in (
+        ("{man}", "{woman}", "he"),
+        ("{woman}", "{man}", "she"),
+        ("{people}", "{person}", "they"),
+        ("{thing}", "{man}", "it"),
+        ("{man}", "{woman}", "he"),
+        ("{woman}", "{man}", "she"),
+        ("{thing}", "{woman}", "it"),
+    )
+)
+
+# How something is done, without a noun: from no word to eight.
+MANNER = (
+    (
+        "",
+        "{adv}",
+        "very {adv}",
+        "{adv} and {adv2}",
+        "very {adv} and {adv2}",
+        ", {adv} and {adv2} ,",
+        ", very {adv} and {adv2} ,",
+        ", not {adv} but very {adv2} indeed ,",
+    ),
+    (
+        "",
+        "{adv}",
+        "so {adv}",
+        "{adv} or {adv2}",
+        ", {adv} as ever ,",
+        "not so {adv} but rather {adv2}",
+        ", though not so {adv} ,",
+        "neither so {adv} nor all so {adv2} as ever",
+    ),
+)
+# Where something is done.
+PLACE = (
+    (
+        "",
+        "{adv}",
+        "{adv} again",
+        "in the {place}",
+        "in the {adj4} {place}",
+        "{adv} in the {adj4} {place}",
+        "in the {place} of the {place2}",
+        "{adv} in the {adj4} {place} of the {place2}",
+    ),
+    (
+        "",
+        "{adv}",
+        "so {adv}",
+        "behind the {place}",
+        "{adv} behind the {place}",
+        "behind the {adj4} {place} as ever",
+        "behind the {place} by the {place2}",
+        "behind the {adj4} , {adj5} {place} by the {place2}",
+    ),
+)
+# What may follow a noun for a person.
+WHO = (
+    (
+        "",
+        "who {slept4}",
+        "from the {place}",
+        "with the {adj4} {thing4}",
+        "who {slept4} in the {place}",
+        "with the {thing4} from the {place}",
+        ", who {slept4} in the {place} ,",
+        "with the {adj4} {thing4} from the {adj5} {place}",
+    ),
+    (
+        "",
+        "that {slept4}",
+        "by the {place}",
+        "who {slept4} so {adv}",
+        "who {slept4} by the {place}",
+        "on the {thing4} by the {place}",
+        ", that {slept4} by the {place} ,",
+        "by the {adj4} {place} , who {slept4} so {adv} ,",
+    ),
+)
+# What may stand between a determiner and its noun.
+BEFORE_NOUN = (
+    (
+        "",
+        "{adj}",
+        "very {adj}",
+        "{adj} , {adj2}",
+        "{adj} , very {adj2}",
+        "very {adj} , very {adj2}",
+        "{adj} , {adj2} and very {adj3}",
+        "very {adj} , {adj2} and also {adj3}",
+    ),
+    (
+        "",
+        "{adj}",
+        "so {adj}",
+        "{adj} but {adj2}",
+        "{adj} but so {adj2}",
+        "not {adj} but rather {adj2}",
+        "not so {adj} but rather {adj2}",
+        "{adj} , though not {adj2} , but {adj3}",
+    ),
+)
+# What may stand between an adjective and its noun.
+COMPOUND = (
+    (
+        "",
+        "{material}",
+        "{material} {material2}",
+        "{material} and {material2}",
+        "{material} , {material2} and {material3}",
+        "{material} , {material2} , {material3} and {material4}",
+    ),
+    (
+        "",
+        "{material}",
+        "{material} {material2}",
+        "{material} or {material2}",
+        "{material} , {material2} or {material3}",
+        "{material} , {material2} , {material3} or {material4}",
+    ),
+)

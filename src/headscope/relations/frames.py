@@ -1,0 +1,126 @@
+"""Sentence frames filled from word lists, so that the pair is known by construction.
+
+A frame is a line of words set apart by spaces. ``{place}`` is a slot, filled from the word list "place";
+``{place2}`` is filled from the same list with another word. ``/s`` marks the word that should look and ``/t``
+the word that it should look at: "The {person}/t in the {place} {slept}/s ." A ``*`` in a skeleton is where an
+insertion goes; with insertions of many lengths no fixed distance fits the pair.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from headscope.relations.pairs import Example, Pair
+
+__all__ = ["Frame", "combine", "fill", "fill_all"]
+
+_SLOT = re.compile(r"\{([a-z_]+)(\d*)\}")
+_CLOSING = frozenset(",.;:!?")  # no space before these
+
+WordLists = Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A frame, and which relation its marked pair has.
+
+    Attributes:
+        relation: The relation's name.
+        template: The line of words, as this file's docstring describes it.
+        variants: Replacements in the template, for instance which noun a pronoun stands for; the
+            fillings take turns in them. One empty variant if there are none.
+    """
+
+    relation: str
+    template: str
+    variants: tuple[tuple[tuple[str, str], ...], ...] = ((),)
+
+
+def combine(
+    relation: str,
+    skeletons: Sequence[str],
+    insertions: Sequence[str],
+    variants: Sequence[Mapping[str, str]] = ({},),
+) -> list[Frame]:
+    """Every skeleton with every insertion in the place of its ``*``.
+
+    >>> [frame.template for frame in combine("r", ["it * fell ."], ["", "then"])]
+    ['it fell .', 'it then fell .']
+    """
+    chosen = tuple(tuple(variant.items()) for variant in variants)
+    return [
+        Frame(relation, " ".join(skeleton.replace("*", insertion).split()), chosen)
+        for skeleton in skeletons
+        for insertion in insertions
+    ]
+
+
+def fill(
+    template: str, lists: WordLists, rng: random.Random, *, spaced: bool = True
+) -> tuple[str, list[tuple[int, int]], int, int]:
+    """The sentence, the spans of its words, and the places of the marked words.
+
+    Args:
+        template: The frame's line.
+        lists: The words of each slot.
+        rng: Chooses the words; none is used twice in a sentence.
+        spaced: Whether the language puts spaces between words.
+
+    >>> fill("The {cat}/t {sat}/s .", {"cat": ["cat"], "sat": ["sat"]}, random.Random(0))
+    ('The cat sat.', [(0, 3), (4, 7), (8, 11), (11, 12)], 2, 1)
+    """
+    words: list[str] = []
+    marks: dict[str, int] = {}
+    used: set[str] = set()
+    for item in template.split():
+        body, slash, mark = item.partition("/")
+        if slash:
+            marks[mark] = len(words)
+        match = _SLOT.fullmatch(body)
+        if match:
+            body = rng.choice([word for word in lists[match[1]] if word not in used])
+            used.add(body)
+        words.append(body)
+    text, spans = "", []
+    for word in words:
+        if text and spaced and word not in _CLOSING:
+            text += " "
+        spans.append((len(text), len(text) + len(word)))
+        text += word
+    return text, spans, marks["s"], marks["t"]
+
+
+def fill_all(
+    halves: Sequence[Sequence[Frame]],
+    lists: Sequence[WordLists],
+    *,
+    language: str,
+    fillings: int = 3,
+    seed: int = 0,
+    spaced: bool = True,
+) -> list[Example]:
+    """Sentences of all frames of both halves, each half with its own word lists; always the same ones."""
+    examples = []
+    for half, (frames, words) in enumerate(zip(halves, lists, strict=True)):
+        numbers: dict[str, int] = {}
+        for frame in frames:
+            number = numbers[frame.relation] = numbers.get(frame.relation, 0) + 1
+            cluster = f"{frame.relation} frame {half}.{number}"
+            rng = random.Random(zlib.crc32(f"{seed} {cluster}".encode()))
+            seen: set[str] = set()
+            for turn in range(fillings * 20):
+                template = frame.template
+                for old, new in frame.variants[(number + turn) % len(frame.variants)]:
+                    template = template.replace(old, new)
+                text, spans, source, target = fill(template, words, rng, spaced=spaced)
+                if text not in seen:
+                    seen.add(text)
+                    pair = Pair(frame.relation, source, target)
+                    examples.append(Example(text, tuple(spans), (pair,), cluster, half, language))
+                if len(seen) == fillings:
+                    break
+    return examples

@@ -1,0 +1,227 @@
+"""An atlas as tables in the terminal: roles with their evidence, heads by worth, and all about one head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from headscope.atlas import HeadAtlas
+from headscope.examples import PairLook, TokenLook
+from headscope.roles import ROLES, Evidence
+from headscope.terminal import print_renderable
+
+__all__ = ["print_atlas", "print_examples", "print_head", "print_pairs"]
+
+_TITLES = {"ablation_zero": "without it", "ablation_mean": "its mean instead", "gradient": "gradient"}
+_MOST = 3  # heads shown for a role
+_GUESSES = (
+    ("reference", "what “it” stands for", "coreference"),
+    ("cause", "what a consequence follows from", "cause"),
+    ("structure", "which subject a verb has", "subject-verb"),
+)
+
+
+def print_atlas(atlas: HeadAtlas, *, all_heads: bool = False) -> None:
+    """The roles with their evidence, the heads by worth, and how to read both."""
+    roles = atlas.roles()
+    print_renderable(_heading(atlas, roles))
+    print_renderable(_roles_table(roles, all_heads))
+    print_renderable(_worth(atlas, roles))
+    print_renderable(_guesses(atlas))
+    for note in atlas.measured.notes:
+        print_renderable(Text(note, style="yellow"))
+    print_renderable(
+        Text(
+            "Heads are picked on one half of the texts and scored on the other (score, with its 95 % interval). null: "
+            "a head that looks evenly at all it may see; for words, the best fixed distance, or what other words look "
+            "at. A role says where a head looks, not what it is worth. ←: asked the other way round, from the verb to "
+            "its subject, say.",
+            style="dim",
+        )
+    )
+    if roles:
+        best = roles[-1]
+        print_renderable(Text(f"Try: headscope heads --head {best.layer}.{best.head}", style="cyan"))
+
+
+def _heading(atlas: HeadAtlas, roles: Sequence[Evidence]) -> Text:
+    texts = len(atlas.info.get("texts", {}))
+    with_role = len({(row.layer, row.head) for row in roles})
+    told = (
+        f": {len(atlas.heads)} layers, {len(atlas)} heads; {with_role} have a role, {len(atlas) - with_role} have none."
+    )
+    words = (
+        f" From {texts} texts, {atlas.relations.examples} sentences with known relations, and repeated random tokens."
+    )
+    return Text.assemble((atlas.name, "bold"), told, words)
+
+
+def _roles_table(roles: Sequence[Evidence], all_heads: bool) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("role", style="bold", no_wrap=True)
+    for name in ("head", "picked", "score, 95 %", "null", "p", "examples"):
+        table.add_column(name, no_wrap=True, justify="right")
+    for role in dict.fromkeys(row.role for row in roles):
+        rows = [row for row in roles if row.role == role]
+        for number, row in enumerate(rows if all_heads else rows[:_MOST]):
+            table.add_row(Text(_short(role) if number == 0 else ""), *_evidence_cells(row))
+        if len(rows) > _MOST and not all_heads:
+            table.add_row("", Text(f"+{len(rows) - _MOST}", style="dim"), "", "", "", "", "")
+    if not roles:
+        table.add_row("(no head has a role)", *[""] * 6)
+    return table
+
+
+def _short(role: str) -> str:
+    return role.removesuffix(" (reverse)") + " ←" if role.endswith(" (reverse)") else role
+
+
+def _evidence_cells(row: Evidence) -> list[Any]:
+    return [
+        Text(f"{row.layer}.{row.head}", style="cyan"),
+        f"{row.picked:.0%}",
+        Text.assemble((f"{row.score:.0%}", "bold"), f" {row.low * 100:3.0f}–{row.high * 100:<3.0f}"),
+        f"{row.null:.0%}",
+        "" if math.isnan(row.p) else f"{row.p:.0e}",
+        f"{row.examples}",
+    ]
+
+
+def _worth(atlas: HeadAtlas, roles: Sequence[Evidence], most: int = 8) -> Any:
+    if "ablation_zero" not in atlas.worth.values:
+        return Text("What the heads are worth was not measured.", style="dim")
+    columns = atlas.columns()
+    zero = columns["ablation_zero"]
+    order = [i for i in zero.flatten().argsort(descending=True).tolist() if not math.isnan(float(zero.flatten()[i]))]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("worth most", style="cyan", no_wrap=True)
+    shown = [name for name in ("ablation_zero", "ablation_mean", "gradient") if name in columns]
+    for name in shown:
+        table.add_column(_TITLES[name], justify="right", no_wrap=True)
+        if name == "ablation_zero":
+            table.add_column("95 %", justify="right", no_wrap=True)
+    table.add_column("roles")
+    for index in order[:most]:
+        layer, head = divmod(index, zero.shape[1])
+        mine = [_short(row.role) for row in roles if (row.layer, row.head) == (layer, head)]
+        named = ", ".join(mine[:2]) + (f" +{len(mine) - 2}" if len(mine) > 2 else "")
+
+        def number(name: str, at: tuple[int, int] = (layer, head), sign: str = "+") -> str:
+            value = float(columns[name][at]) if name in columns else math.nan
+            return "" if math.isnan(value) else f"{value:{sign}.3f}"
+
+        cells = [number(name, sign="" if name == "gradient" else "+") for name in shown]
+        cells.insert(1, f"{number('ablation_zero_low')} … {number('ablation_zero_high')}")
+        table.add_row(f"{layer}.{head}", *cells, named or Text("none", style="dim"))
+    agreement = atlas.agreement()
+    told = f"What the model loses, in {atlas.worth.unit}, without the head, or with its mean output instead of its own."
+    if not math.isnan(agreement):
+        told += f" Rank correlation of ablation and gradient over all heads: {agreement:.2f}."
+    table.caption, table.caption_justify = told, "left"
+    return table
+
+
+def _guesses(atlas: HeadAtlas) -> Text:
+    """The article's guesses about its sentence: one head for reference, one for cause, one for structure."""
+    text = Text("One head for reference, one for cause, one for structure?\n", style="bold")
+    scored = atlas.relation_scores()
+    for name, about, relation in _GUESSES:
+        rows = [row for row in scored if row.relation == relation]
+        held = [row for row in atlas.roles() if row.role.removesuffix(" (reverse)") == relation]
+        if not rows:
+            told = "not asked."
+        elif held:
+            best = max(held, key=lambda row: row.score)
+            several = f", and {len(held) - 1} more" if len(held) > 1 else ""
+            told = (
+                f"found: {best.layer}.{best.head} is right in {best.score:.0%} of {best.examples} pairs it was not "
+                f"picked on (null: {best.null:.0%}){several}."
+            )
+        else:
+            best_row = max(rows, key=lambda row: row.accuracy)
+            fixed = " the pairs stand at too fixed a distance;" if best_row.too_fixed else ""
+            told = (
+                f"not found:{fixed} the best head, {best_row.layer}.{best_row.head}, is right in "
+                f"{best_row.accuracy:.0%} of pairs, a fixed distance in {best_row.baseline:.0%}."
+            )
+        text.append(f"  {name} ({about}): ", style="not bold bold").append(told + "\n", style="not bold")
+    return text
+
+
+def print_head(atlas: HeadAtlas, layer: int, head: int) -> None:
+    """Everything that the atlas holds about one head: roles, measures beside null and rank, relations, worth."""
+    roles = [row for row in atlas.roles() if (row.layer, row.head) == (layer, head)]
+    print_renderable(Text.assemble((f"{atlas.name} {layer}.{head}", "bold"), ": ", _named(roles)))
+    if roles:
+        print_renderable(_roles_table(roles, all_heads=True))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("measure", no_wrap=True)
+    for name in ("value", "null", "rank"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("what it is", no_wrap=True, overflow="ellipsis")
+    fixed = {f"relation:{row.direction}": max(row.baseline, row.control) for row in atlas.relation_scores()}
+    for name, values in atlas.columns().items():
+        value = float(values[layer, head])
+        if math.isnan(value) or name.endswith(("_low", "_high")) or _far_offset(name):
+            continue
+        known = values[~values.isnan()]
+        rank = int((known > value).sum()) + 1
+        null = atlas.measured.null.values.get(name)
+        even = "" if null is None else f"{float(atlas.measured.null.value(name)[layer, 0]):.3f}"
+        even = f"{fixed[name]:.3f}" if name in fixed else even
+        about = atlas.info["columns"].get(name, {})
+        told = f"{about.get('about', _ABOUT.get(name.split(':')[0], ''))}"
+        table.add_row(name, f"{value:.3f}", even, f"{rank}/{len(known)}", Text(told, style="dim"))
+    print_renderable(table)
+
+
+_ABOUT = {
+    "relation": "held-out share of pairs whose right word gets the largest weight",
+    "ablation_zero": "loss without the head minus loss with it",
+    "ablation_mean": "loss with the head's mean output instead, minus loss",
+    "gradient": "gradient importance, ÷ the layer's norm (arXiv 1905.10650)",
+}
+
+
+def _far_offset(name: str) -> bool:
+    if not name.startswith(("offset_mass", "offset_hits")):
+        return False
+    digits = name.removesuffix("_raw")[len("offset_mass") :]
+    return name.endswith("_raw") or abs(int(digits)) > 2
+
+
+def _named(roles: Sequence[Evidence]) -> str:
+    about = {role.name: role.about for role in ROLES}
+    named = [f"{row.role} ({about[row.role]})" if row.role in about else row.role for row in roles]
+    return "; ".join(named) or "no role."
+
+
+def print_examples(best: Sequence[TokenLook], worst: Sequence[TokenLook]) -> None:
+    """Where the head looks hardest, and where it spreads what it has."""
+    for title, looks in (("Looks hardest", best), ("Looks least", worst)):
+        print_renderable(Text(title, style="bold"))
+        for look in looks:
+            before = " ".join(look.before.split())[-50:]
+            text = Text(f"  {look.weight:5.0%}  … {before} ")
+            text.append(look.token or "␣", style="bold").append(" → ").append(look.target or "␣", style="bold cyan")
+            print_renderable(text.append(f"  ({look.distance:+d} tokens; {look.document})", style="dim"))
+
+
+def print_pairs(looks: Sequence[PairLook], relation: str, most: int = 4) -> None:
+    """The sentences in which a head is surest of the right word, and those in which it chose another."""
+    hits, misses = [look for look in looks if look.hit], [look for look in looks if not look.hit]
+    print_renderable(Text(f"{relation}: {len(hits)} of {len(looks)} pairs shown to it are right", style="bold"))
+    for look in [*hits[:most], *misses[:most]]:
+        mark = Text("  ✓ " if look.hit else "  ✗ ", style="green" if look.hit else "red")
+        chose = "" if look.hit else f", not “{look.gold}” ({look.weight:.0%})"
+        share = f" {look.weight:.0%}" if look.hit else ""
+        print_renderable(
+            mark.append(f"{look.query} → {look.chosen}{share}{chose}", style="bold").append(
+                f"   {look.text}", style="not bold"
+            )
+        )

@@ -1,0 +1,374 @@
+"""An atlas from end to end: tiny models, parts that survive a kill, several processes, files, figures, the command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as token_models
+from transformers import PreTrainedTokenizerFast
+
+from headscope import atlas_figures, corpus
+from headscope.atlas import HeadAtlas
+from headscope.atlas_file import load_atlas, save_atlas, to_table
+from headscope.corpus import Document
+from headscope.errors import AtlasError, TextError
+from headscope.measures import standard
+from headscope.models import Loaded
+from headscope.profiling import measure
+from headscope.relations import Example, english
+from headscope.survey import Plan, profile
+from tests import tiny
+from tests.options import one_thread  # noqa: F401  (for the whole module)
+
+PLAN = Plan(length=24, repeats=4, period=7, worth=3, worth_tokens=9)
+TEXTS = {
+    "owl": "The owl sat still. It was old, and it was grey; nobody knew how old it was.",
+    "sea": "Waves came in, one by one, and the sand was wet. A boat lay there, red and small.",
+    "bus": "The bus was late again. People stood in the rain and said nothing at all.",
+    "pie": "She made a pie. He ate it. Then both of them washed the plates and went out.",
+    "cat": "A cat knows where it is warm. It goes there, lies down and sleeps.",
+}
+
+
+def letters() -> Any:
+    """A tokenizer that cuts words into letters, with spaces and line ends as tokens of their own."""
+    known = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,;- \n"
+    inner = Tokenizer(token_models.WordLevel({"<s>": 0, "?": 1} | {c: i + 2 for i, c in enumerate(known)}, "?"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?", bos_token="<s>")
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Loaded:
+    return Loaded("tiny", tiny.llama(), letters(), 0, 64, True, "a test")
+
+
+def documents(*names: str) -> list[Document]:
+    return [Document(name, lambda name=name: TEXTS[name]) for name in names or TEXTS]  # type: ignore[misc]
+
+
+def few() -> dict[str, list[Example]]:
+    """Some sentences of both halves."""
+    given = [example for example in english() if any(p.relation == "coreference" for p in example.pairs)]
+    return {"some": [*[e for e in given if e.half == 0][:5], *[e for e in given if e.half == 1][:5]]}
+
+
+@pytest.fixture(scope="module")
+def atlas(decoder: Loaded) -> HeadAtlas:
+    return profile(decoder, documents(), examples=few(), plan=PLAN)
+
+
+def same(left: HeadAtlas, right: HeadAtlas, tolerance: float = 1e-6) -> None:
+    ours, theirs = left.columns(), right.columns()
+    assert list(ours) == list(theirs)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=tolerance, rtol=tolerance, equal_nan=True)
+    assert left.roles() == right.roles()
+    assert left.info["documents"] == right.info["documents"]
+
+
+def test_one_row_a_head_and_everything_in_it(atlas: HeadAtlas) -> None:
+    rows = atlas.rows()
+    assert [(row["layer"], row["head"]) for row in rows] == [(layer, head) for layer in range(2) for head in range(6)]
+    wanted = {"entropy", "induction", "relation:coreference", "ablation_zero", "ablation_mean_low", "gradient"}
+    assert wanted <= set(rows[0])
+    assert all(row[name] is not None for row in rows for name in wanted)
+    info = atlas.info
+    assert len(info["model"]["weights"]) == 64
+    assert info["columns"]["entropy"] == {
+        "about": "−Σ a ln a, mean over rows",
+        "unit": "nats",
+        "source": "arXiv 1906.04341",
+    }
+    assert set(info["texts"]) == set(TEXTS)
+    assert info["documents"] == {n: i % 2 for i, n in enumerate(TEXTS)} | {f"repeat:0:{i}": i % 2 for i in range(4)}
+    assert -1 <= atlas.agreement() <= 1
+    assert atlas.worth.unit == "nats a token"
+    assert repr(atlas).startswith("HeadAtlas(tiny: 12 heads, ")
+
+
+def test_many_texts_at_once_give_what_each_gives_alone(decoder: Loaded) -> None:
+    pieces = [p for n, d in enumerate(documents()) for p in corpus.cut(decoder, d, n % 2, length=24)]
+    together = measure(decoder, pieces, standard(), tokens=1 << 20)
+    alone = measure(decoder, pieces, standard(), tokens=1)
+    for name in together.sums.values:
+        torch.testing.assert_close(together.sums.value(name), alone.sums.value(name), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together.outputs["sum"], alone.outputs["sum"], atol=1e-4, rtol=1e-4)
+
+
+def test_out_of_memory_means_smaller_batches(decoder: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    from headscope import profiling
+
+    pieces = [p for d in documents() for p in corpus.cut(decoder, d, 0, length=24)]
+    inner = profiling._measure_batch
+
+    def small(loaded: Any, batch: Any, *rest: Any) -> Any:
+        if len(batch.pieces) > 3:
+            raise MemoryError
+        return inner(loaded, batch, *rest)
+
+    wanted = measure(decoder, pieces, standard())
+    monkeypatch.setattr(profiling, "_measure_batch", small)
+    found = measure(decoder, pieces, standard())
+    assert found.notes[0] == f"Not enough memory for {len(pieces)} texts at once: smaller batches were used."
+    torch.testing.assert_close(found.sums.value("entropy"), wanted.sums.value("entropy"), atol=1e-6, rtol=1e-6)
+
+
+def test_an_encoder_is_measured_without_a_loss() -> None:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=24, num_hidden_layers=2, num_attention_heads=6, intermediate_size=32
+    )
+    loaded = Loaded("bert", BertModel(config).eval().requires_grad_(False), letters(), 0, 64, False, "a test")
+    found = profile(loaded, documents(), plan=PLAN)
+    assert found.worth.unit == "1 - cosine"
+    assert "gradient" not in found.columns()
+    assert float(found.value("offset_mass+1").nan_to_num().sum()) > 0  # it sees what comes after
+    assert found.agreement() != found.agreement()
+
+
+def test_finished_parts_are_not_done_again(decoder: Loaded, atlas: HeadAtlas, tmp_path: Path) -> None:
+    told: list[str] = []
+    parts = tmp_path / "parts"
+    same(
+        profile(decoder, documents(), examples=few(), plan=PLAN, parts=parts, on_part=lambda d, o, w: told.append(w)),
+        atlas,
+    )
+    assert told == ["relations", "repeats", "texts", "texts", "worth", "worth", "worth"]
+    times = {path.name: path.stat().st_mtime_ns for path in parts.iterdir()}
+    (parts / "texts-00000004.safetensors").unlink()
+    same(profile(decoder, documents(), examples=few(), plan=PLAN, parts=parts), atlas)
+    changed = {path.name for path in parts.iterdir() if times[path.name] != path.stat().st_mtime_ns}
+    assert changed == {"texts-00000004.safetensors"}
+    with pytest.raises(AtlasError, match="holds the finished parts of other work"):
+        profile(decoder, documents("owl"), examples=few(), plan=PLAN, parts=parts)
+    (parts / "texts-00000000.safetensors").write_bytes(b"cut")
+    with pytest.raises(AtlasError, match=r"texts-00000000.safetensors is damaged .*remove it"):
+        profile(decoder, documents(), examples=few(), plan=PLAN, parts=parts)
+
+
+def test_several_processes_need_a_folder(decoder: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(AtlasError, match="3 processes share work through a folder"):
+        profile(decoder, documents(), plan=PLAN)
+
+
+def test_saved_and_loaded_it_is_the_same(atlas: HeadAtlas, tmp_path: Path) -> None:
+    path = save_atlas(atlas, tmp_path / "heads.parquet")
+    again = load_atlas(path)
+    same(again, atlas, 0)
+    assert again.info == json.loads(json.dumps(atlas.info))
+    plain = pyarrow.parquet.read_table(path)  # any reader of Parquet
+    assert plain.num_rows == 12
+    assert plain.column("layer").to_pylist() == [0] * 6 + [1] * 6
+    assert plain.column("entropy").to_pylist() == pytest.approx(atlas.value("entropy").flatten().tolist())
+
+
+def test_to_pandas_and_polars(atlas: HeadAtlas) -> None:
+    import polars
+
+    frame = to_table(atlas).to_pandas()
+    assert frame.groupby("layer")["entropy"].mean()[1] == pytest.approx(float(atlas.value("entropy")[1].mean()))
+    other = polars.from_arrow(to_table(atlas))
+    assert other.filter(polars.col("head") == 5)["confidence"].to_list() == pytest.approx(
+        atlas.value("confidence")[:, 5].tolist()
+    )
+
+
+def test_two_corpora_merge_into_one(decoder: Loaded, atlas: HeadAtlas) -> None:
+    names = list(TEXTS)
+    first = profile(decoder, documents(*names[:2]), examples=few(), plan=PLAN)
+    second = profile(decoder, documents(*names[2:4]), examples=few(), plan=PLAN)
+    both = first.merge(second)
+    whole = profile(decoder, documents(*names[:4]), examples=few(), plan=replace(PLAN, worth=4))
+    for name in ("entropy", "sink", "induction", "relation:coreference", "ablation_zero"):
+        torch.testing.assert_close(both.value(name), whole.value(name), atol=1e-9, rtol=1e-9, equal_nan=True)
+    assert both.info["documents"] == whole.info["documents"]
+    assert first.relations.examples == both.relations.examples > 0
+    with pytest.raises(AtlasError, match="both atlases hold 'owl'"):
+        atlas.merge(first)
+    stranger = Loaded("other", tiny.mistral(4), letters(), 0, 64, True, "a test")
+    with pytest.raises(AtlasError, match="different weights cannot be merged: tiny and other"):
+        first.merge(profile(stranger, documents("cat"), plan=Plan(length=24, repeats=0, worth=0)))
+
+
+def test_files_that_are_no_atlas(atlas: HeadAtlas, tmp_path: Path) -> None:
+    path = save_atlas(atlas, tmp_path / "heads.parquet")
+    with pytest.raises(AtlasError, match="There is no file"):
+        load_atlas(tmp_path / "none.parquet")
+    cut = tmp_path / "cut.parquet"
+    cut.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(AtlasError, match="no Parquet file, or is cut short"):
+        load_atlas(cut)
+    other = tmp_path / "other.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"layer": [0]}), other)
+    with pytest.raises(AtlasError, match="not an atlas of heads"):
+        load_atlas(other)
+    table = pyarrow.parquet.read_table(path)
+    held = dict(table.schema.metadata)
+    told = json.loads(held[b"headscope.atlas"])
+    for name, value, match in (
+        (b"headscope.atlas", json.dumps(told | {"format": 7}).encode(), "format 7; this version reads format 1"),
+        (b"headscope.atlas", b"{", "is damaged"),
+        (b"headscope.sums", b"\x00\x01", "is damaged"),
+        (b"headscope.atlas", json.dumps({"format": 1}).encode(), "is not a whole atlas"),
+    ):
+        pyarrow.parquet.write_table(table.replace_schema_metadata(held | {name: value}), other)
+        with pytest.raises(AtlasError, match=match):
+            load_atlas(other)
+    with pytest.raises(AtlasError, match="no column 'entropie'; it has: offset"):
+        HeadAtlas(atlas.info | {"columns": {"offset_hits-1": {}}}, atlas.measured).value("entropie")
+
+
+@pytest.mark.parametrize("by", ["roles", "worth", "entropy"])
+def test_figures(by: str, atlas: HeadAtlas, tmp_path: Path) -> None:
+    path = atlas_figures.draw(atlas, tmp_path / "heads.svg", by=by)
+    svg = path.read_text("utf-8")
+    assert svg.count("<path") > 12
+    with pytest.raises(AtlasError, match="no column 'x'"):
+        atlas_figures.draw(atlas, path, by="x")
+    with pytest.raises(ValueError, match="png"):
+        atlas_figures.draw(atlas, tmp_path / "heads.txt", by=by)
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [("word", 4), ("x" * 100_000, 100_000), ("👩‍👩‍👧‍👦 🏳️‍🌈 family", 1), ("שלום עולם, מה שלומך", 1), ("?! ...", 1)],
+    ids=["one word", "no space", "emoji", "right to left", "no words"],
+)
+def test_odd_texts_are_measured(text: str, rows: int, decoder: Loaded) -> None:
+    pieces = corpus.cut(decoder, Document("odd", lambda: text), 0, length=64, most=2)
+    assert len(pieces) == (2 if rows > 64 else 1)
+    found = measure(decoder, pieces, standard())
+    assert found.sums.value("entropy").isfinite().all()
+
+
+def test_texts_longer_than_the_context_are_cut_and_it_is_said(decoder: Loaded) -> None:
+    long = Document("long", lambda: "word " * 200)
+    pieces = corpus.cut(decoder, long, 1, length=4096)
+    assert {len(piece.ids) for piece in pieces[:-1]} == {64}
+    assert sum(len(piece.ids) - 1 for piece in pieces) == 1000
+    assert [piece.offset for piece in pieces[:3]] == [0, 63, 126]
+    found = profile(decoder, [long], plan=Plan(length=64, pieces=0, repeats=0, worth=0))
+    assert "Texts longer than 64 tokens are read in pieces, each after a start token." in found.measured.notes
+
+
+def test_texts_that_cannot_be_read(tmp_path: Path, decoder: Loaded) -> None:
+    latin, empty = tmp_path / "latin.txt", tmp_path / "empty.txt"
+    latin.write_bytes(b"caf\xe9")
+    empty.write_text(" \n")
+    for path, match in (
+        (latin, "not UTF-8: byte 3"),
+        (empty, "holds no text"),
+        (tmp_path / "no.txt", "cannot be read"),
+    ):
+        with pytest.raises(TextError, match=match):
+            corpus.documents_of([path])[0].read()
+    with pytest.raises(TextError, match="character 1 is half a character"):
+        corpus.documents_of([], text="a\ud800")[0].read()
+    with pytest.raises(TextError, match="2 tokens a piece leave no room"):
+        corpus.cut(decoder, documents("owl")[0], 0, length=2)
+
+
+def test_a_language_that_the_model_does_not_read_is_said(decoder: Loaded) -> None:
+    from headscope.relations import chinese
+
+    found = profile(decoder, documents("owl"), examples={"Chinese frames": chinese()}, plan=Plan(repeats=0, worth=0))
+    assert found.relations.examples == 0
+    assert found.measured.notes[-1].startswith("Chinese frames: not profiled, the model does not read it: ")
+
+
+def test_default_documents_are_there_and_their_hash_is_stable() -> None:
+    given = corpus.default_documents()
+    assert len(given) > 15
+    assert len({document.name for document in given}) == len(given)
+    assert corpus.digest(given) == corpus.digest(corpus.default_documents())
+    assert all(len(document.read()) > 200 for document in given)
+
+
+@pytest.fixture(scope="module")
+def folder(decoder: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in a folder, and texts beside it."""
+    path = tmp_path_factory.mktemp("model")
+    decoder.model.save_pretrained(path / "tiny")
+    decoder.tokenizer.save_pretrained(path / "tiny")
+    for name, text in TEXTS.items():
+        (path / f"{name}.txt").write_text(text, "utf-8")
+    return path
+
+
+def command(folder: Path, *options: str, processes: int = 0) -> list[str]:
+    texts = [part for name in TEXTS for part in ("--text", str(folder / f"{name}.txt"))]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
+    given = ["heads", "--model", str(folder / "tiny"), *texts, "--length", "24", *options]
+    return [sys.executable, *launch, "-m", "headscope", *given]
+
+
+def run(args: list[str]) -> subprocess.CompletedProcess[str]:
+    threads = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(args, capture_output=True, text=True, env=threads, timeout=300, check=False)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_and_begun_again_give_the_single_ones_table(folder: Path, tmp_path: Path) -> None:
+    alone = run(command(folder, "--out", str(tmp_path / "alone.parquet")))
+    assert alone.returncode == 0, alone.stderr
+    shared, parts = tmp_path / "shared.parquet", tmp_path / "shared.parquet.parts"
+    args = command(folder, "--out", str(shared), processes=2)
+    threads = os.environ | {"OMP_NUM_THREADS": "1"}
+    begun = subprocess.Popen(
+        args, env=threads, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while len(list(parts.glob("*.safetensors"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(begun.pid, signal.SIGKILL)
+    begun.wait()
+    before = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.safetensors")}
+    assert before
+    assert not shared.exists()
+    again = run(args)
+    assert again.returncode == 0, again.stderr
+    same(load_atlas(shared), load_atlas(tmp_path / "alone.parquet"))
+    assert not parts.exists()
+    assert again.stdout.count("One head for reference") == 1  # one of the two speaks
+
+
+@pytest.mark.slow
+def test_the_command_shows_saves_and_draws(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tiny.parquet"
+    made = run(command(folder, "--out", str(out), "--no-worth"))
+    assert made.returncode == 0, made.stderr
+    assert "2 layers, 12 heads" in made.stdout
+    assert "One head for reference, one for cause, one for structure?" in made.stdout
+    assert "What the heads are worth was not measured." in made.stdout
+    assert f"Atlas: {out}" in made.stdout
+    figure = tmp_path / "heads.png"
+    base = [sys.executable, "-m", "headscope", "heads", "--model", str(folder / "tiny"), "--atlas", str(out)]
+    head = run([*base, "--head", "1.3", "--figure", str(figure), "--by", "sink"])
+    assert head.returncode == 0, head.stderr
+    assert "1.3: " in head.stdout
+    assert "Looks hardest" in head.stdout
+    assert figure.stat().st_size > 5000
+    for options, match in (
+        (["--head", "2.0"], "There is no head 2.0"),
+        (["--head", "x"], "'x' is not a head"),
+        (["--figure", str(figure), "--by", "worth"], "was not measured"),
+        (["--treebank", str(folder / "owl.txt")], "owl.txt:1"),
+    ):
+        failed = run([*base[:-2], *options] if "--treebank" in options else [*base, *options])
+        assert failed.returncode == 1
+        assert match in failed.stderr

@@ -1,0 +1,267 @@
+"""Measures against their definitions on dense matrices, and on heads made by hand whose answer is known."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from headscope import AttentionMatrix, masks
+from headscope.corpus import Batch, Piece, batches
+from headscope.measures import Column, Measure, Page, Ratio, Visibility, standard, take
+from headscope.profiling import columns_of
+from headscope.reductions import Block, Reduction
+from headscope.roles import ROLES, find_roles
+from headscope.sums import Sums, document_weights, weights_of
+from tests.options import one_thread  # noqa: F401  (for the whole module)
+
+HEADS, SIZE = 6, 5
+
+
+def piece(length: int, *, end: bool, name: str = "a", half: int = 0, period: int = 0) -> Piece:
+    """A text with a start token, and an end token if wanted; every fifth token is a delimiter."""
+    sinks = tuple(i == 0 or (end and i == length - 1) for i in range(length))
+    delimiters = tuple(i % 5 == 4 and not sinks[i] for i in range(length))
+    return Piece(tuple(range(length)), sinks, delimiters, name, half, period=period)
+
+
+def batch_of(*lengths: int, end: bool = False) -> Batch:
+    (batch,) = batches([piece(n, end=end, name=f"doc {n}") for n in lengths], tokens=1 << 30)
+    return batch
+
+
+def page_of(batch: Batch, mask: masks.Mask | None, seed: int = 0) -> Page:
+    random = torch.Generator().manual_seed(seed)
+    rows, length = batch.ids.shape
+    query, key, value = (torch.randn(rows, n, length, SIZE, generator=random) for n in (HEADS, 3, 3))
+    weight = torch.randn(11, HEADS * SIZE, generator=random)
+    return Page(AttentionMatrix(2 * query, key, mask=mask), Visibility(batch, mask, HEADS), value, weight)
+
+
+def values(found: dict[str, Ratio]) -> dict[str, Tensor]:
+    """Each measure over the batch: [H]."""
+    return {name: ratio.numerator.sum(0) / ratio.denominator.sum(0) for name, ratio in found.items()}
+
+
+def by_definition(page: Page) -> dict[str, Tensor]:
+    """Every pattern measure from the dense matrix, cell by cell where that is clearest."""
+    p = page.matrix.dense().double()
+    rows, heads, length, _ = p.shape
+    text = page.batch.valid & ~page.batch.sinks
+    seen = Visibility(page.batch, page.seen.mask, HEADS).uniform.dense()[:, 0] > 0  # [B, L, S]
+    index = torch.arange(length)
+    sums: dict[str, Tensor] = {}
+    norms = []
+    weight = page.out_weight.double().unflatten(1, (HEADS, SIZE))
+    for h in range(heads):
+        norms.append((page.value.double()[:, h // 2] @ weight[:, h].T).norm(dim=-1))
+    norm = torch.stack(norms, 1)
+
+    def add(name: str, value: Tensor | float) -> None:
+        sums[name] = sums.get(name, torch.zeros(heads, dtype=torch.float64)) + value
+
+    for b in range(rows):
+        received = torch.zeros(heads, length, dtype=torch.float64)
+        lookers = torch.zeros(length, dtype=torch.float64)
+        for i in range(length):
+            if not text[b, i] or int((seen[b, i] & text[b]).sum()) < 2:
+                continue
+            a = p[b, :, i]
+            kept = a * text[b]
+            add("rows", 1.0)
+            add("on_text", kept.sum(-1))
+            add("entropy", -torch.xlogy(a, a).sum(-1))
+            add("possible", math.log(int(seen[b, i].sum())))
+            add("confidence", kept.amax(-1))
+            add("confidence_raw", a.amax(-1))
+            add("distance", (kept * (index - i).abs()).sum(-1))
+            add("distance_raw", (a * (index - i).abs()).sum(-1))
+            add("sink", (a * (page.batch.sinks & page.batch.valid)[b]).sum(-1))
+            add("first", a[:, 0])
+            add("delimiter", (a * page.batch.delimiters[b]).sum(-1))
+            carried = a * norm[b]
+            carried = carried / carried.sum(-1, keepdim=True)
+            add("norm_sink", (carried * page.batch.sinks[b]).sum(-1))
+            add("norm_first", carried[:, 0])
+            add("norm_delimiter", (carried * page.batch.delimiters[b]).sum(-1))
+            for d in range(-8, 9):
+                if 0 <= i + d < length:
+                    add(f"offset_mass{d:+d}", kept[:, i + d])
+                    add(f"offset_mass{d:+d}_raw", a[:, i + d])
+                    add(f"offset_hits{d:+d}", (kept.argmax(-1) == i + d).double())
+                    if abs(d) < 2:
+                        add(f"norm_offset{d:+d}", carried[:, i + d])
+            received += a
+            lookers += seen[b, i]
+        shares = torch.where(text[b], received / lookers.clamp(min=1), 0)
+        tenth = math.ceil(0.1 * int(text[b].sum()) - 1e-9)
+        add("received_top", shares.sort(-1, descending=True).values[:, :tenth].sum(-1))
+        add("received", shares.sum(-1))
+    over = {"confidence": "on_text", "distance": "on_text", "entropy_share": "possible", "received_top": "received"}
+    over |= {f"offset_mass{d:+d}": "on_text" for d in range(-8, 9)}
+    sums["delimiter_raw"], sums["entropy_share"] = sums["delimiter"], sums["entropy"]
+    over["delimiter"] = "on_text"
+    helpers = {"rows", "on_text", "possible", "received"}
+    return {name: value / sums[over.get(name, "rows")] for name, value in sums.items() if name not in helpers}
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder", "window"])
+def test_every_measure_is_its_definition(kind: str) -> None:
+    batch = batch_of(23, 17, 9, end=kind == "encoder")
+    mask = masks.padding([23, 17, 9])
+    mask = {"decoder": mask & masks.causal(), "encoder": mask, "window": mask & masks.sliding_window(6)}[kind]
+    page = page_of(batch, mask)
+    found, wanted = values(take(standard(), page)), by_definition(page)
+    assert set(wanted) == {column.name for column in columns_of(standard())} - {"induction", "duplicate"}
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, atol=2e-5, rtol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_padding_and_neighbours_change_nothing() -> None:
+    batch = batch_of(23, 17, end=True)
+    page = page_of(batch, masks.padding([23, 17]))
+    alone = batch_of(17, end=True)
+    cut = AttentionMatrix(page.matrix._scores.query[1:, :, :17], page.matrix._scores.key[1:, :, :17])
+    single = Page(cut, Visibility(alone, None, HEADS), page.value[1:, :, :17], page.out_weight)
+    both, one = take(standard(), page), take(standard(), single)
+    for name, ratio in one.items():
+        torch.testing.assert_close(both[name].numerator[1:], ratio.numerator, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(both[name].denominator[1:], ratio.denominator, atol=1e-4, rtol=1e-5)
+
+
+def made(positions: list[list[int]], length: int, strength: float = 30.0) -> AttentionMatrix:
+    """A head for each list: query i looks at key positions[head][i], almost alone; −1: evenly at all."""
+    key = torch.eye(length).expand(1, len(positions), -1, -1)
+    query = torch.zeros(1, len(positions), length, length)
+    for head, targets in enumerate(positions):
+        for i, j in enumerate(targets):
+            if j >= 0:
+                query[0, head, i, j] = strength
+    return AttentionMatrix(query, key, mask=masks.causal(), scale=1.0)
+
+
+def roles_of(matrix: AttentionMatrix, plain: Batch, repeated: AttentionMatrix, twice: Batch) -> list[set[str]]:
+    """The roles of heads made by hand, by the same way as a model's."""
+    sums, null = Sums(), Sums()
+    count = matrix.shape[1]
+    for number in range(6):
+        for weights, batch in ((matrix, plain), (repeated, twice)):
+            seen = Visibility(batch, masks.causal(), count)
+            asked = [measure for measure in standard() if measure.reads(batch)]
+            given = weights_of([(f"{'repeat:' if batch is twice else ''}{number}", number % 2)])
+            for into, page in ((sums, Page(weights, seen)), (null, Page(seen.uniform, seen))):
+                for column, ratio in take(asked, page).items():
+                    into.add(column, 0, 1, given, ratio.numerator, ratio.denominator)
+    found = find_roles(sums, null)
+    return [{row.role for row in found if row.head == head} for head in range(count)]
+
+
+def test_heads_made_by_hand_get_their_role_and_no_other() -> None:
+    length, period = 41, 20
+    plain = batch_of(length)
+    (twice,) = batches([piece(2 * period + 1, end=False, period=period)])
+    before = [max(0, i - 1) for i in range(length)]
+    own = list(range(length))
+    first = [0] * length
+    even = [-1] * length
+    far = [(i * 7) % (i + 1) for i in range(length)]
+    again = [i - period + 1 if i > period else 0 for i in range(length)]
+    same = [i - period if i > period else 0 for i in range(length)]
+    stops = [max((j for j in range(i) if j % 5 == 4), default=0) for i in range(length)]
+    heads = [before, own, first, even, far, stops]
+    on_plain = made([*heads, far, far], length)
+    on_twice = made([before, own, first, even, far, far, again, same], length)
+    found = roles_of(on_plain, plain, on_twice, twice)
+    wanted = [{"previous token"}, {"self"}, {"rest"}, {"broad"}, set(), {"delimiter"}, {"induction"}, {"duplicate"}]
+    assert found == wanted
+
+
+def test_a_head_that_gives_text_almost_nothing_has_no_role_from_it() -> None:
+    """It looks at the token before with 4 % of its weight, and rests with the other 96 %."""
+    length = 41
+    key = torch.eye(length).expand(1, 1, -1, -1)
+    query = torch.zeros(1, 1, length, length)
+    for i in range(2, length):
+        query[0, 0, i, 0], query[0, 0, i, i - 1] = 30.0 + math.log(24), 30.0
+    matrix = AttentionMatrix(query, key, mask=masks.causal(), scale=1.0)
+    (twice,) = batches([piece(41, end=False, period=20)])
+    assert roles_of(matrix, batch_of(length), matrix, twice) == [{"rest"}]
+
+
+def test_null_values_are_those_of_an_even_head() -> None:
+    batch = batch_of(30)
+    seen = Visibility(batch, masks.causal(), HEADS)
+    found = values(take(standard(), Page(seen.uniform, seen)))
+    visible = torch.arange(2, 30, dtype=torch.float64) + 1  # row 1 sees one text key only and does not count
+    torch.testing.assert_close(found["entropy"], visible.log().mean()[None], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found["entropy_share"], torch.ones(1).double(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found["first"], (1 / visible).mean()[None], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found["norm_first"], found["first"], atol=1e-6, rtol=1e-5)
+
+
+def test_sums_add_up_in_any_order_and_intervals_hold_the_value() -> None:
+    whole, parts = Sums(), [Sums(), Sums()]
+    for number in range(12):
+        numerator = torch.full((1, 2), 1.0 + number % 5)
+        weights = weights_of([(f"doc {number}", number % 2)])
+        for into in (whole, parts[number % 3 == 0]):
+            into.add("x", 1, 3, weights, numerator, torch.full((1, 2), 4.0))
+            into.documents[f"doc {number}"] = 4
+    merged = Sums()
+    for part in reversed(parts):
+        merged.merge(part)
+    torch.testing.assert_close(merged.values["x"], whole.values["x"])
+    assert merged.documents == whole.documents
+    value = whole.value("x", 1)
+    low, high = whole.interval("x")
+    assert value[1, 0] == pytest.approx(sum(1 + n % 5 for n in range(1, 12, 2)) / 24)
+    assert value[0].isnan().all()
+    assert low[1, 0] < value[1, 0] < high[1, 0]
+    assert document_weights("a", 0)[:2].tolist() == [1, 0]
+    assert not document_weights("a", 0)[2:].any()
+    assert document_weights("a", 1)[2:].mean() == pytest.approx(1, abs=0.3)
+    other = Sums({"x": torch.zeros(2, 2, 5, 5)})
+    with pytest.raises(ValueError, match=r"x has sums \(102, 2, 3, 2\) here and \(2, 2, 5, 5\) there"):
+        whole.merge(other)
+    with pytest.raises(ValueError, match="no replicates are kept for 'x'"):
+        other.interval("x")
+
+
+class FarMass(Reduction):
+    def start(self, shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
+        return like.new_zeros(shape[:3])
+
+    def update(self, state: Tensor, block: Block) -> None:
+        state[block.at] += (block.weights * (block.q_idx - block.kv_idx > 4)).sum(-1)
+
+
+class Far(Measure):
+    columns = (Column("far", "weight on keys more than 4 tokens back"),)
+
+    def questions(self, page: Page) -> dict[str, Reduction]:
+        return {"far": FarMass()}
+
+    def sums(self, page: Page) -> dict[str, Ratio]:
+        return {"far": Ratio(page.over_rows(page.answers["far"]), page.count)}
+
+
+def test_a_measure_of_ones_own() -> None:
+    page = page_of(batch_of(23), masks.causal())
+    p, index = page.matrix.dense().double(), torch.arange(23)
+    wanted = (p * (index[:, None] - index > 4)).sum(-1)[:, :, 2:].mean((0, 2))
+    torch.testing.assert_close(values(take([*standard(), Far()], page))["far"], wanted, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="two measures have a column 'far'"):
+        columns_of([Far(), Far()])
+
+
+def test_unknown_projections_give_no_norms_rather_than_wrong_ones() -> None:
+    page = page_of(batch_of(23), masks.causal())
+    found = values(take(standard(), Page(page.matrix, page.seen, page.value, None)))
+    assert found["norm_sink"].isnan().all()
+    assert not found["sink"].isnan().any()
+
+
+def test_every_role_rests_on_a_column_with_intervals() -> None:
+    evidence = {column.name for column in columns_of(standard()) if column.evidence}
+    assert {role.column for role in ROLES} <= evidence
+    assert all(role.source for role in ROLES)

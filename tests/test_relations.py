@@ -1,0 +1,492 @@
+"""Sentences whose pairs are known, and what is counted and concluded from them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as token_models
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from headscope.errors import HeadscopeError
+from headscope.models import Loaded
+from headscope.recording import record
+from headscope.relations import (
+    RELATIONS,
+    Example,
+    Pair,
+    RelationCounts,
+    best_heads,
+    chinese,
+    count_hits,
+    count_relations,
+    english,
+    reads,
+    scores,
+)
+from headscope.relations.chinese import FUNCTION_WORDS as CHINESE_FUNCTION
+from headscope.relations.count import questions_of, words_of_tokens
+from headscope.relations.english_words import FUNCTION_WORDS as ENGLISH_FUNCTION
+from headscope.relations.english_words import LISTS
+from headscope.relations.frames import combine, fill
+from headscope.tokens import tokenize
+from tests import tiny
+
+ENGLISH, CHINESE = english(), chinese()
+FRAMES = ENGLISH + CHINESE
+
+
+def of(relation: str, half: int) -> list[Example]:
+    return [e for e in FRAMES if e.half == half and e.pairs[0].relation == relation]
+
+
+def one_a_frame(examples: list[Example]) -> list[Example]:
+    return list({e.cluster: e for e in examples}.values())
+
+
+# Frames
+
+
+def test_a_slot_is_filled_from_its_list_and_no_word_twice() -> None:
+    lists = {"cat": ["cat", "dog"], "sat": ["sat"]}
+    for seed in range(5):
+        text, spans, source, target = fill("{cat} , {cat2}/t and I {sat}/s .", lists, random.Random(seed))
+        assert text in ("cat, dog and I sat.", "dog, cat and I sat.")
+        assert [text[a:b] for a, b in spans][source] == "sat"
+        assert text[slice(*spans[target])] == text[5:8]
+    assert fill("我/t {p}/s 。", {"p": ["她"]}, random.Random(0), spaced=False)[:2] == (
+        "我她。",
+        [(0, 1), (1, 2), (2, 3)],
+    )
+
+
+def test_every_skeleton_takes_every_insertion() -> None:
+    frames = combine("r", ["a * b", "* c"], ["", "x", ", y ,"])
+    assert [f.template for f in frames] == ["a b", "a x b", "a , y , b", "c", "x c", ", y , c"]
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_each_half_has_enough_frames_and_fillings(relation: str) -> None:
+    for half in (0, 1):
+        frames = Counter(e.cluster for e in of(relation, half))
+        assert len(frames) >= 20
+        assert min(frames.values()) >= 3
+        assert len({e.text for e in of(relation, half)}) == sum(frames.values())
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("seen", ["all", "source behind", "target behind"])
+def test_no_fixed_offset_finds_the_pair(relation: str, half: int, seen: str) -> None:
+    offsets = [e.pairs[0].target - e.pairs[0].source for e in of(relation, half)]
+    kept = [d for d in offsets if seen == "all" or (d < 0) == (seen == "source behind")]
+    counted = Counter(kept)
+    if kept:
+        assert max(counted.values()) / len(kept) <= 0.5
+        assert len(counted) >= 5
+    else:
+        assert relation in ("coreference", "coreference-zh", "determiner-noun")  # these have one order
+
+
+@pytest.mark.parametrize(("examples", "function"), [(ENGLISH, ENGLISH_FUNCTION), (CHINESE, CHINESE_FUNCTION)])
+def test_the_halves_share_no_frame_and_no_content_word(examples: list[Example], function: frozenset[str]) -> None:
+    halves: list[set[str]] = [set(), set()]
+    shapes: list[set[tuple[str, ...]]] = [set(), set()]
+    for e in examples:
+        words = [e.word(i).casefold() for i in range(len(e.words))]
+        halves[e.half] |= {word for word in words if word.isalpha()} - function
+        shapes[e.half].add((e.pairs[0].relation, *(w if w in function or not w.isalpha() else "_" for w in words)))
+    assert min(map(len, halves)) > 20
+    assert not halves[0] & halves[1]
+    assert not shapes[0] & shapes[1]  # what remains of a sentence without its content words
+    assert not {e.cluster for e in examples if e.half == 0} & {e.cluster for e in examples if e.half == 1}
+
+
+def test_words_stand_where_their_spans_say() -> None:
+    for e in FRAMES:
+        assert "".join(e.word(i) for i in range(len(e.words))) == e.text.replace(" ", "")
+        assert all(a < b for a, b in e.words)
+        assert all(first[1] <= second[0] for first, second in zip(e.words, e.words[1:], strict=False))
+
+
+def test_a_pronoun_stands_behind_the_only_noun_that_fits_it() -> None:
+    men = {word for lists in LISTS for word in lists["man"]}
+    women = {word for lists in LISTS for word in lists["woman"]}
+    for e in of("coreference", 0) + of("coreference", 1):
+        pair = e.pairs[0]
+        before = [e.word(i) for i in range(pair.source)]
+        fits = {"he": men, "she": women}.get(e.word(pair.source))
+        if fits is not None:
+            assert [word for word in before if word in fits] == [e.word(pair.target)]
+            assert [word for word in before if word in (men | women) - fits]  # and another that does not
+    kinds = Counter(e.word(e.pairs[0].source) for e in of("coreference", 1))
+    assert set(kinds) == {"he", "she", "it", "they"}
+
+
+def test_the_marked_words_are_the_ones_meant() -> None:
+    for half in (0, 1):
+        assert {e.word(e.pairs[0].target).lower() for e in of("cause", half)} == {"because"}
+        assert {e.word(e.pairs[0].source) for e in of("coreference-zh", half)} == {"他", "她", "它"}
+    for e in of("determiner-noun", 0):
+        assert e.word(e.pairs[0].source).lower() in {"the", "this", "every", "some"}
+    for half, giver in ((0, "我"), (1, "你")):
+        assert giver in {e.word(e.pairs[0].target) for e in of("giver-receiver-zh", half)}
+
+
+def test_the_same_sentences_each_time() -> None:
+    assert english() == ENGLISH
+    assert chinese() == CHINESE
+
+
+# Counting
+
+
+def example(words: str, *pairs: tuple[int, int], relation: str = "r", cluster: str = "c", half: int = 1) -> Example:
+    spans, at = [], 0
+    for word in words.split():
+        spans.append((at, at + len(word)))
+        at += len(word) + 1
+    found = tuple(Pair(relation, source, target) for source, target in pairs)
+    return Example(words, tuple(spans), found, cluster, half, "en")
+
+
+def hits_by_hand(rows: list[list[float]], query: int, gold: int, causal: bool) -> list[bool]:
+    """One question to a map of [heads][words]: one text, one row."""
+    word_map = torch.tensor(rows)[None, :, None, :]
+    where = [torch.tensor([n]) for n in (0, 0, query, gold)]
+    present = torch.ones(1, len(rows[0]), dtype=torch.bool)
+    found: list[bool] = count_hits(word_map, *where, present, causal=causal)[0].tolist()
+    return found
+
+
+def test_the_word_itself_and_in_a_decoder_what_follows_are_no_choice() -> None:
+    rows = [[0.2, 0.1, 0.6, 0.1], [0.1, 0.2, 0.3, 0.4]]
+    assert hits_by_hand(rows, query=2, gold=0, causal=True) == [True, False]
+    assert hits_by_hand(rows, query=2, gold=1, causal=True) == [False, True]
+    assert hits_by_hand(rows, query=2, gold=0, causal=False) == [True, False]
+    assert hits_by_hand(rows, query=2, gold=1, causal=False) == [False, False]
+    assert hits_by_hand(rows, query=2, gold=3, causal=False) == [False, True]
+
+
+def test_a_tie_is_no_hit() -> None:
+    rows = [[0.3, 0.3, 0.4], [0.0, 0.0, 0.0], [0.3, 0.2, 0.3]]
+    assert hits_by_hand(rows, query=2, gold=0, causal=True) == [False, False, True]
+    assert hits_by_hand(rows, query=1, gold=0, causal=False) == [False, False, False]
+
+
+def test_words_without_tokens_are_no_choice() -> None:
+    word_map = torch.tensor([[[[0.2, 0.5, 0.3, 0.0]]]])
+    where = [torch.tensor([n]) for n in (0, 0, 3, 2)]
+    present = torch.tensor([[True, False, True, True]])
+    assert count_hits(word_map, *where, present, causal=True).tolist() == [[True]]
+
+
+def test_which_questions_are_asked() -> None:
+    e = example("a b c d", (3, 0), (0, 2), (1, 0), (2, 2))
+    everything = [(q.reverse, q.query, q.gold) for q in questions_of(e, [True] * 4, causal=False)]
+    assert everything == [(False, 3, 0), (True, 0, 3), (False, 0, 2), (True, 2, 0), (False, 1, 0), (True, 0, 1)]
+    back = [(q.reverse, q.query, q.gold) for q in questions_of(e, [True] * 4, causal=True)]
+    assert back == [(False, 3, 0), (True, 2, 0)]  # b has only a to choose from
+    gone = [(q.reverse, q.query, q.gold) for q in questions_of(e, [True, False, True, True], causal=True)]
+    assert gone == [(False, 3, 0)]  # and now c has only a
+
+
+def test_a_token_belongs_to_the_word_that_it_overlaps_most() -> None:
+    tokens = tokenize("It's well-known", word_level(["It", "'", "s", "well", "-", "known"]), start_token_id=0)
+    assert tokens.offsets[1:] == ((0, 2), (2, 3), (3, 4), (5, 9), (9, 10), (10, 15))
+    assert words_of_tokens(tokens, [(0, 2), (2, 4), (5, 15)]) == [-1, 0, 1, 1, 2, 2, 2]
+    assert words_of_tokens(tokens, [(0, 4), (5, 7), (7, 15)]) == [-1, 0, 0, 0, 1, 2, 2]  # "well": 2 and 2, the first
+    assert words_of_tokens(tokens, [(0, 4), (5, 6), (6, 12)]) == [-1, 0, 0, 0, 2, 2, 2]
+
+
+def word_level(words: list[str]) -> Any:
+    inner = Tokenizer(token_models.WordLevel({"<s>": 0, "?": 1} | {w: i + 2 for i, w in enumerate(words)}, "?"))
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?")
+
+
+def letter_level() -> Any:
+    """A tokenizer that cuts every word into its letters, in the vocabulary of the tiny models."""
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,-"
+    inner = Tokenizer(token_models.WordLevel({"<s>": 0, "?": 1} | {c: i + 2 for i, c in enumerate(letters)}, "?"))
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("", "isolated")]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?")
+
+
+def loaded(model: torch.nn.Module, tokenizer: Any, context: int | None = None, causal: bool = True) -> Loaded:
+    return Loaded("tiny", model, tokenizer, 0, context, causal, "a test")
+
+
+def same(left: RelationCounts, right: RelationCounts) -> bool:
+    assert left.keys == right.keys
+    assert left.heads == right.heads
+    for key in left.keys:
+        one, other = left.tally(*key), right.tally(*key)
+        assert one.clusters == other.clusters
+        for name in ("hits", "pairs", "offsets"):
+            torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0)
+    return True
+
+
+SOME = one_a_frame(of("coreference", 0))[::12] + one_a_frame(of("cause", 1))[::9] + one_a_frame(of("cause", 0))[::12]
+
+
+@pytest.fixture(scope="module")
+def letters() -> Loaded:
+    return loaded(tiny.llama(), letter_level())
+
+
+@pytest.fixture(scope="module")
+def counted(letters: Loaded) -> RelationCounts:
+    return count_relations(letters, SOME)
+
+
+def test_hits_are_those_of_a_plain_computation(letters: Loaded, counted: RelationCounts) -> None:
+    total: dict[tuple[str, bool], Tensor] = {}
+    for e in SOME:
+        tokens = tokenize(e.text, letters.tokenizer, start_token_id=0)
+        with torch.no_grad(), record(letters.model) as recording:
+            letters.model(torch.tensor([tokens.ids]))
+        weights = torch.cat(recording.to_attentions()).double()  # [layers, H, T, T]
+        members = [[t for t, (a, b) in enumerate(tokens.offsets) if t and start <= a < end] for start, end in e.words]
+        words = torch.stack([weights[..., m].sum(-1) for m in members], -1)
+        words = torch.stack([words[..., m, :].mean(-2) for m in members], -2)
+        for reverse in (False, True):
+            query, gold = (e.pairs[0].source, e.pairs[0].target)[:: -1 if reverse else 1]
+            if 2 <= query > gold:
+                hit = words[..., query, :query].argmax(-1) == gold
+                key = e.pairs[0].relation, reverse
+                total[key] = total.get(key, torch.zeros(2, 6)) + hit
+    assert len(total) == 3
+    for (relation, reverse), wanted in total.items():
+        direction = relation + " (reverse)" * reverse
+        got = sum(counted.tally(relation, direction, half).hits.sum(0) for half in (0, 1))
+        torch.testing.assert_close(got, wanted.double())
+    assert sum(hits.sum() for hits in total.values()) > 5
+
+
+def test_padding_and_batches_change_nothing(letters: Loaded, counted: RelationCounts) -> None:
+    seen: list[tuple[int, int]] = []
+    alone = count_relations(letters, SOME, batch_tokens=1, on_batch=lambda done, of: seen.append((done, of)))
+    assert same(alone, counted)
+    assert seen == [(i, len(SOME)) for i in range(1, len(SOME) + 1)]
+
+
+def test_parts_add_up_to_the_whole(letters: Loaded, counted: RelationCounts) -> None:
+    first, second = count_relations(letters, SOME[::2]), count_relations(letters, SOME[1::2])
+    merged = RelationCounts()
+    merged.merge(first)
+    merged.merge(second)
+    assert same(merged, counted)
+    assert merged.examples == counted.examples == len(SOME)
+    with pytest.raises(ValueError, match=r"2 layers with \[6\] heads, and has 3 layers with \[5\]"):
+        RelationCounts([5, 5, 5]).merge(counted)
+
+
+def test_counts_survive_a_file(counted: RelationCounts) -> None:
+    tensors, names = counted.to_tensors()
+    again = RelationCounts.from_tensors(load(save(tensors)), json.loads(json.dumps(names)))
+    assert same(again, counted)
+    assert (again.examples, again.skipped) == (counted.examples, counted.skipped)
+    with pytest.raises(ValueError, match=r"'0\.pairs' of shape .* got none"):
+        RelationCounts.from_tensors({"0.hits": tensors["0.hits"]}, names)
+
+
+def test_a_long_text_is_read_in_chunks() -> None:
+    words = [f"{a}{b}" for a in "abcdefghijklmnopqr" for b in "abcdefghijklmnopqr"]  # 324 words
+    pairs = [(i, i - 1 - i % 7) for i in range(8, 324)]
+    e = example(" ".join(words), *pairs)
+    model = loaded(tiny.llama(max_position_embeddings=1024), letter_level())
+    whole = count_relations(model, [e])
+    assert whole.tally("r", "r", 1).pairs.tolist() == [316]
+    parts = RelationCounts()
+    for start in range(0, 316, 100):
+        parts.merge(count_relations(model, [example(e.text, *pairs[start : start + 100])]))
+    assert same(whole, parts)
+
+
+def test_texts_that_are_too_long_are_skipped_and_counted(letters: Loaded) -> None:
+    short, long = example("a b c d", (3, 0)), example("a b c d e f g", (6, 0))
+    counts = count_relations(loaded(letters.model, letters.tokenizer, context=7), [short, long])
+    assert (counts.examples, counts.skipped) == (1, 1)
+    assert counts.tally("r", "r", 1).pairs.tolist() == [1]
+    nothing = count_relations(loaded(letters.model, letters.tokenizer, context=3), [short, long])
+    assert (nothing.examples, nothing.skipped, nothing.keys) == (0, 2, ())
+    assert scores(nothing) == []
+
+
+def test_attention_that_is_not_between_the_tokens_is_refused(letters: Loaded) -> None:
+    class Halved(torch.nn.Module):
+        """A model that reads every second token."""
+
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner, self.config = inner, inner.config
+
+        @property
+        def device(self) -> torch.device:
+            return torch.device("cpu")
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+            return self.inner(input_ids[:, ::2], attention_mask=attention_mask[:, ::2])
+
+    with pytest.raises(HeadscopeError, match=r"tiny has attention of shape \(1, 6, 4, 4\), .* 1 texts of 8 tokens"):
+        count_relations(loaded(Halved(letters.model), letters.tokenizer), [example("a b c d e f g", (6, 0))])
+
+
+# Scores
+
+
+def made_up(hits: dict[int, list[int]], offsets: dict[int, list[int]], pairs: int = 4) -> RelationCounts:
+    """Counts of a model with two layers, of 2 heads and 1: head 1.0 hits `hits[half][cluster]` of the pairs.
+
+    `offsets[half]` is the offset of every pair in a cluster.
+    """
+    counts = RelationCounts([2, 1])
+    for half in hits:
+        for cluster, (good, offset) in enumerate(zip(hits[half], offsets[half], strict=True)):
+            for pair in range(pairs):
+                found = torch.zeros(2, 2)
+                found[1, 0] = pair < good
+                found[0, 1] = offset == -2  # a head that always looks two words back
+                counts.add(("r", "r", half), f"{half} {cluster}", found, offset)
+    return counts
+
+
+PICKS, PICK_OFFSETS = [4, 2, 4, 4, 4, 4], [-1, -2, -3, -4, -5, -6]
+
+
+def test_a_head_is_compared_with_the_best_fixed_offset() -> None:
+    counts = made_up({0: PICKS, 1: [4] * 30}, {0: PICK_OFFSETS, 1: [-2] * 10 + [-3] * 9 + [-4] * 11})
+    rows = scores(counts)
+    assert [(row.layer, row.head) for row in rows] == [(0, 0), (0, 1), (1, 0)]  # 1.1 is no head
+    best = rows[2]
+    assert (best.accuracy, best.pairs, best.clusters, best.picked_accuracy) == (1.0, 120, 30, 22 / 24)
+    # On the half that picks the offset is -6, the first of equals: differences 4, 2, 4, 4, 4, 0, T = 18 ÷ √68.
+    assert best.picked_p == pytest.approx(0.5 * torch.erfc(torch.tensor(18 / 68**0.5 / 2**0.5).double()).item())
+    assert (best.baseline, best.baseline_offset) == (11 * 4 / 120, -4)
+    assert (best.low, best.high) == (1.0, 1.0)
+    # 19 clusters with a difference of 4, 11 with 0: T = 76 ÷ √304
+    assert best.p == pytest.approx(0.5 * torch.erfc(torch.tensor(76 / 304**0.5 / 2**0.5).double()).item())
+    assert best.p_holm == pytest.approx(3 * best.p)
+    assert best.role
+    assert rows[1].accuracy == pytest.approx(1 / 3)
+    assert rows[1].low < 1 / 3 < rows[1].high
+    assert not rows[1].role
+    assert rows[0].p > 0.5
+    assert best_heads(counts, "r")[0] == (1, 0, 22 / 24)
+    assert scores(counts, half=0)[2].accuracy == 22 / 24
+
+
+def test_few_clusters_are_no_evidence_however_many_pairs() -> None:
+    counts = RelationCounts([1])
+    for cluster in range(3):
+        for pair in range(500):
+            counts.add(("r", "r", 1), str(cluster), torch.ones(1, 1), -2 - pair % 20)
+    (row,) = scores(counts)
+    assert row.accuracy == 1
+    assert row.p_holm == pytest.approx(0.5 * torch.erfc(torch.tensor(1.5).double().sqrt()).item())
+
+
+def test_sentences_that_hardly_vary_give_no_role() -> None:
+    rest = [*range(-30, -15), *range(15, 29)]
+    for fixed, wanted in ((31, True), (29, False)):
+        offsets = [-2] * fixed + rest + [29] * (31 - fixed)
+        row = scores(made_up({0: PICKS, 1: [4] * 60}, {0: PICK_OFFSETS, 1: offsets}))[2]
+        assert row.p_holm < 0.05
+        assert (row.too_fixed, row.role) == (wanted, not wanted)
+
+
+def test_a_role_has_to_show_on_both_halves() -> None:
+    offsets = [-2] * 10 + [-3] * 9 + [-4] * 11
+    for picks, wanted in (([4] * 6, True), ([4, 0, 0, 0, 0, 4], False)):
+        row = scores(made_up({0: picks, 1: [4] * 30}, {0: PICK_OFFSETS, 1: offsets}))[2]
+        assert row.p_holm < 0.05
+        assert row.role == wanted
+
+
+def test_pairs_far_apart_agree_with_no_offset() -> None:
+    counts = made_up({1: [4] * 4}, {1: [-2, -90, -90, -90]})
+    row = scores(counts)[2]
+    assert (row.baseline, row.baseline_offset, row.pairs) == (0.25, -2, 16)
+    assert row.picked_accuracy != row.picked_accuracy  # NaN: nothing to pick on
+
+
+def test_what_is_not_there_is_told() -> None:
+    counts = made_up({1: [4]}, {1: [-2]})
+    with pytest.raises(ValueError, match=r"'q' in the direction 'q \(reverse\)'.*half 0.*It has: nothing"):
+        best_heads(counts, "q", "q (reverse)")
+    with pytest.raises(ValueError, match="half=2"):
+        scores(counts, half=2)
+
+
+@pytest.mark.slow
+def test_random_weights_have_no_relation_role() -> None:
+    examples = [e for r in ("coreference", "cause", "determiner-noun") for h in (0, 1) for e in one_a_frame(of(r, h))]
+    words = sorted({e.word(i) for e in examples for i in range(len(e.words))})
+    config = LlamaConfig(
+        vocab_size=len(words) + 2,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=4,
+        initializer_range=0.5,
+    )
+    tokenizer = word_level(words)
+    alone = 0  # good after the correction, on the reported half alone
+    for seed in range(20):
+        torch.manual_seed(seed)
+        counts = count_relations(loaded(LlamaForCausalLM(config).eval(), tokenizer), examples, batch_tokens=16384)
+        rows = scores(counts)
+        assert len(rows) == 12 * 4  # determiners look forward: only the reverse; pronouns only back
+        assert [row for row in rows if row.role] == []
+        alone += sum(row.p_holm < 0.05 and row.accuracy > row.baseline for row in rows)
+    assert alone <= 3  # 5 % of 60 families of tests
+
+
+def test_a_head_that_was_built_for_a_relation_gets_its_role() -> None:
+    """A map that puts all weight on the gold word of every coreference pair, and another that looks one back."""
+    counts = RelationCounts([2])
+    for e in of("coreference", 0) + of("coreference", 1):
+        for question in questions_of(e, [True] * len(e.words), causal=True):
+            width = len(e.words)
+            rows = torch.zeros(2, width)
+            rows[0, question.gold] = 1
+            rows[1, question.query - 1] = 1
+            where = [torch.tensor([n]) for n in (0, 0, question.query, question.gold)]
+            hit = count_hits(rows[None, :, None], *where, torch.ones(1, width, dtype=torch.bool), causal=True)
+            key = ("coreference", "coreference", e.half)
+            counts.add(key, e.cluster, hit.double(), question.gold - question.query)
+    assert [row.role for row in scores(counts)] == [True, False]
+
+
+# Which languages a model reads
+
+
+def test_a_model_reads_what_it_has_tokens_for(letters: Loaded) -> None:
+    assert reads(letters, ["The king slept", "I saw it"]) == (True, "")
+    good, reason = reads(letters, ["The king 睡"])
+    assert not good
+    assert reason == "12% of the tokens are unknown to it, more than 5%"
+
+
+def test_chinese_in_bytes_is_not_read() -> None:
+    inner = Tokenizer(token_models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model = loaded(torch.nn.Identity(), PreTrainedTokenizerFast(tokenizer_object=inner))
+    assert reads(model, ["我把苹果给了她。"]) == (
+        False,
+        "it needs 3.00 tokens for a Chinese character, more than 1.2",
+    )
+    assert reads(model, ["abc def"]) == (True, "")
