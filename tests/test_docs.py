@@ -97,3 +97,21 @@ def test_examples_in_docstrings(name: str) -> None:
     module = importlib.import_module(name)
     result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     assert result.failed == 0
+
+
+def test_every_measure_and_role_is_on_its_page() -> None:
+    from headscope.measures import standard
+    from headscope.profiling import columns_of
+    from headscope.relations import RELATIONS
+    from headscope.roles import ROLES
+
+    page = (ROOT / "docs" / "heads.md").read_text("utf-8")
+    plain = {re.sub(r"[+-]\d+", "", column.name.removesuffix("_raw")) for column in columns_of(standard())}
+    assert [name for name in plain if f"`{name}" not in page] == []
+    for role in ROLES:
+        assert f"| {role.name} | `{role.column}` | {role.threshold} | {role.source} |" in page
+    assert [name for name in RELATIONS if f"`{name}`" not in page] == []
+    options = typer.main.get_command(cli.app).commands["heads"].params  # type: ignore[attr-defined]
+    told = page + typer.main.get_command(cli.app).commands["heads"].help  # type: ignore[attr-defined]
+    assert {"--again", "--treebank", "--atlas"} <= {name for option in options for name in option.opts}
+    assert "--again" in told

@@ -188,6 +188,20 @@ def test_a_head_that_gives_text_almost_nothing_has_no_role_from_it() -> None:
     assert roles_of(matrix, batch_of(length), matrix, twice) == [{"rest"}]
 
 
+def test_a_head_is_reported_on_the_half_that_did_not_pick_it() -> None:
+    """Strong where it was picked, weak elsewhere: no role; strong on both: the score is the other half's."""
+    sums, null = Sums(), Sums()
+    for number in range(8):
+        half = number % 2
+        found = torch.tensor([[0.9, 0.9 - 0.2 * half]]) if half == 0 else torch.tensor([[0.1, 0.7]])
+        given = weights_of([(f"doc {number}", half)])
+        sums.add("first", 0, 1, given, found, torch.ones(1, 2))
+        null.add("first", 0, 1, given[:2], torch.full((1, 1), 0.1), torch.ones(1, 1))
+    (row,) = find_roles(sums, null, halves={f"doc {number}": number % 2 for number in range(8)})
+    assert (row.role, row.head, row.documents) == ("rest", 1, 4)
+    assert (row.picked, row.score, row.null) == (pytest.approx(0.9), pytest.approx(0.7), pytest.approx(0.1))
+
+
 def test_null_values_are_those_of_an_even_head() -> None:
     batch = batch_of(30)
     seen = Visibility(batch, masks.causal(), HEADS)

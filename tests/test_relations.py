@@ -25,6 +25,7 @@ from headscope.relations import (
     RelationCounts,
     best_heads,
     chinese,
+    count_controls,
     count_hits,
     count_relations,
     english,
@@ -490,3 +491,28 @@ def test_chinese_in_bytes_is_not_read() -> None:
         "it needs 3.00 tokens for a Chinese character, more than 1.2",
     )
     assert reads(model, ["abc def"]) == (True, "")
+
+
+def test_what_other_words_look_at_by_hand() -> None:
+    """Words 0 to 4; word 4 asks for word 1. Of the others that may see it, 2 and 3, one head sends one there."""
+    rows = torch.zeros(1, 2, 5, 5)
+    rows[0, 0, 2, 1], rows[0, 0, 3, 2], rows[0, 0, 4, 1], rows[0, 0, 0, 1] = 0.9, 0.9, 0.9, 0.9
+    rows[0, 1, 2:, 1] = 0.9
+    where = torch.arange(5)[None], torch.tensor([0]), torch.tensor([4]), torch.tensor([1])
+    present = torch.ones(1, 5, dtype=torch.bool)
+    assert count_controls(rows, *where, present, causal=True).tolist() == [[0.5, 1.0]]
+    assert count_controls(rows, *where, present, causal=False)[0, 0] == pytest.approx(2 / 3)  # word 0 sees it as well
+
+
+def test_a_head_that_likes_a_word_whoever_asks_has_no_role() -> None:
+    counts = RelationCounts([2])
+    for half in (0, 1):
+        for cluster in range(30):
+            controls = torch.tensor([[1.0, 0.1]])
+            counts.add(("r", "r", half), f"{half} {cluster}", torch.ones(1, 2), -2 - cluster % 20, controls)
+    everywhere, here = scores(counts)
+    assert everywhere.accuracy == here.accuracy == 1
+    assert (everywhere.control, here.control) == (1, pytest.approx(0.1))
+    assert here.role
+    assert not everywhere.role
+    assert everywhere.p_holm == 1
