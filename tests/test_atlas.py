@@ -372,3 +372,37 @@ def test_the_command_shows_saves_and_draws(folder: Path, tmp_path: Path) -> None
         failed = run([*base[:-2], *options] if "--treebank" in options else [*base, *options])
         assert failed.returncode == 1
         assert match in failed.stderr
+
+
+@pytest.mark.parametrize("name", ["smollm2", "minilm"])
+def test_the_atlas_in_the_package_is_of_the_model_here(name: str, request: pytest.FixtureRequest) -> None:
+    from importlib import resources
+
+    from headscope.survey import weights_hash
+
+    loaded = request.getfixturevalue(name)
+    with resources.as_file(resources.files("headscope") / "atlases" / f"{name}.parquet") as path:
+        held = load_atlas(path)
+    assert held.info["model"]["weights"] == weights_hash(loaded.model)
+    assert len(held) == {"smollm2": 270, "minilm": 72}[name]
+    assert set(held.info["columns"]) == {column.name for measure in standard() for column in measure.columns}
+    best = [row for row in held.roles() if row.role == "coreference"]
+    assert best
+    assert all(row.low > 0.2 and row.p < 0.05 for row in best)
+    assert held.value("ablation_zero").isfinite().all()
+
+
+def test_the_atlas_in_the_package_comes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from headscope import cli, models
+
+    def no_model(name: str) -> None:
+        raise AssertionError(f"{name} was loaded")
+
+    monkeypatch.setattr(models, "load", no_model)
+    monkeypatch.setenv("COLUMNS", "80")
+    done = CliRunner().invoke(cli.app, ["heads", "--model", "minilm"])
+    assert done.exit_code == 0
+    assert "minilm: 6 layers, 72 heads" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80

@@ -164,14 +164,17 @@ class HeadAtlas:
         ]
 
     def agreement(self) -> float:
-        """Spearman's rank correlation of ablation to zero and gradient importance over all heads; NaN without both."""
+        """Spearman's rank correlation of E abs(ablation effect) and gradient importance over heads; NaN without both.
+
+        The gradient has no sign, so the effect of ablation to zero is taken without its own, text by text.
+        """
         if not {"ablation_zero", "gradient"} <= set(self.worth.values):
             return float("nan")
         from headscope.effects import HeadEffects, agreement
 
         both = [
             HeadEffects(v.mean(0), v, self.worth.clean, self.worth.unit, m)
-            for m, v in ((m, self.worth.values[m]) for m in ("ablation_zero", "gradient"))
+            for m, v in ((m, self.worth.values[m].abs()) for m in ("ablation_zero", "gradient"))
         ]
         return agreement(*both)
 

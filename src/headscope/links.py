@@ -7,7 +7,6 @@ start token, [CLS], [SEP]) or on the word itself is kept apart from what goes to
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from headscope.errors import HeadscopeError
 from headscope.matrix import AttentionMatrix
-from headscope.models import Loaded
+from headscope.models import Loaded, reader
 from headscope.recording import Recording, record
 from headscope.seam import AttentionCall
 from headscope.tokens import Tokens, Word
@@ -121,9 +120,7 @@ def run(loaded: Loaded, tokens: Tokens, *, on_layer: Callable[[int, int], None] 
     """
     model = loaded.model
     inputs = torch.tensor([tokens.ids], device=model.device)
-    entry = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
-    known = inspect.signature(entry.forward).parameters
-    options = {name: value for name, value in (("logits_to_keep", 1), ("use_cache", False)) if name in known}
+    entry, options = reader(model)
     layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0))
     done = 0
 

@@ -6,6 +6,7 @@ file loads nothing heavy: the library that runs the models is imported when one 
 
 import contextlib
 import difflib
+import inspect
 import json
 import mmap
 import os
@@ -20,7 +21,7 @@ from headscope import store as _store
 from headscope.errors import ModelNotFound
 from headscope.store import ModelEntry, available, cache_dir, remove
 
-__all__ = ["Loaded", "ModelEntry", "available", "cache_dir", "load", "pull", "remove"]
+__all__ = ["Loaded", "ModelEntry", "available", "cache_dir", "load", "pull", "reader", "remove"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,16 @@ def load(
         causal=decoder,
         source=str(Path(where) / gguf) if gguf else where,
     )
+
+
+def reader(model: Any) -> tuple[Any, dict[str, Any]]:
+    """The module that reads a text (the encoder, if there are two), and options by which it does no more than that.
+
+    No cache, and logits of the last position alone, where the model knows these options.
+    """
+    entry = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+    known = inspect.signature(entry.forward).parameters
+    return entry, {name: value for name, value in (("logits_to_keep", 1), ("use_cache", False)) if name in known}
 
 
 def _resolve(name: str) -> tuple[str, str | None]:

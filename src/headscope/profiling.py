@@ -5,7 +5,6 @@ All questions of a layer share one pass over its weights, which happens as the l
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from headscope.corpus import Batch, Piece, batches
 from headscope.measures import Column, Measure, Page, Ratio, Visibility, take
-from headscope.models import Loaded
+from headscope.models import Loaded, reader
 from headscope.recording import record
 from headscope.seam import AttentionCall
 from headscope.sums import Sums, weights_of
@@ -140,10 +139,7 @@ def _measure_batch(loaded: Loaded, batch: Batch, measures: Sequence[Measure], la
 
 def run(loaded: Loaded, batch: Batch, on_call: Callable[[AttentionCall], None]) -> None:
     """One forward without gradients, caches or logits that nobody reads; ``on_call`` is told of each layer."""
-    model = loaded.model
-    entry = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
-    known = inspect.signature(entry.forward).parameters
-    options = {name: value for name, value in (("logits_to_keep", 1), ("use_cache", False)) if name in known}
+    entry, options = reader(loaded.model)
     mask = None if bool(batch.valid.all()) else batch.valid.long()
     with torch.no_grad(), record(entry, reduce=on_call):
         entry(input_ids=batch.ids, attention_mask=mask, **options)

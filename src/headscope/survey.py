@@ -28,7 +28,7 @@ from headscope.corpus import Document, Piece
 from headscope.effects import head_effects
 from headscope.errors import AtlasError
 from headscope.measures import Measure, standard
-from headscope.models import Loaded
+from headscope.models import Loaded, reader
 from headscope.profiling import columns_of, measure
 from headscope.recording import record
 from headscope.relations import Example, count_relations, reads
@@ -305,15 +305,14 @@ def _means(parts: Sequence[HeadAtlas]) -> Tensor | None:
 
 def _head_counts(loaded: Loaded) -> tuple[int, ...]:
     """Heads of each attention site, found by running one token pair."""
-    model = loaded.model
-    entry = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+    entry, options = reader(loaded.model)
     found: list[int] = []
 
     def see(call: AttentionCall) -> None:
         found.append(call.shape[1])
 
     with torch.no_grad(), record(entry, reduce=see):
-        entry(input_ids=torch.tensor([[1, 2]], device=model.device))
+        entry(input_ids=torch.tensor([[1, 2]], device=loaded.model.device), **options)
     return tuple(found)
 
 

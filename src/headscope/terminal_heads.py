@@ -17,7 +17,7 @@ from headscope.terminal import print_renderable
 
 __all__ = ["print_atlas", "print_examples", "print_head", "print_pairs"]
 
-_TITLES = {"ablation_zero": "without it", "ablation_mean": "its mean instead", "gradient": "gradient"}
+_TITLES = {"ablation_zero": "without it", "ablation_mean": "its mean", "gradient": "gradient"}
 _MOST = 3  # heads shown for a role
 _GUESSES = (
     ("reference", "what “it” stands for", "coreference"),
@@ -121,7 +121,7 @@ def _worth(atlas: HeadAtlas, roles: Sequence[Evidence], most: int = 8) -> Any:
     agreement = atlas.agreement()
     told = f"What the model loses, in {atlas.worth.unit}, without the head, or with its mean output instead of its own."
     if not math.isnan(agreement):
-        told += f" Rank correlation of ablation and gradient over all heads: {agreement:.2f}."
+        told += f" Rank correlation of its size with the gradient over all heads: {agreement:.2f}."
     table.caption, table.caption_justify = told, "left"
     return table
 

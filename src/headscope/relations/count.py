@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headscope.errors import HeadscopeError
-from headscope.models import Loaded
+from headscope.models import Loaded, reader
 from headscope.recording import record
 from headscope.reductions import Pool
 from headscope.relations.counts import RelationCounts, direction_of
@@ -290,12 +289,9 @@ def _chunks(batch: list[_Ready], columns: Tensor) -> Iterator[_Chunk]:
 
 def _answers(loaded: Loaded, ids: Tensor, mask: Tensor, ask: Callable[[AttentionCall], Any]) -> list[Any]:
     """Run the model once; what `ask` gave for each attention site, in the order of the calls."""
-    model = loaded.model
-    entry = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
-    known = inspect.signature(entry.forward).parameters
-    options = {name: value for name, value in (("logits_to_keep", 1), ("use_cache", False)) if name in known}
+    entry, options = reader(loaded.model)
     with torch.no_grad(), record(entry, reduce=ask) as recording:
-        entry(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **options)
+        entry(input_ids=ids.to(loaded.model.device), attention_mask=mask.to(loaded.model.device), **options)
     return [answer.values for answer in recording.answers]
 
 
