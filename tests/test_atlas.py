@@ -406,3 +406,19 @@ def test_the_atlas_in_the_package_comes_at_once(monkeypatch: pytest.MonkeyPatch)
     assert done.exit_code == 0
     assert "minilm: 6 layers, 72 heads" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_one_head_beside_its_own_nulls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from importlib import resources
+
+    from headscope.terminal_heads import print_head
+
+    monkeypatch.setenv("COLUMNS", "80")
+    with resources.as_file(resources.files("headscope") / "atlases" / "minilm.parquet") as path:
+        held = load_atlas(path)
+    print_head(held, 3, 1)
+    shown = {line.split("  ")[0].strip(): line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
+    (row,) = [r for r in held.relation_scores() if (r.direction, r.layer, r.head) == ("coreference", 3, 1)]
+    assert shown["coreference"][1:4] == [f"{row.accuracy:.3f}", f"{max(row.baseline, row.control):.3f}", "1/72"]
+    assert shown["entropy"][1] == f"{float(held.value('entropy')[3, 1]):.3f}"
+    assert shown["entropy"][2] == f"{float(held.measured.null.value('entropy')[3, 0]):.3f}"

@@ -159,12 +159,13 @@ def print_head(atlas: HeadAtlas, layer: int, head: int) -> None:
     print_renderable(Text.assemble((f"{atlas.name} {layer}.{head}", "bold"), ": ", _named(roles)))
     if roles:
         print_renderable(_roles_table(roles, all_heads=True))
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("measure", no_wrap=True)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), expand=True)
+    table.add_column("measure", no_wrap=True, width=20)
     for name in ("value", "null", "rank"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("what it is", no_wrap=True, overflow="ellipsis")
-    fixed = {f"relation:{row.direction}": max(row.baseline, row.control) for row in atlas.relation_scores()}
+        table.add_column(name, justify="right", no_wrap=True, width=7)
+    table.add_column("what it is", no_wrap=True, overflow="ellipsis", ratio=1)
+    mine = [row for row in atlas.relation_scores() if (row.layer, row.head) == (layer, head)]
+    fixed = {f"relation:{row.direction}": max(row.baseline, row.control) for row in mine}
     for name, values in atlas.columns().items():
         value = float(values[layer, head])
         if math.isnan(value) or name.endswith(("_low", "_high")) or _far_offset(name):
@@ -176,7 +177,13 @@ def print_head(atlas: HeadAtlas, layer: int, head: int) -> None:
         even = f"{fixed[name]:.3f}" if name in fixed else even
         about = atlas.info["columns"].get(name, {})
         told = f"{about.get('about', _ABOUT.get(name.split(':')[0], ''))}"
-        table.add_row(name, f"{value:.3f}", even, f"{rank}/{len(known)}", Text(told, style="dim"))
+        table.add_row(
+            _short(name.removeprefix("relation:")),
+            f"{value:.3f}",
+            even,
+            f"{rank}/{len(known)}",
+            Text(told, style="dim"),
+        )
     print_renderable(table)
 
 
