@@ -201,7 +201,7 @@ def test_two_corpora_merge_into_one(decoder: Loaded, atlas: HeadAtlas) -> None:
     with pytest.raises(AtlasError, match="both atlases hold 'owl'"):
         atlas.merge(first)
     stranger = Loaded("other", tiny.mistral(4), letters(), 0, 64, True, "a test")
-    with pytest.raises(AtlasError, match="different weights cannot be merged: tiny and other"):
+    with pytest.raises(AtlasError, match="of different types cannot be merged: tiny and other"):
         first.merge(profile(stranger, documents("cat"), plan=Plan(length=24, repeats=0, worth=0)))
 
 

@@ -199,6 +199,15 @@ def fresh(made: Made) -> AttentionMatrix:
     return copy.copy(made.matrix)
 
 
+def test_a_sink_beside_a_row_of_finfo_min_is_all_there_is() -> None:
+    query, key, _ = operands()
+    sinks = torch.linspace(-1, 1, 6)
+    for asked in (reductions.Entropy(), reductions.Received()):
+        matrix = AttentionMatrix(query, key, bias=torch.full((7, 11), FINFO_MIN), sinks=sinks)
+        assert not matrix.reduce(asked)[0].any()
+        assert_is(matrix.logsumexp, sinks.double().view(1, 6, 1).expand(2, 6, 7))
+
+
 @pytest.mark.parametrize("step", [0.05, 1.0, 30.0, -1.0])
 def test_scores_that_grow_from_block_to_block(step: float, tiny: None) -> None:
     """What a block was centered on is outgrown, by up to 9,000 nats: nothing overflows, nothing is lost."""

@@ -185,6 +185,7 @@ class HeadAtlas:
             AtlasError: Another model, other definitions, or a document that both have: it would count twice.
         """
         for name, ours, theirs in (
+            ("types", self.info["model"]["type"], other.info["model"]["type"]),
             ("weights", self.info["model"]["weights"], other.info["model"]["weights"]),
             ("definitions", self.info["columns"], other.info["columns"]),
         ):

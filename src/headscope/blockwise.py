@@ -219,10 +219,14 @@ def _online(
         for reduction, state in asked:
             reduction.update(state, block)
     log_total = total.log()
-    if scores.sinks is not None:
-        log_total = torch.logaddexp(log_total, scores.sinks[at[1]].detach().to(top.dtype).view(1, -1, 1, 1) - center)
-    _rescale(asked, at, torch.where(total > 0, -log_total, 0.0), total)
-    found.top[at] = center.squeeze(-1)
+    whole = center
+    if scores.sinks is not None:  # the larger of the two is kept apart: finfo.min + 0.4 would forget 0.4
+        logit = scores.sinks[at[1]].detach().to(top.dtype).view(1, -1, 1, 1)
+        whole = torch.maximum(center, logit)
+        log_total = torch.logaddexp(log_total + (center - whole), logit - whole)
+    by = (center - whole - log_total).clamp(min=-1e4)
+    _rescale(asked, at, torch.where(total > 0, by, 0.0), total)
+    found.top[at] = whole.squeeze(-1)
     found.log_total[at] = log_total.squeeze(-1)
 
 

@@ -317,7 +317,7 @@ def _head_counts(loaded: Loaded) -> tuple[int, ...]:
 
 
 def weights_hash(model: torch.nn.Module) -> str:
-    """A sha256 over all weights with their names: two models with the same hash compute the same."""
+    """A sha256 over all weights with their names."""
     found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         data = tensor.detach().cpu().contiguous().reshape(-1)
@@ -335,6 +335,7 @@ def _info(survey: _Survey) -> dict[str, Any]:
     return {
         "model": {
             "name": loaded.name,
+            "type": type(loaded.model).__name__,
             "weights": weights_hash(loaded.model),
             "heads": list(survey.heads),
             "causal": loaded.causal,
