@@ -90,7 +90,7 @@ def assert_is(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(found.double(), wanted, atol=tolerance, rtol=tolerance)
 
 
-def compare_largest(found: reductions.WeightsAt, made: Made, k: int) -> None:
+def assert_largest(found: reductions.WeightsAt, made: Made, k: int) -> None:
     """Ties may come in any order: values are right, and lie where the indices say."""
     values, indices = found
     wanted, places = reference.topk(made.p, made.shown, k)
@@ -115,9 +115,9 @@ def assert_all_checked(made: Made) -> None:
     by_row = torch.stack([(ids + b + 1) % 4 - 1 for b in range(batch)])
     rows = torch.arange(queries) // 2 - int(queries > 4)
     assert_is(matrix.entropy(), reference.entropy(p))
-    compare_largest(matrix.topk(min(3, keys)), made, min(3, keys))
+    assert_largest(matrix.topk(min(3, keys)), made, min(3, keys))
     largest = matrix.max()
-    compare_largest(reductions.WeightsAt(*(x.unsqueeze(-1) for x in largest)), made, 1)
+    assert_largest(reductions.WeightsAt(*(x.unsqueeze(-1) for x in largest)), made, 1)
     assert_is(matrix.received(), reference.received(p))
     assert_is(matrix.received(mean=True), reference.received(p, made.seen))
     assert_is(matrix.offsets(3), reference.offsets(p, 3))
@@ -175,8 +175,8 @@ def test_answers_that_wait_for_no_sums(variant: Variant, tiny: None) -> None:
             entropy, mass, largest, best, offsets, groups = answers
             assert_is(entropy, reference.entropy(made.p))
             assert_is(mass, made.p.sum(-1))
-            compare_largest(reductions.WeightsAt(*(x.unsqueeze(-1) for x in largest)), made, 1)
-            compare_largest(best, made, 3)
+            assert_largest(reductions.WeightsAt(*(x.unsqueeze(-1) for x in largest)), made, 1)
+            assert_largest(best, made, 3)
             assert_is(offsets, reference.offsets(made.p, 3))
             assert_is(groups, reference.groups(made.p, ids, 3))
         matrix = fresh(made)
@@ -288,9 +288,9 @@ def test_a_realistic_size(mask_name: str, after_product: bool) -> None:
     )
     assert_is(made.matrix.dense(), made.p)
     for k in (1, 2, 5, 7):
-        compare_largest(made.matrix.topk(k), made, k)
+        assert_largest(made.matrix.topk(k), made, k)
     values, indices = made.matrix.max()
-    compare_largest(reductions.WeightsAt(values.unsqueeze(-1), indices.unsqueeze(-1)), made, 1)
+    assert_largest(reductions.WeightsAt(values.unsqueeze(-1), indices.unsqueeze(-1)), made, 1)
 
 
 @settings(max_examples=40, deadline=None)
@@ -509,8 +509,8 @@ def test_several_questions_in_one_pass_are_answered_as_each_alone(tiny: None) ->
 def test_a_question_can_be_asked_of_many_matrices() -> None:
     question = TopK(2)
     first, second = make(Variant()), make(Variant("causal"))
-    compare_largest(first.matrix.reduce(question)[0], first, 2)
-    compare_largest(second.matrix.reduce(question)[0], second, 2)
+    assert_largest(first.matrix.reduce(question)[0], first, 2)
+    assert_largest(second.matrix.reduce(question)[0], second, 2)
 
 
 @pytest.mark.parametrize("sizes", [SIZES, (2, 6, 5, 300)], ids=str)

@@ -79,7 +79,7 @@ def sees(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return recording[0].dense(), watched[0]
 
 
-def close(got: Tensor, wanted: Tensor, tolerance: float = 1e-6) -> None:
+def assert_close(got: Tensor, wanted: Tensor, tolerance: float = 1e-6) -> None:
     assert got.shape == wanted.shape
     assert (got - wanted).abs().max() < tolerance
 
@@ -91,7 +91,7 @@ def test_a_nanogpt_block_is_causal() -> None:
     model, x = NanoGPT(), torch.randn(B, L, E)
     got, _ = sees(model, x)
     q, k, _ = (t.view(B, L, H, D).transpose(1, 2) for t in model.c_attn(x).split(E, 2))
-    close(got, weights(q, k, seen=torch.ones(L, L).tril().bool()))
+    assert_close(got, weights(q, k, seen=torch.ones(L, L).tril().bool()))
 
 
 def test_the_mask_of_a_recorded_causal_call_is_the_rule_not_its_cells() -> None:
@@ -103,7 +103,7 @@ def test_the_mask_of_a_recorded_causal_call_is_the_rule_not_its_cells() -> None:
 def test_a_function_imported_by_name_is_seen() -> None:
     q, k, v = qkv()
     got, _ = sees(Sdpa(imported_by_name), q, k, v)
-    close(got, weights(q, k))
+    assert_close(got, weights(q, k))
 
 
 def test_a_fused_attention_as_in_timm() -> None:
@@ -121,27 +121,27 @@ def test_a_fused_attention_as_in_timm() -> None:
     model, x = Attention(), torch.randn(B, L, E)
     got, _ = sees(model, x)
     q, k, _ = model.qkv(x).reshape(B, L, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)
-    close(got, weights(model.norm(q), model.norm(k)))
+    assert_close(got, weights(model.norm(q), model.norm(k)))
 
 
 @pytest.mark.parametrize(("front", "shape"), [((), (1, 1)), ((5,), (1, 5)), ((2, 3, 2), (6, 2))], ids=str)
 def test_inputs_of_2_3_and_5_axes(front: tuple[int, ...], shape: tuple[int, int]) -> None:
     q, k, v = qkv(front=front)
     got, _ = sees(Sdpa(), q, k, v)
-    close(got, weights(q.view(*shape, L, D), k.view(*shape, S, D)))
+    assert_close(got, weights(q.view(*shape, L, D), k.view(*shape, S, D)))
 
 
 def test_scale_values_of_another_width_and_grouped_heads() -> None:
     q, k, v = torch.randn(B, 6, L, D), torch.randn(B, 3, S, D), torch.randn(B, 3, S, 9)
     got, _ = sees(Sdpa(), q, k, v, scale=0.9, enable_gqa=True)
-    close(got, weights(q, k, scale=0.9))
+    assert_close(got, weights(q, k, scale=0.9))
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(L, S), (S, L)])
 def test_is_causal_counts_from_the_first_key(queries: int, keys: int) -> None:
     q, k, v = qkv(queries=queries, keys=keys)
     got, _ = sees(Sdpa(), q, k, v, is_causal=True)
-    close(got, weights(q, k, seen=torch.ones(queries, keys).tril().bool()))
+    assert_close(got, weights(q, k, seen=torch.ones(queries, keys).tril().bool()))
 
 
 @pytest.mark.parametrize("shape", [(L, S), (B, 1, L, S), (B, H, L, S), (B, 1, 1, S)], ids=str)
@@ -153,7 +153,7 @@ def test_masks_of_each_kind_and_shape(shape: tuple[int, ...], kind: str) -> None
     bias = torch.randn(shape) if kind == "additive" else None
     given = seen if kind == "bool" else bias if bias is not None else torch.where(seen, 0.0, -torch.inf)
     got, _ = sees(Sdpa(), q, k, v, attn_mask=given)
-    close(got, weights(q, k, bias=bias, seen=None if bias is not None else seen))
+    assert_close(got, weights(q, k, bias=bias, seen=None if bias is not None else seen))
 
 
 def test_a_row_of_finfo_min_is_uniform_as_softmax_makes_it() -> None:
@@ -161,8 +161,8 @@ def test_a_row_of_finfo_min_is_uniform_as_softmax_makes_it() -> None:
     mask = torch.where(torch.rand(L, S) < 0.6, 0.0, FINFO_MIN)
     mask[:, 0], mask[4] = 0.0, FINFO_MIN
     got, _ = sees(Sdpa(), q, k, v, attn_mask=mask)
-    close(got[:, :, 4], torch.full((B, H, S), 1 / S))
-    close(got, (q @ k.mT * D**-0.5 + mask).softmax(-1))
+    assert_close(got[:, :, 4], torch.full((B, H, S), 1 / S))
+    assert_close(got, (q @ k.mT * D**-0.5 + mask).softmax(-1))
 
 
 def test_a_row_of_minus_infinity_has_no_weights() -> None:
@@ -171,7 +171,7 @@ def test_a_row_of_minus_infinity_has_no_weights() -> None:
     mask[4] = -torch.inf
     got, _ = sees(Sdpa(), q, k, v, attn_mask=mask)
     assert got[:, :, 4].eq(0).all()
-    close(got.sum(-1)[:, :, :4], torch.ones(B, H, 4))
+    assert_close(got.sum(-1)[:, :, :4], torch.ones(B, H, 4))
 
 
 def test_a_mask_changed_in_place_between_calls_is_read_again() -> None:
@@ -195,7 +195,7 @@ def test_dropout_leaves_a_call_unproved_never_refused() -> None:
     got, _ = sees(model, x)
     with record(model) as recording:
         model(x)
-    close(recording[0].dense(), got)
+    assert_close(recording[0].dense(), got)
     assert recording.sites[0].proof is None
     assert "unproved" in repr(recording)
     with record(model.eval()) as recording:
@@ -218,7 +218,7 @@ def test_nested_tensors(layout: torch.layout) -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
     for b, n in enumerate(lengths):
         wanted = weights(parts[0][b][None], parts[1][b][None])
-        close(recording[0].dense()[b : b + 1, :, :n, :n], wanted)
+        assert_close(recording[0].dense()[b : b + 1, :, :n, :n], wanted)
     assert recording[0].dense()[1, :, :, 3:].eq(0).all()
 
 
@@ -227,7 +227,7 @@ def test_autocast_queries_and_keys_are_as_the_kernel_received_them() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got, output = sees(Sdpa(), q, k, v)
     assert output.dtype == torch.bfloat16
-    close(got, weights(q.bfloat16(), k.bfloat16()))
+    assert_close(got, weights(q.bfloat16(), k.bfloat16()))
     assert (got - weights(q, k)).abs().max() > 1e-5
 
 
@@ -263,7 +263,7 @@ def test_torch_attention_between_two_texts(need_weights: bool, batch_first: bool
     query, key = torch.randn(B, L, E), torch.randn(B, S, E)
     given = [x if batch_first else x.transpose(0, 1) for x in (query, key, key)]
     got, _ = sees(layer, *given, need_weights=need_weights)
-    close(got, weights(*heads_of(layer, query, key)))
+    assert_close(got, weights(*heads_of(layer, query, key)))
 
 
 @pytest.mark.parametrize("average", [True, False])
@@ -271,20 +271,20 @@ def test_the_weights_that_torch_returns_are_those_recorded(average: bool) -> Non
     layer, x = layer_of(batch_first=True), torch.randn(B, L, E)
     got, _ = sees(layer, x, x, x, average_attn_weights=average)
     returned = layer(x, x, x, average_attn_weights=average)[1]
-    close(got.mean(1) if average else got, returned)
+    assert_close(got.mean(1) if average else got, returned)
 
 
 def test_torch_attention_without_a_batch() -> None:
     layer, x = layer_of(), torch.randn(L, E)
     got, _ = sees(layer, x, x, x)
-    close(got, weights(*heads_of(layer, x[None], x[None])))
+    assert_close(got, weights(*heads_of(layer, x[None], x[None])))
 
 
 def test_torch_attention_with_other_widths_and_no_biases() -> None:
     layer = layer_of(kdim=6, vdim=5, bias=False, batch_first=True)
     query, key, value = torch.randn(B, L, E), torch.randn(B, S, 6), torch.randn(B, S, 5)
     got, _ = sees(layer, query, key, value)
-    close(got, weights(*heads_of(layer, query, key)))
+    assert_close(got, weights(*heads_of(layer, query, key)))
 
 
 @pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)
@@ -297,7 +297,7 @@ def test_torch_attention_with_extra_keys(options: dict[str, bool]) -> None:
         x, x, x, key_padding_mask=hidden, attn_mask=torch.ones(L, L).triu(1).bool(), average_attn_weights=False
     )[1]
     assert got.shape[-1] == L + 1
-    close(got, returned)
+    assert_close(got, returned)
 
 
 def test_an_additive_mask_and_a_bool_padding_mask_together() -> None:
@@ -305,7 +305,7 @@ def test_an_additive_mask_and_a_bool_padding_mask_together() -> None:
     added, hidden = torch.randn(L, L), torch.zeros(B, L, dtype=torch.bool)
     hidden[0, 5:] = True
     got, _ = sees(layer, x, x, x, attn_mask=added, key_padding_mask=hidden)
-    close(got, weights(*heads_of(layer, x, x), bias=added, seen=~hidden[:, None, None].expand(B, H, L, L)))
+    assert_close(got, weights(*heads_of(layer, x, x), bias=added, seen=~hidden[:, None, None].expand(B, H, L, L)))
     assert got[0, :, :, 5:].eq(0).all()
 
 
@@ -314,27 +314,27 @@ def test_true_is_hidden_in_a_torch_mask() -> None:
     later = torch.ones(L, L).triu(1).bool()
     got, _ = sees(layer, x, x, x, attn_mask=later)
     assert got[..., later].eq(0).all()
-    close(got, weights(*heads_of(layer, x, x), seen=~later))
+    assert_close(got, weights(*heads_of(layer, x, x), seen=~later))
 
 
 def test_a_torch_mask_for_each_head() -> None:
     layer, x = layer_of(batch_first=True), torch.randn(B, L, E)
     added = torch.randn(B * H, L, L)
     got, _ = sees(layer, x, x, x, attn_mask=added)
-    close(got, weights(*heads_of(layer, x, x), bias=added.view(B, H, L, L)))
+    assert_close(got, weights(*heads_of(layer, x, x), bias=added.view(B, H, L, L)))
 
 
 def test_is_causal_with_its_mask() -> None:
     layer, x = layer_of(batch_first=True), torch.randn(B, L, E)
     mask = nn.Transformer.generate_square_subsequent_mask(L)
     got, _ = sees(layer, x, x, x, attn_mask=mask, is_causal=True, need_weights=False)
-    close(got, weights(*heads_of(layer, x, x), seen=torch.ones(L, L).tril().bool()))
+    assert_close(got, weights(*heads_of(layer, x, x), seen=torch.ones(L, L).tril().bool()))
 
 
 def test_dropout_of_torch_attention_is_unproved_in_training_only() -> None:
     layer, x = layer_of(batch_first=True, dropout=0.5), torch.randn(B, L, E)
     got, _ = sees(layer, x, x, x)
-    close(got, weights(*heads_of(layer, x, x)))
+    assert_close(got, weights(*heads_of(layer, x, x)))
     with record(layer) as recording:
         layer(x, x, x)
     assert recording.proof is None
@@ -365,7 +365,7 @@ def test_the_fast_path_of_torch_attention_is_taken_and_seen(monkeypatch: pytest.
     with torch.no_grad(), counted(monkeypatch, "_native_multi_head_attention") as calls:
         got, _ = sees(layer, x, x, x, key_padding_mask=hidden if padded else None)
     assert len(calls) == 2  # once without and once with record
-    close(got, weights(*heads_of(layer, x, x), seen=~hidden[:, None, None].expand(B, 2, L, L)))
+    assert_close(got, weights(*heads_of(layer, x, x), seen=~hidden[:, None, None].expand(B, 2, L, L)))
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -389,8 +389,8 @@ def test_the_fast_path_of_a_torch_encoder_is_taken_and_seen(
     slow = [layer_maps(model, x, hidden, index) for index in range(2)]
     for matrix, wanted in zip(recording, slow, strict=True):
         got = matrix.dense()
-        close(got[0], wanted[0])
-        close(got[1, :, :4, :4], wanted[1, :, :4, :4])
+        assert_close(got[0], wanted[0])
+        assert_close(got[1, :, :4, :4], wanted[1, :, :4, :4])
         assert got[1, :, :4, 4:].eq(0).all()
 
 
@@ -411,7 +411,7 @@ def test_an_encoder_in_training_goes_the_slow_way_and_is_seen() -> None:
         assert torch.equal(model(x), plain)
     assert [site.name for site in recording.sites] == ["layers.0.self_attn", "layers.1.self_attn"]
     assert recording.proof is not None
-    close(recording[0].dense(), layer_maps(model, x, torch.zeros(B, L, dtype=torch.bool), 0))
+    assert_close(recording[0].dense(), layer_maps(model, x, torch.zeros(B, L, dtype=torch.bool), 0))
 
 
 def test_a_decoder_attends_to_itself_and_to_the_memory() -> None:
@@ -471,7 +471,7 @@ def test_autocast_in_torch_attention() -> None:
         with Kernel() as kernel:
             layer(x, x, x, need_weights=False)
     assert kernel.query.dtype == torch.bfloat16
-    close(got, weights(kernel.query, kernel.key))
+    assert_close(got, weights(kernel.query, kernel.key))
 
 
 # ---------------------------------------------------------------- transformers
@@ -513,7 +513,7 @@ def test_an_attention_function_of_ones_own_is_seen() -> None:
             model(**inputs)
     assert len(calls) == len(recording) == 2
     assert {site.way for site in recording.sites} == {"huggingface"}
-    close(recording[1].dense(), wanted[1].dense())
+    assert_close(recording[1].dense(), wanted[1].dense())
 
 
 @pytest.mark.parametrize("lie", ["scale", "softcap"])
@@ -733,7 +733,7 @@ def test_two_threads_run_the_same_model_under_one_recording() -> None:
         [t.join() for t in threads]
     assert len(recording.runs) == 6
     for found in recording.runs:
-        close(found[1].dense(), wanted[0] if found[1].shape[2] == 5 else wanted[1])
+        assert_close(found[1].dense(), wanted[0] if found[1].shape[2] == 5 else wanted[1])
     assert sorted(found[0].shape[2] for found in recording.runs) == [5, 5, 5, 8, 8, 8]
     assert_untouched(model)
 
@@ -769,7 +769,7 @@ def test_a_recording_of_the_model_and_one_of_its_module_both_see_everything() ->
         assert [site.name for site in found.sites] == ["blocks.0", "blocks.1"]
     for found in (part, part_first):
         assert [site.name for site in found.sites] == [""]
-        close(found[0].dense(), whole[1].dense())
+        assert_close(found[0].dense(), whole[1].dense())
 
 
 def test_a_call_of_another_model_is_not_ours() -> None:
@@ -793,7 +793,7 @@ def test_inference_mode() -> None:
     model, x = NanoGPT(), torch.randn(B, L, E)
     with torch.inference_mode():
         got, _ = sees(model, x)
-    close(got, sees(model, x)[0].detach())
+    assert_close(got, sees(model, x)[0].detach())
 
 
 def gradients(model: nn.Module, x: Tensor, *, how: str) -> list[Tensor]:
@@ -869,7 +869,7 @@ def test_a_watch_is_told_of_calls_with_their_operands_and_outputs() -> None:
     call: AttentionCall = seen[0][0]
     assert seen[0][1] == call.name == ""
     assert call.value.shape == (B, H, L, D)
-    close(call.matrix() @ call.value, call.head_outputs())
+    assert_close(call.matrix() @ call.value, call.head_outputs())
 
 
 def test_nothing_seen_names_the_modules() -> None:

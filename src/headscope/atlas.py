@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headscope.effects import HeadEffects, agreement
 from headscope.errors import AtlasError
 from headscope.measures import REPEATED
 from headscope.profiling import Measured
 from headscope.relations.counts import RelationCounts
 from headscope.relations.score import RelationScore, scores
 from headscope.roles import Evidence, find_roles
+from headscope.statistics import cluster_bootstrap
 
 __all__ = ["FORMAT", "HeadAtlas", "Worth"]
 
@@ -64,13 +66,8 @@ class Worth:
             nothing = torch.full(values.shape[1:], torch.nan, dtype=values.dtype)
             return nothing, nothing
         rows = torch.tensor([names.index(name) for name in self.documents])
-        drawn = torch.randint(len(names), (replicates, len(names)), generator=torch.Generator().manual_seed(0))
-        times = torch.zeros(replicates, len(names), dtype=values.dtype)
-        times = times.scatter_add(1, drawn, torch.ones_like(times))[:, rows]
-        means = (times @ values.flatten(1)) / times.sum(1, keepdim=True).clamp(min=1)
-        ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=means.dtype)
-        low, high = means.quantile(ends, dim=0).view(2, *values.shape[1:])
-        return low, high
+        sums = torch.zeros(len(names), *values.shape[1:], dtype=values.dtype).index_add(0, rows, values)
+        return cluster_bootstrap(sums.movedim(0, -1), rows.bincount(), replicates, level=level)
 
 
 class HeadAtlas:
@@ -170,8 +167,6 @@ class HeadAtlas:
         """
         if not {"ablation_zero", "gradient"} <= set(self.worth.values):
             return float("nan")
-        from headscope.effects import HeadEffects, agreement
-
         both = [
             HeadEffects(v.mean(0), v, self.worth.clean, self.worth.unit, m)
             for m, v in ((m, self.worth.values[m].abs()) for m in ("ablation_zero", "gradient"))

@@ -197,7 +197,7 @@ def remove(name: Annotated[str, typer.Argument(help="A model that was pulled.")]
 
 
 add_commands(app, _reported)
-add_heads(app, _reported)
+add_heads(app, _reported, lambda model: _pull_default(model, terminal.Stages()))
 
 
 def _text(text: str | None, file: Path | None) -> str:

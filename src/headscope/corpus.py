@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from headscope.errors import TextError
 from headscope.models import Loaded
 
-__all__ = ["Batch", "Document", "Piece", "batches", "cut", "default_documents", "documents_of", "repeats"]
+__all__ = ["Batch", "Document", "Piece", "batches", "by_length", "cut", "default_documents", "documents_of", "repeats"]
 
 _MODULES = [
     "argparse",
@@ -70,6 +70,7 @@ _MODULES = [
     "xml.etree.ElementTree",
     "zipfile",
 ]
+Item = TypeVar("Item")
 _LICENSED = ("torch", "numpy", "safetensors", "transformers")
 
 
@@ -296,14 +297,26 @@ def batches(pieces: Iterable[Piece], *, tokens: int = 2048, pad: int = 0, device
         pad: The id of padding.
         device: Where the tensors shall be.
     """
-    waiting: list[Piece] = []
-    for piece in sorted(pieces, key=lambda piece: -len(piece.ids)):
-        if waiting and (len(waiting) + 1) * len(waiting[0].ids) > tokens:
-            yield _batch(waiting, pad, device)
+    for group in by_length(pieces, lambda piece: len(piece.ids), tokens):
+        yield _batch(group, pad, device)
+
+
+def by_length(items: Iterable[Item], length: Callable[[Item], int], tokens: int) -> Iterator[list[Item]]:
+    """Items of like length together, the longest first, so that too little memory shows at once.
+
+    Args:
+        items: What is to be run.
+        length: How many tokens one has.
+        tokens: The most in a group of several, padding included.
+    """
+    waiting: list[Item] = []
+    for item in sorted(items, key=lambda item: -length(item)):
+        if waiting and (len(waiting) + 1) * length(waiting[0]) > tokens:
+            yield waiting
             waiting = []
-        waiting.append(piece)
+        waiting.append(item)
     if waiting:
-        yield _batch(waiting, pad, device)
+        yield waiting
 
 
 def _batch(pieces: Sequence[Piece], pad: int, device: Any) -> Batch:

@@ -74,8 +74,8 @@ All = Annotated[bool, typer.Option("--all", help="Every head of each role, not t
 Again = Annotated[bool, typer.Option("--again", help="Measure anew what the package already holds.")]
 
 
-def add_heads(app: typer.Typer, reported: Reported) -> None:
-    """Add `heads` to the command; ``reported`` turns expected errors into messages."""
+def add_heads(app: typer.Typer, reported: Reported, fetch: Callable[[str], None]) -> None:
+    """Add `heads` to the command; ``reported`` turns expected errors into messages, ``fetch`` pulls a default model."""
 
     @app.command(name="heads", help=_HEADS)
     def heads(
@@ -100,11 +100,12 @@ def add_heads(app: typer.Typer, reported: Reported) -> None:
             fresh = bool(text or treebank or again or out)
             found = _held(model, atlas, fresh)
             if found is None:
+                fetch(model)
                 found = _measure(model, text or [], treebank or [], out, worth=worth, length=length, pieces=pieces)
             if rank():
                 return
             if head is not None:
-                _one_head(found, head, model)
+                _one_head(found, head)
             else:
                 terminal_heads.print_atlas(found, all_heads=all_heads)
             if figure is not None:
@@ -145,10 +146,6 @@ def _measure(
         document.read()  # so that what cannot be read is said before the work
     examples = {"English frames": english(), "Chinese frames": chinese()}
     examples |= {str(path): read_conllu(path) for path in treebanks}
-    here = {entry.name: entry.path for entry in models.available()}
-    if model in here and here[model] is None:
-        terminal.print_line(f"The model {model} is not here yet; it is fetched once.", error=True)
-        models.pull(model, report=lambda line: terminal.print_line(line, error=True))
     loaded = models.load(model)
     plan = Plan(length=length, pieces=pieces, worth=Plan.worth if worth else 0)
     parts = None if out is None else out.with_name(out.name + ".parts")
@@ -162,7 +159,7 @@ def _measure(
     return found
 
 
-def _one_head(atlas: HeadAtlas, head: str, model: str) -> None:
+def _one_head(atlas: HeadAtlas, head: str) -> None:
     """All about one head; its examples need the model, and are left out where it is not here."""
     match = re.fullmatch(r"(\d+)\.(\d+)", head.strip())
     if match is None:
@@ -175,7 +172,7 @@ def _one_head(atlas: HeadAtlas, head: str, model: str) -> None:
         )
     terminal_heads.print_head(atlas, layer, number)
     try:
-        loaded = models.load(atlas.name if atlas.name != model else model)
+        loaded = models.load(atlas.name)
     except HeadscopeError as error:
         terminal.print_line(f"Its examples in words need the model: {error}", error=True)
         return

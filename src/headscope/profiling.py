@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from headscope.corpus import Batch, Piece, batches
+from headscope.effects import output_sum
 from headscope.measures import Column, Measure, Page, Ratio, Visibility, take
 from headscope.models import Loaded, reader
 from headscope.recording import record
@@ -123,7 +124,7 @@ def _measure_batch(loaded: Loaded, batch: Batch, measures: Sequence[Measure], la
             seen[key] = Visibility(batch, call.scores.mask, call.shape[1])
             nulls[key] = take(asked, Page(seen[key].uniform, seen[key]))
         page = Page(call.matrix(), seen[key], call.value, output_weight(modules, call))
-        outputs.append(torch.einsum("bhld,bl->hd", call.head_outputs().double(), batch.valid.double()).cpu())
+        outputs.append(output_sum(call, batch.valid))
         for sums, found in ((done.sums, take(asked, page)), (done.null, nulls[key])):
             for column, ratio in found.items():
                 rows = weights if column in evidence and sums is done.sums else weights[:2]

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,6 @@ class _Survey:
     info: dict[str, Any]
     heads: tuple[int, ...]
     means: Tensor | None = None
-    works: dict[str, Callable[[], HeadAtlas]] = field(default_factory=dict)
 
     def first(self) -> dict[str, Callable[[], HeadAtlas]]:
         """The parts that need nothing else: texts, repeats, relations."""

@@ -3,7 +3,7 @@
 from headscope.effects.answers import next_token_loss
 from headscope.effects.heads import head_effects
 from headscope.effects.links import LinkEffect, LinkEffects, TokenChange, link_effect, link_effects
-from headscope.effects.means import head_means, head_sums
+from headscope.effects.means import head_means, head_sums, output_sum
 from headscope.effects.table import HeadEffects, agreement
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "link_effect",
     "link_effects",
     "next_token_loss",
+    "output_sum",
 ]

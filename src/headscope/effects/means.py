@@ -11,7 +11,7 @@ from headscope.effects.answers import ask, options
 from headscope.errors import EditError
 from headscope.seam import AttentionCall, Forward, invisible, watch
 
-__all__ = ["head_means", "head_sums"]
+__all__ = ["head_means", "head_sums", "output_sum"]
 
 Batches = Iterable[Tensor | Mapping[str, Tensor]]
 
@@ -36,12 +36,10 @@ def head_sums(model: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
 
     def add(call: AttentionCall, forward: Forward) -> None:
         with invisible():
-            outputs = call.head_outputs()
             text = forward.valid
-            if text is None or tuple(text.shape) != (outputs.shape[0], outputs.shape[2]):
-                text = torch.ones(outputs.shape[0], outputs.shape[2], dtype=torch.bool)
-            text = text.to(outputs.device)
-            here = outputs.double().masked_fill(~text[:, None, :, None], 0).sum((0, 2)).cpu()
+            if text is None or tuple(text.shape) != (call.shape[0], call.shape[2]):
+                text = torch.ones(call.shape[0], call.shape[2], dtype=torch.bool)
+            here = output_sum(call, text)
             if forward.calls == len(sums):
                 sums.append(torch.zeros_like(here))
                 counts.append(0.0)
@@ -60,6 +58,12 @@ def head_sums(model: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
             "sites, and at least one batch."
         )
     return torch.stack(sums), torch.tensor(counts, dtype=torch.float64)
+
+
+def output_sum(call: AttentionCall, text: Tensor) -> Tensor:
+    """The sum of a call's head outputs over the positions that are text, [B, L] bool: [H, Dv] float64, on the CPU."""
+    outputs = call.head_outputs()
+    return outputs.double().masked_fill(~text.to(outputs.device)[:, None, :, None], 0).sum((0, 2)).cpu()
 
 
 def head_means(model: nn.Module, batches: Batches) -> Tensor:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from headscope.statistics import cluster_bootstrap
+
 __all__ = ["HeadEffects", "agreement"]
 
 
@@ -59,14 +61,7 @@ class HeadEffects:
             raise ValueError(f"an interval over {examples} example: wanted at least 2 rows of input_ids.")
         if not 0 < level < 1 or replicates < 1:
             raise ValueError(f"level={level}, replicates={replicates}: wanted 0 < level < 1 and replicates ≥ 1.")
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randint(examples, (replicates, examples), generator=generator)
-        times = torch.zeros(replicates, examples, dtype=self.per_example.dtype)
-        times.scatter_add_(1, drawn, torch.ones_like(times))
-        means = (times @ self.per_example.flatten(1)) / examples
-        ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=means.dtype)
-        low, high = torch.quantile(means, ends, dim=0).view(2, *self.values.shape)
-        return low, high
+        return cluster_bootstrap(self.per_example.movedim(0, -1), torch.ones(examples), replicates, seed, level)
 
 
 def agreement(a: HeadEffects, b: HeadEffects) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headscope.corpus import by_length
 from headscope.errors import HeadscopeError
 from headscope.models import Loaded, reader
 from headscope.recording import record
@@ -194,7 +195,7 @@ def count_relations(
         ready.append(_Ready(example, tokens.ids, words, present, questions_of(example, present, causal=loaded.causal)))
     counts = RelationCounts()
     done = 0
-    for batch in _batches(ready, batch_tokens):
+    for batch in by_length(ready, lambda item: len(item.ids), batch_tokens):
         asked = [item for item in batch if item.questions]
         if asked:
             counts.merge(_count_batch(loaded, asked))
@@ -203,18 +204,6 @@ def count_relations(
             on_batch(done, len(ready))
     counts.examples, counts.skipped = len(ready), skipped
     return counts
-
-
-def _batches(ready: list[_Ready], batch_tokens: int) -> Iterator[list[_Ready]]:
-    """Examples of like length together, the longest first, so that too little memory shows at once."""
-    batch: list[_Ready] = []
-    for item in sorted(ready, key=lambda item: -len(item.ids)):
-        if batch and len(batch[0].ids) * (len(batch) + 1) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
 
 
 def _count_batch(loaded: Loaded, batch: list[_Ready]) -> RelationCounts:

@@ -6,6 +6,7 @@ https://universaldependencies.org/format.html
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import zlib
@@ -55,7 +56,7 @@ def read_conllu(path: str | os.PathLike[str]) -> list[Example]:
     return examples
 
 
-class _Lines:
+class _Lines(io.TextIOBase):
     """The lines of the file, each checked as it is read; remembers where the current sentence's words stand."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
@@ -63,11 +64,7 @@ class _Lines:
         self.number = 0
         self.words: list[int] = []  # the line of each word of the current sentence
 
-    def read(self) -> str:
-        """Here only because the parser asks for it."""
-        raise NotImplementedError("The lines are read one after another.")
-
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str]:  # type: ignore[override]  # typed as bytes there
         for raw in self.file:
             self.number += 1
             try:
