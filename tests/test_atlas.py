@@ -291,6 +291,45 @@ def test_a_language_that_the_model_does_not_read_is_said(decoder: Loaded) -> Non
     assert found.measured.notes[-1].startswith("Chinese frames: not profiled, the model does not read it: ")
 
 
+TREEBANK = """# newdoc id = {name}
+1\tBig\tbig\tADJ\t_\t_\t2\tamod\t_\t_
+2\tbirds\tbird\tNOUN\t_\t_\t3\tnsubj\t_\t_
+3\tsee\tsee\tVERB\t_\t_\t0\troot\t_\t_
+4\tthe\tthe\tDET\t_\t_\t5\tdet\t_\t_
+5\tsea\tsea\tNOUN\t_\t_\t3\tobj\t_\tSpaceAfter=No
+6\t.\t.\tPUNCT\t_\t_\t3\tpunct\t_\t_
+
+"""
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_folder_of_the_papers_kinds_and_a_treebank(kind: str, tmp_path: Path) -> None:
+    """What Clark's table and the induction heads of GPT-2 small need, on models made up for it."""
+    from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+
+    from headscope import models
+    from headscope.relations.treebank import read_conllu
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": tiny.VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
+    bert = BertConfig(**sizes, hidden_size=24, num_hidden_layers=2, num_attention_heads=6, intermediate_size=32)
+    gpt2 = GPT2Config(**sizes, n_embd=24, n_layer=2, n_head=6, n_positions=128)
+    (BertModel(bert) if kind == "bert" else GPT2LMHeadModel(gpt2)).save_pretrained(tmp_path / kind)
+    letters().save_pretrained(tmp_path / kind)
+    file = tmp_path / "en_made-up.conllu"
+    file.write_text("".join(TREEBANK.format(name=f"doc {n}") for n in range(12)), "utf-8")
+    loaded = models.load(tmp_path / kind)
+    examples = read_conllu(file)
+    assert {example.half for example in examples} == {0, 1}
+    found = profile(loaded, documents(), examples={"made up": examples}, plan=replace(PLAN, worth=0))
+    columns = found.columns()
+    assert found.relations.examples == 12
+    assert {"relation:nsubj (reverse)", "relation:obj"} <= set(columns)  # a decoder sees what comes before
+    assert ("relation:det" in columns) == (kind == "bert")
+    assert columns["norm_sink"].isfinite().all()  # the output projection was found, a Conv1D in GPT-2
+    assert columns["induction"].isfinite().all()
+
+
 def test_default_documents_are_there_and_their_hash_is_stable() -> None:
     given = corpus.default_documents()
     assert len(given) > 15
