@@ -63,8 +63,8 @@ def from_maps(
     return found
 
 
-def ways(loaded: Loaded, length: int) -> tuple[Callable[[], object], Callable[[], object]]:
-    """The plain forward, and both ways of measuring as a function of their name."""
+def ways(loaded: Loaded, length: int) -> tuple[Callable[[], object], dict[str, Callable[[], object]]]:
+    """The plain forward, and both ways of measuring by name."""
     model, piece = loaded.model, piece_of(length)
     (batch,) = batches([piece])
 
@@ -87,7 +87,7 @@ def ways(loaded: Loaded, length: int) -> tuple[Callable[[], object], Callable[[]
         return from_maps(maps, values, [layer.self_attn.o_proj.weight for layer in model.model.layers], batch)
 
     ours = lambda: measure(loaded, [piece], pattern_measures(), tokens=length)  # noqa: E731
-    return plain, {OURS: ours, EAGER: eager}  # type: ignore[return-value]
+    return plain, {OURS: ours, EAGER: eager}
 
 
 def one(name: str, length: int, rounds: int) -> None:
@@ -96,7 +96,6 @@ def one(name: str, length: int, rounds: int) -> None:
     with torch.inference_mode():
         if name == RELATIONS:
             examples = english()[::24]
-            total = sum(len(example.text) for example in examples)
             ids = [loaded.tokenizer(example.text)["input_ids"] for example in examples]
             order = sorted(ids, key=len, reverse=True)
             rows = max(1, 2048 // len(order[0]))
@@ -104,10 +103,9 @@ def one(name: str, length: int, rounds: int) -> None:
                       (order[i : i + rows] for i in range(0, len(order), rows))]  # fmt: skip
             plain = lambda: [loaded.model(x, use_cache=False, logits_to_keep=1) for x in padded]  # noqa: E731
             work = lambda: count_relations(loaded, examples)  # noqa: E731
-            length = total
         else:
-            plain, found = ways(loaded, length)  # type: ignore[assignment]
-            work = found[name]  # type: ignore[index]
+            plain, found = ways(loaded, length)
+            work = found[name]
         plain()
         before = peak_memory()
         times = side_by_side({"plain": plain, name: work}, rounds)

@@ -30,7 +30,7 @@ random tokens that come twice, and on sentences in which it is known which word 
 a measure is strong on texts that it was not picked on. Then each head is left out, to see what the model loses.
 
 For the default models the answer is in the package and comes at once. With a text or a treebank of your own, with
---again, or for another model, it is measured: about 15 minutes for the default model on two slow cores.
+--again, or for another model, it is measured: about 20 minutes for the default model on two slow cores.
 
 \b
 Examples:
