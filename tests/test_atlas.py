@@ -196,6 +196,9 @@ def test_two_corpora_merge_into_one(decoder: Loaded, atlas: HeadAtlas) -> None:
     whole = profile(decoder, documents(*names[:4]), examples=few(), plan=replace(PLAN, worth=4))
     for name in ("entropy", "sink", "induction", "relation:coreference", "ablation_zero"):
         torch.testing.assert_close(both.value(name), whole.value(name), atol=1e-9, rtol=1e-9, equal_nan=True)
+    for name, sums in whole.measured.sums.values.items():  # a ratio would not tell what counts twice
+        torch.testing.assert_close(both.measured.sums.values[name], sums, atol=1e-9, rtol=1e-9)
+    assert both.measured.sums.documents == whole.measured.sums.documents
     assert both.info["documents"] == whole.info["documents"]
     assert first.relations.examples == both.relations.examples > 0
     with pytest.raises(AtlasError, match="both atlases hold 'owl'"):
