@@ -21,8 +21,9 @@ from headscope.scores import LOWEST, Scores
 
 __all__ = ["Normalizer", "Strip", "by_rows", "stream", "strips"]
 
-_BLOCK = 1 << 19  # scores in one block: small enough for the cache, large enough for the work around it
-_ROWS = 384  # rows in one matrix product: more are no faster, and cross the diagonal of a causal mask further
+_BLOCK = 1 << 20  # scores in one block: small enough for the cache, large enough for the work around it
+_ROWS = 768  # rows in one matrix product: more are no faster, and cross the diagonal of a causal mask further
+_EDGE = 64  # rows that are not cut further where few keys are visible
 _STRIP = 1 << 23  # scores in one strip whose blocks are held until its rows are known
 _DRIFT = 40.0  # nats by which a row's largest score may outgrow what its blocks are centered on
 _EVEN = 16  # rows come in multiples of it: odd shapes are slow in a matrix product
@@ -76,6 +77,8 @@ def strips(scores: Scores, held: bool = True) -> Iterator[Strip]:
     batch, _, queries, keys = scores.shape
     groups, shared = scores.key.shape[1], scores.per_group
     rows = min(queries, max(_EVEN, _ROWS // shared // _EVEN * _EVEN))
+    while rows > _EDGE and _width(scores, slice(queries - rows, queries)) < 2 * rows:
+        rows //= 2  # a window: many rows at once would cross both of its edges
     if held:
         rows = max(1, min(rows, _STRIP // (shared * keys)))
     together = max(1, _BLOCK // (shared * rows * keys))  # short texts: several heads and rows at once
@@ -88,6 +91,11 @@ def strips(scores: Scores, held: bool = True) -> Iterator[Strip]:
             spans = scores.spans(part, span)
             for g in range(0, groups, many_groups):
                 yield Strip(part, slice(g, min(groups, g + many_groups)), span, spans)
+
+
+def _width(scores: Scores, rows: slice) -> int:
+    """How many keys a strip of these rows would have."""
+    return sum(stop - start for start, stop, _ in scores.spans(slice(0, scores.shape[0]), rows))
 
 
 def stream(
@@ -104,18 +112,26 @@ def stream(
     buffers = Buffers(like)
     with torch.no_grad(), torch.autocast(scores.query.device.type, enabled=False):
         online = known is None and all(reduction.online for reduction in reductions)
+        offset = None if known is None else _offset(known)
         for strip in strips(scores, held=known is None and not online):
             if online:
                 _online(scores, strip, found, buffers, list(zip(reductions, states, strict=True)))
                 continue
             if known is not None:
-                blocks = _known_blocks(scores, strip, known, buffers)
+                blocks = _known_blocks(scores, strip, known.top, offset, buffers)
             else:
                 blocks = _fresh_blocks(scores, strip, found, buffers)
             for block in blocks:
                 for reduction, state in zip(reductions, states, strict=True):
                     reduction.update(state, block)
     return [r.finish(s) for r, s in zip(reductions, states, strict=True)], found
+
+
+def _offset(known: Normalizer) -> Tensor | None:
+    """−log_total, 0 for rows that see nothing; None when it is 0 throughout: the fused kernel's sums are in ``top``."""
+    offset = -known.log_total
+    offset = torch.where(offset == torch.inf, 0.0, offset)
+    return offset if bool(offset.any()) else None
 
 
 def _pieces(strip: Strip, width: int) -> Iterator[tuple[slice, list[slice]]]:
@@ -164,6 +180,7 @@ def _block(
     weights: Tensor,
     centered: Tensor,
     offset: Tensor,
+    shifted: bool,
 ) -> Block:
     """A finished block: the logarithm of a hidden weight becomes finite, so that 0 · log 0 is 0."""
     if scores.bias is not None:
@@ -173,22 +190,23 @@ def _block(
             inner = slice(part.start - keys.start, part.stop - keys.start)
             centered[..., inner].clamp_(min=LOWEST)
     heads = _heads(scores, strip)
-    return Block(weights, centered, offset, strip.batch, heads, strip.rows, keys, bool(mixed), scores)
+    return Block(weights, centered, offset, strip.batch, heads, strip.rows, keys, bool(mixed), shifted, scores)
 
 
-def _known_blocks(scores: Scores, strip: Strip, known: Normalizer, buffers: Buffers) -> Iterator[Block]:
+def _known_blocks(
+    scores: Scores, strip: Strip, top: Tensor, offset: Tensor | None, buffers: Buffers
+) -> Iterator[Block]:
+    """Blocks that are final at once: P = exp(s − top + offset), without ``offset`` where it is 0 throughout."""
     at = (strip.batch, _heads(scores, strip), strip.rows)
-    top = known.top[at].unsqueeze(-1)
-    offset = -known.log_total[at].unsqueeze(-1)
-    offset = torch.where(offset == torch.inf, 0.0, offset)
-    factor = offset.exp()
-    whole = bool((factor == 1).all())  # sums that the fused kernel gave are in ``top`` already
+    shift = top[at].unsqueeze(-1)
+    own = torch.zeros_like(shift) if offset is None else offset[at].unsqueeze(-1)
+    factor = None if offset is None else own.exp()
     for x, keys, mixed in _raw_blocks(scores, strip, buffers, reuse=True):
-        centered = x.sub_(top)
+        centered = x.sub_(shift)
         weights = torch.exp(centered, out=buffers.take(1, *centered.shape))
-        if not whole:
+        if factor is not None:
             weights.mul_(factor)
-        yield _block(scores, strip, keys, mixed, weights, centered, offset)
+        yield _block(scores, strip, keys, mixed, weights, centered, own, shifted=offset is not None)
 
 
 def _online(
@@ -215,7 +233,7 @@ def _online(
         centered = x.sub_(center)
         weights = torch.exp(centered, out=buffers.take(1, *centered.shape))
         total = total + weights.sum(-1, keepdim=True)
-        block = _block(scores, strip, keys, mixed, weights, centered, offset)
+        block = _block(scores, strip, keys, mixed, weights, centered, offset, shifted=False)
         for reduction, state in asked:
             reduction.update(state, block)
     log_total = total.log()
@@ -270,7 +288,7 @@ def _fresh_blocks(scores: Scores, strip: Strip, found: Normalizer, buffers: Buff
         lower = (own - shift).clamp(max=0)  # own may stand above where the row has seen nothing yet
         offset = torch.where(total > 0, lower - log_total, 0.0)
         weights.mul_(offset.exp())
-        yield _block(scores, strip, keys, mixed, weights, centered, offset)
+        yield _block(scores, strip, keys, mixed, weights, centered, offset, shifted=True)
 
 
 def by_rows(scores: Scores, ask: Callable[..., Tensor], *values: Tensor | None) -> Iterator[Tensor]:

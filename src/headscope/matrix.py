@@ -186,6 +186,9 @@ class AttentionMatrix:
         if not reductions:
             raise ValueError("reduce() got no questions: give it reductions, such as Entropy(), Max().")
         self._check()
+        if len(reductions) == 1 and (found := kernels.answer(self._scores, reductions[0])) is not None:
+            answer, self._normalizer = found
+            return (answer,)
         answers, self._normalizer = stream(self._scores, reductions, self._normalizer)
         return tuple(answers)
 

@@ -26,6 +26,7 @@ class Block:
     rows: slice
     keys: slice
     mixed: bool  # whether the mask hides something in this block
+    shifted: bool  # whether the offset is not 0 throughout
     scores: Scores
 
     @property
@@ -84,6 +85,17 @@ class Reduction(ABC):
         ``by`` and ``total``, the sum of those weights before, are [b, h, r, 1]. Called only where ``online``.
         """
         raise NotImplementedError(f"{type(self).__name__} says online = True, but has no rescale().")
+
+    def value(self, scores: Scores) -> Tensor | None:
+        """The value x [B, G, S, N ≤ D] whose P @ x answers this question: then the fused kernel does, if it can.
+
+        None, as here: the question needs the weights themselves.
+        """
+        return None
+
+    def answer(self, scores: Scores, product: Tensor, logsumexp: Tensor) -> Any | None:
+        """The answer from P @ x [B, H, L, N] and the rows' log-sum-exp [B, H, L]; None: too inexact, take the pass."""
+        raise NotImplementedError(f"{type(self).__name__} has a value(), but no answer().")
 
     def finish(self, state: Any) -> Any:
         """The answer."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from headscope.reductions.reduction import Block, Reduction, Shape
-from headscope.scores import LOWEST
+from headscope.scores import LOWEST, Scores
 
 
 class WeightsAt(NamedTuple):
@@ -22,6 +22,7 @@ class Entropy(Reduction):
     """H_i = −Σ_j P_ij ln P_ij in nats: [B, H, L]. 0: one key; ln n: even over n keys (arXiv 1906.04341)."""
 
     online = True
+    _EXACT = 128.0  # mean scores up to here leave the difference of two float32 numbers right to some 1e-5 nats
 
     def start(self, shape: Shape, like: Tensor) -> Tensor:
         """Zeros, [B, H, L]."""
@@ -30,12 +31,24 @@ class Entropy(Reduction):
     def update(self, state: Tensor, block: Block) -> None:
         """−Σ P·(centered + offset), without a second block in memory."""
         state[block.at] -= torch.linalg.vecdot(block.weights, block.centered)
-        if block.offset.any():
+        if block.shifted:
             state[block.at] -= block.weights.sum(-1) * block.offset.squeeze(-1)
 
     def rescale(self, state: Tensor, at: tuple[slice, slice, slice], by: Tensor, total: Tensor) -> None:
         """−Σ cP ln cP = c·(−Σ P ln P − ln c·Σ P)."""
         state[at] = (by.exp() * (state[at].unsqueeze(-1) - by * total)).squeeze(-1)
+
+    def value(self, scores: Scores) -> Tensor | None:
+        """The keys: H_i = lse_i − Σ_j P_ij s_ij, and the sum is scale·q_i·(P @ K)_i where the score is only that."""
+        plain = scores.bias is None and scores.softcap is None and scores.sinks is None
+        return scores.key if plain and scores.query.dtype == scores.dtype else None
+
+    def answer(self, scores: Scores, product: Tensor, logsumexp: Tensor) -> Tensor | None:
+        """The difference of two numbers as large as scores, right to their rounding: some 1e-5 nats in float32."""
+        mean = torch.linalg.vecdot(scores.query, product) * scores.scale
+        if not bool(mean.abs().amax() <= self._EXACT):
+            return None
+        return (logsumexp - mean).clamp_(min=0)
 
     def finish(self, state: Tensor) -> Tensor:
         """Rounding may leave −1e−8 for a row on one key."""
@@ -122,34 +135,48 @@ class TopK(Reduction):
         return WeightsAt(values.exp_().masked_fill_(unseen, 0), indices.masked_fill_(unseen, -1))
 
 
-class Max(TopK):
+class Max(Reduction):
     """The largest weight of each row and its key: values and indices, each [B, H, L]."""
 
-    def __init__(self) -> None:
-        super().__init__(1)
+    _CHUNK = 32
+    online = True
 
-    def _best(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def start(self, shape: Shape, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Nothing found yet."""
+        empty = torch.full(shape[:3], -1, dtype=torch.int64, device=like.device)
+        return like.new_full(shape[:3], -torch.inf), empty
+
+    def update(self, state: tuple[Tensor, Tensor], block: Block) -> None:
+        """Keep the larger of this block's largest and the largest so far."""
+        values, indices = self._largest(block.centered)
+        values = values + block.offset.squeeze(-1)
+        held_values, held_indices = state[0][block.at], state[1][block.at]
+        better = values > held_values
+        held_values.copy_(torch.where(better, values, held_values))
+        held_indices.copy_(torch.where(better, indices + block.keys.start, held_indices))
+
+    def _largest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Max with its index; a search of chunk maxima is cheaper, and then of the one chunk that has it."""
         size, width = self._CHUNK, x.shape[-1]
-        whole = width // size * size
-        if whole < 2 * size:
-            best = x.max(-1, keepdim=True)
+        if width % size or width < 4 * size:
+            best = x.max(-1)
             return best.values, best.indices
-        chunks = x[..., :whole].unflatten(-1, (-1, size))
-        where = chunks.amax(-1).max(-1, keepdim=True).indices
-        picked = chunks.gather(-2, where.unsqueeze(-1).expand(*where.shape, size)).squeeze(-2)
-        best = picked.max(-1, keepdim=True)
-        values, indices = best.values, where * size + best.indices
-        if whole < width:
-            rest = x[..., whole:].max(-1, keepdim=True)
-            better = rest.values > values
-            values = torch.where(better, rest.values, values)
-            indices = torch.where(better, rest.indices + whole, indices)
-        return values, indices
+        chunks = x.reshape(-1, width // size, size)
+        best = chunks.amax(-1).max(-1)
+        first = torch.arange(0, len(chunks) * chunks.shape[1], chunks.shape[1], device=x.device)
+        inside = chunks.flatten(0, 1).index_select(0, first + best.indices).max(-1).indices
+        shape = x.shape[:-1]
+        return best.values.view(shape), inside.add_(best.indices, alpha=size).view(shape)
+
+    def rescale(self, state: tuple[Tensor, Tensor], at: tuple[slice, slice, slice], by: Tensor, total: Tensor) -> None:
+        """What was found keeps its place."""
+        state[0][at] += by.squeeze(-1)
 
     def finish(self, state: tuple[Tensor, Tensor]) -> WeightsAt:
-        """One value a row."""
-        values, indices = super().finish(state)
-        return WeightsAt(values.squeeze(-1), indices.squeeze(-1))
+        """The weight from its logarithm; 0 and −1 for a row that sees nothing."""
+        values, indices = state
+        unseen = values <= LOWEST / 2
+        return WeightsAt(values.exp_().masked_fill_(unseen, 0), indices.masked_fill_(unseen, -1))
 
 
 class Offsets(Reduction):
