@@ -5,6 +5,8 @@ All questions of a layer share one pass over its weights, which happens as the l
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 
 from headscope.corpus import Batch, Piece, batches
 from headscope.effects import output_sum
+from headscope.masks import Mask
+from headscope.masks.codec import encode
 from headscope.measures import Column, Measure, Page, Ratio, Visibility, take
 from headscope.models import Loaded, reader
 from headscope.recording import record
@@ -108,8 +112,8 @@ def _measure_batch(loaded: Loaded, batch: Batch, measures: Sequence[Measure], la
     asked = [taken for taken in measures if taken.reads(batch)]
     modules = dict(loaded.model.named_modules())
     weights = weights_of((piece.document, piece.half) for piece in batch.pieces)
-    seen: dict[int, Visibility] = {}
-    nulls: dict[int, dict[str, Ratio]] = {}
+    seen: dict[tuple[object, int], Visibility] = {}
+    nulls: dict[tuple[object, int], dict[str, Ratio]] = {}
     evidence = {column.name for column in columns_of(asked) if column.evidence}
     done = Measured()
     number = -1
@@ -119,7 +123,7 @@ def _measure_batch(loaded: Loaded, batch: Batch, measures: Sequence[Measure], la
         nonlocal number
         number += 1
         count = max(layers, number + 1)
-        key = id(call.scores.mask)
+        key = (_rule(call.scores.mask), call.shape[1])
         if key not in seen:
             seen[key] = Visibility(batch, call.scores.mask, call.shape[1])
             nulls[key] = take(asked, Page(seen[key].uniform, seen[key]))
@@ -136,6 +140,18 @@ def _measure_batch(loaded: Loaded, batch: Batch, measures: Sequence[Measure], la
     for piece, rows in zip(batch.pieces, batch.valid.sum(-1).tolist(), strict=True):
         done.sums.documents[piece.document] = done.sums.documents.get(piece.document, 0) + int(rows)
     return done
+
+
+def _rule(mask: Mask | None) -> object:
+    """The same for masks that follow the same rule: layers share what it lets be seen."""
+    try:
+        return json.dumps(encode(mask, _digest))
+    except ValueError:  # a function: the same only as itself
+        return mask
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def run(loaded: Loaded, batch: Batch, on_call: Callable[[AttentionCall], None]) -> None:

@@ -7,8 +7,8 @@ or neighbours don't change them; means of ratios would do neither.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -120,7 +120,7 @@ class Page:
     seen: Visibility
     value: Tensor | None = None
     out_weight: Tensor | None = None
-    answers: Mapping[str, Any] = field(default_factory=dict)
+    answers: dict[str, Any] = field(default_factory=dict)
 
     @property
     def batch(self) -> Batch:
@@ -151,8 +151,8 @@ class Page:
         return torch.linalg.vecdot(value @ gram, value).clamp(min=0).sqrt()
 
     def over_rows(self, values: Tensor) -> Tensor:
-        """Sum of [B, H, L] over the rows that count: [B, H], in float64."""
-        return torch.einsum("bhl,bl->bh", values.double(), self.rows.double())
+        """Sum of [B, H, L, …] over the rows that count: [B, H, …], in float64."""
+        return torch.einsum("bhl...,bl->bh...", values.double(), self.seen.rows.double())
 
     @cached_property
     def count(self) -> Tensor:
@@ -209,6 +209,6 @@ def take(measures: Iterable[Measure], page: Page) -> dict[str, Ratio]:
     for taken in asked:
         for name, question in taken.questions(page).items():
             questions.setdefault(name, question)
-    answers = dict(zip(questions, page.matrix.reduce(*questions.values()), strict=True)) if questions else {}
-    answered = replace(page, answers=answers)
-    return {name: ratio for taken in asked for name, ratio in taken.sums(answered).items()}
+    if questions:
+        page.answers.update(zip(questions, page.matrix.reduce(*questions.values()), strict=True))
+    return {name: ratio for taken in asked for name, ratio in taken.sums(page).items()}

@@ -8,7 +8,7 @@ from torch import Tensor
 from headscope.corpus import Batch
 from headscope.measures.measure import Column, Measure, Page, Ratio
 from headscope.measures.questions import Distance, MaxAmong, Product
-from headscope.reductions import Entropy, Max, Offsets, Reduction, TransposedProduct
+from headscope.reductions import Entropy, Offsets, Reduction, TransposedProduct
 
 __all__ = ["RADIUS", "REPEATED", "standard"]
 
@@ -53,13 +53,14 @@ class Confidence(Measure):
 
     def questions(self, page: Page) -> dict[str, Reduction]:
         """The largest weights, with sinks and without."""
-        return {"largest": Max(), "largest_text": MaxAmong(page.text), "mass": _mass(page)}
+        asked: dict[str, Reduction] = {"largest_text": MaxAmong(page.text), "mass": _mass(page)}
+        return asked | {"largest_sink": MaxAmong(page.batch.sinks)}
 
     def sums(self, page: Page) -> dict[str, Ratio]:
         """Over the weight on text, and over rows."""
-        text = page.over_rows(page.answers["largest_text"].values)
-        raw = page.over_rows(page.answers["largest"].values)
-        return {"confidence": Ratio(text, _on_text(page)), "confidence_raw": Ratio(raw, page.count)}
+        text, sinks = (page.answers[name].values for name in ("largest_text", "largest_sink"))
+        raw = page.over_rows(torch.maximum(text, sinks))
+        return {"confidence": Ratio(page.over_rows(text), _on_text(page)), "confidence_raw": Ratio(raw, page.count)}
 
 
 class MeanDistance(Measure):
@@ -100,9 +101,10 @@ class OffsetMass(Measure):
         """Each diagonal, with what lies on sinks and without."""
         offsets, found = page.answers["offsets"], {}
         text = offsets * _at_offsets(page.text.to(offsets.dtype))[:, None]
+        on_text, whole = _on_text(page), page.over_rows(torch.stack([text, offsets], -1))
         for number, d in enumerate(_DELTAS):
-            found[f"offset_mass{d:+d}"] = Ratio(page.over_rows(text[..., number]), _on_text(page))
-            found[f"offset_mass{d:+d}_raw"] = Ratio(page.over_rows(offsets[..., number]), page.count)
+            found[f"offset_mass{d:+d}"] = Ratio(whole[..., number, 0], on_text)
+            found[f"offset_mass{d:+d}_raw"] = Ratio(whole[..., number, 1], page.count)
         return found
 
 
@@ -123,7 +125,8 @@ class OffsetHits(Measure):
         keys = page.answers["largest_text"].indices
         apart = keys - torch.arange(keys.shape[-1], device=keys.device)
         apart = apart.masked_fill(keys < 0, 1 << 30)
-        return {f"offset_hits{d:+d}": Ratio(page.over_rows(apart == d), page.count) for d in _DELTAS}
+        hits = page.over_rows(apart.unsqueeze(-1) == torch.tensor(_DELTAS, device=keys.device))
+        return {f"offset_hits{d:+d}": Ratio(hits[..., d + RADIUS], page.count) for d in _DELTAS}
 
 
 class Sinks(Measure):
@@ -142,7 +145,7 @@ class Sinks(Measure):
 
     def sums(self, page: Page) -> dict[str, Ratio]:
         """Each mass over rows; delimiters also over the weight on text."""
-        _, sink, first, delimiter = (page.over_rows(part) for part in page.answers["mass"].unbind(-1))
+        _, sink, first, delimiter = page.over_rows(page.answers["mass"]).unbind(-1)
         return {
             "sink": Ratio(sink, page.count),
             "first": Ratio(first, page.count),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import torch
 from torch import Tensor
 
@@ -20,16 +22,16 @@ class Product(Reduction):
     online = True
 
     def __init__(self, x: Tensor) -> None:
-        self.x = x
+        self._columns = x.transpose(-1, -2).contiguous()
 
     def start(self, shape: Shape, like: Tensor) -> Tensor:
         """Zeros, [B, H, L, N]."""
-        return like.new_zeros((*shape[:3], self.x.shape[-1]))
+        return like.new_zeros((*shape[:3], self._columns.shape[-2]))
 
     def update(self, state: Tensor, block: Block) -> None:
         """A narrow matrix product."""
-        heads = slice(None) if self.x.shape[1] == 1 else block.heads
-        state[block.at] += block.weights @ self.x[block.batch, heads, block.keys].to(state.dtype)
+        heads = slice(None) if self._columns.shape[1] == 1 else block.heads
+        state[block.at] += block.product(self._columns[block.batch, heads, :, block.keys])
 
     def rescale(self, state: Tensor, at: Rows, by: Tensor, total: Tensor) -> None:
         """Every weight by its row's factor."""
@@ -42,47 +44,82 @@ class Distance(Reduction):
     online = True
 
     def __init__(self, among: Tensor) -> None:
-        self.among = among
+        self._places = _Places(among)
+        self._among = among.float()
+        self._columns = torch.stack([self._among, self._among * torch.arange(among.shape[1], device=among.device)], 1)
 
     def start(self, shape: Shape, like: Tensor) -> Tensor:
         """Zeros, [B, H, L]."""
         return like.new_zeros(shape[:3])
 
     def update(self, state: Tensor, block: Block) -> None:
-        """Where all keys lie before all rows the distance is a difference: a narrow product instead of a block."""
-        first = block.scores.positions(block.rows).start
-        before = min(max(first - block.keys.start, 0), block.weights.shape[-1])
-        among = self.among[block.batch, block.keys].to(state.dtype)[:, None, :, None]
-        rows, keys = block.q_idx.to(state.dtype), block.kv_idx.to(state.dtype)
-        if before:
-            columns = torch.cat([among, among * keys[:, None]], -1)[:, :, :before]
-            mass, place = (block.weights[..., :before] @ columns).unbind(-1)
-            state[block.at] += rows[:, 0] * mass - place
-        if before < block.weights.shape[-1]:
-            apart = (rows - keys[before:]).abs() * among[:, :, before:].transpose(-1, -2)
-            state[block.at] += torch.linalg.vecdot(block.weights[..., before:], apart)
+        """Σ P·(i − j) is two narrow products; keys after their rows, which may lie at the end, count twice over."""
+        if not self._places.chosen(block.keys):
+            return
+        mass, place = block.product(self._columns[block.batch, None, :, block.keys]).unbind(-1)
+        rows = block.q_idx.to(state.dtype)
+        state[block.at] += torch.addcmul(-place, rows[:, 0], mass)
+        after = max(block.scores.positions(block.rows).start + 1 - block.keys.start, 0)
+        if after < block.weights.shape[-1] and not _hides_the_future(block):
+            among = self._among[block.batch, block.keys][:, None, None]
+            beyond = (block.kv_idx[after:] - rows).clamp(min=0) * among[..., after:]
+            state[block.at] += 2 * torch.linalg.vecdot(block.weights[..., after:], beyond)
 
     def rescale(self, state: Tensor, at: Rows, by: Tensor, total: Tensor) -> None:
         """Every weight by its row's factor."""
         state[at] *= by.exp().squeeze(-1)
 
 
+def _hides_the_future(block: Block) -> bool:
+    """Whether this is known without a look at the cells: the weights beyond the diagonal are 0 then."""
+    mask = block.scores.mask
+    return mask is not None and mask.is_causal
+
+
 class MaxAmong(Max):
     """The largest weight of each row among the keys in ``among`` [B, S], and its key: each [B, H, L]."""
 
+    _FEW = 16
+
     def __init__(self, among: Tensor) -> None:
-        super().__init__()
-        self.among = among
+        self.among, self._places = among, _Places(among)
 
     def update(self, state: tuple[Tensor, Tensor], block: Block) -> None:
-        """Hide the other keys, for as long as this question looks at the block."""
-        left_out = ~self.among[block.batch, block.keys]
-        columns = left_out.any(0).nonzero().flatten()
-        if not len(columns):
+        """Look at the few that are among them; or hide the few that are not, for as long as this question looks."""
+        among = self.among[block.batch, block.keys]
+        columns = self._places.chosen(block.keys)
+        if len(columns) <= self._FEW:
+            if columns:
+                x = block.centered[..., columns].masked_fill_(~among[:, columns][:, None, None], LOWEST)
+                values, which = x.max(-1)
+                self._keep(state, block, values, torch.tensor(columns, device=which.device)[which])
+            return
+        others = self._places.left_out(block.keys)
+        if not others:
             super().update(state, block)
             return
-        held = block.centered[..., columns]
-        hidden = left_out[:, columns][:, None, None, :]
-        block.centered[..., columns] = torch.where(hidden, LOWEST, held)
+        held = block.centered[..., others]
+        block.centered[..., others] = torch.where(among[:, others][:, None, None], held, LOWEST)
         super().update(state, block)
-        block.centered[..., columns] = held
+        block.centered[..., others] = held
+
+
+class _Places:
+    """Which keys any text of a batch chooses, and which any leaves out: known once, asked of every block."""
+
+    def __init__(self, among: Tensor) -> None:
+        self._chosen = among.any(0).nonzero().flatten().tolist()
+        self._left_out = (~among).any(0).nonzero().flatten().tolist()
+
+    def chosen(self, keys: slice) -> list[int]:
+        """Those chosen in a span of keys, counted from its start."""
+        return _inside(self._chosen, keys)
+
+    def left_out(self, keys: slice) -> list[int]:
+        """Those left out in a span of keys, counted from its start."""
+        return _inside(self._left_out, keys)
+
+
+def _inside(places: list[int], keys: slice) -> list[int]:
+    first, last = bisect_left(places, keys.start), bisect_left(places, keys.stop)
+    return [place - keys.start for place in places[first:last]]

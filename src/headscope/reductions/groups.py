@@ -28,7 +28,7 @@ class Groups(Reduction):
         low, chosen = _indicator(self.ids, block.batch, block.keys, block.weights)
         if chosen.shape[-1]:
             part = state[(*block.at, slice(low, low + chosen.shape[-1]))]
-            part += block.weights @ chosen.unsqueeze(1)
+            part += block.product(chosen.transpose(-1, -2).unsqueeze(1))
 
     def rescale(self, state: Tensor, at: tuple[slice, slice, slice], by: Tensor, total: Tensor) -> None:
         """Every weight by its row's factor."""
@@ -63,7 +63,7 @@ class Pool(Reduction):
         low_c, cols = _indicator(state["cols"], block.batch, block.keys, block.weights)
         low_r, rows = _indicator(state["rows"], block.batch, block.rows, block.weights)
         if cols.shape[-1] and rows.shape[-1]:
-            summed = rows.unsqueeze(1).transpose(-1, -2) @ (block.weights @ cols.unsqueeze(1))
+            summed = rows.unsqueeze(1).transpose(-1, -2) @ block.product(cols.transpose(-1, -2).unsqueeze(1))
             at = slice(low_r, low_r + rows.shape[-1]), slice(low_c, low_c + cols.shape[-1])
             state["out"][(block.batch, block.heads, *at)] += summed
 

@@ -57,6 +57,16 @@ class Block:
             return None
         return self.scores.visible(self.batch, self.heads, self.rows, self.keys)
 
+    def product(self, columns: Tensor) -> Tensor:
+        """P @ columnsᵀ for this block, columns [b|1, h|1, N, c]: [b, h, r, N].
+
+        A narrow matrix product is four times as fast with its columns as rows of memory.
+        """
+        batch, heads, rows, width = self.weights.shape
+        given = columns.to(self.weights.dtype).expand(batch, heads, -1, -1).reshape(batch * heads, -1, width)
+        found = torch.bmm(self.weights.reshape(-1, rows, width), given.transpose(1, 2))
+        return found.view(batch, heads, rows, -1)
+
 
 class Reduction(ABC):
     """One question. ``start`` makes the state, ``update`` adds a block to it, ``finish`` gives the answer.

@@ -147,8 +147,11 @@ class Max(Reduction):
         return like.new_full(shape[:3], -torch.inf), empty
 
     def update(self, state: tuple[Tensor, Tensor], block: Block) -> None:
-        """Keep the larger of this block's largest and the largest so far."""
-        values, indices = self._largest(block.centered)
+        """The largest of this block."""
+        self._keep(state, block, *self._largest(block.centered))
+
+    def _keep(self, state: tuple[Tensor, Tensor], block: Block, values: Tensor, indices: Tensor) -> None:
+        """The larger of what was found in a block, logarithms and places in it, and the largest so far."""
         values = values + block.offset.squeeze(-1)
         held_values, held_indices = state[0][block.at], state[1][block.at]
         better = values > held_values
