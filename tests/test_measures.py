@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from headscope import AttentionMatrix, masks
+from headscope import AttentionMatrix, blockwise, masks
 from headscope.corpus import Batch, Piece, batches
 from headscope.measures import Column, Measure, Page, Ratio, Visibility, standard, take
-from headscope.profiling import columns_of
+from headscope.profiling import _rule, columns_of
 from headscope.reductions import Block, Reduction
 from headscope.roles import ROLES, find_roles
 from headscope.sums import Sums, document_weights, weights_of
@@ -105,16 +105,33 @@ def by_definition(page: Page) -> dict[str, Tensor]:
     return {name: value / sums[over.get(name, "rows")] for name, value in sums.items() if name not in helpers}
 
 
-@pytest.mark.parametrize("kind", ["decoder", "encoder", "window"])
-def test_every_measure_is_its_definition(kind: str) -> None:
-    batch = batch_of(23, 17, 9, end=kind == "encoder")
-    mask = masks.padding([23, 17, 9])
-    mask = {"decoder": mask & masks.causal(), "encoder": mask, "window": mask & masks.sliding_window(6)}[kind]
+@pytest.mark.parametrize("kind", ["decoder", "encoder", "window", "alone"])
+@pytest.mark.parametrize("blocks", ["whole", "small"])
+def test_every_measure_is_its_definition(kind: str, blocks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if blocks == "small":  # some rows, and 128 keys in a block: texts of 300 tokens cross several
+        monkeypatch.setattr(blockwise, "_BLOCK", 1 << 12)
+        monkeypatch.setattr(blockwise, "_ROWS", 64)
+    lengths = [23, 17, 9] if blocks == "whole" else [300, 170, 9]
+    lengths = lengths[:1] if kind == "alone" else lengths
+    batch = batch_of(*lengths, end=kind == "encoder")
+    mask = masks.padding(lengths)
+    mask = {"decoder": mask & masks.causal(), "encoder": mask, "window": mask & masks.sliding_window(6)}.get(
+        kind, masks.causal()
+    )
     page = page_of(batch, mask)
     found, wanted = values(take(standard(), page)), by_definition(page)
     assert set(wanted) == {column.name for column in columns_of(standard())} - {"induction", "duplicate"}
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, atol=2e-5, rtol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_layers_share_what_their_masks_let_be_seen_and_no_more() -> None:
+    """Each layer's mask is an object of its own; what follows from it is computed once for all that are alike."""
+    alike = [masks.causal(), masks.causal() & masks.padding([5, 7]), masks.dense(torch.eye(9).bool()), None]
+    again = [masks.causal(), masks.causal() & masks.padding([5, 7]), masks.dense(torch.eye(9).bool()), None]
+    assert [_rule(mask) for mask in alike] == [_rule(mask) for mask in again]
+    others = [masks.sliding_window(4), masks.causal() & masks.padding([5, 6]), masks.dense(torch.ones(9, 9).bool())]
+    assert len({_rule(mask) for mask in alike + others}) == 7
 
 
 def test_padding_and_neighbours_change_nothing() -> None:

@@ -336,7 +336,7 @@ def kept(folder: Path, step: int, value: float = 1.0) -> Path:
 
 
 def test_the_last_two_checkpoints_stay_and_come_back_as_they_were(tmp_path: Path) -> None:
-    (tmp_path / ".step-00000001.safetensors.123.part").write_bytes(b"left by a killed process")
+    (tmp_path / ".step-00000001.123.part.safetensors").write_bytes(b"left by a killed process")
     (tmp_path / "notes.txt").write_text("mine")
     for step in (9, 10, 11):
         kept(tmp_path, step, value=step / 3)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from headscope.atlas import HeadAtlas
 from headscope.errors import AtlasError
 from headscope.figures import check_extension
-from headscope.output import whole_file
+from headscope.files import whole_file
 
 __all__ = ["draw"]
 

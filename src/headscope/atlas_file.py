@@ -19,7 +19,7 @@ from torch import Tensor
 
 from headscope.atlas import FORMAT, HeadAtlas, Worth
 from headscope.errors import AtlasError
-from headscope.output import whole_file
+from headscope.files import whole_file
 from headscope.profiling import Measured
 from headscope.relations.counts import RelationCounts
 

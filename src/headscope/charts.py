@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from headscope.experiments import Mean, Report
-from headscope.output import whole_file
+from headscope.files import whole_file
 
 __all__ = ["draw_report"]
 

@@ -17,6 +17,7 @@ import typer
 from headscope import models, output, terminal
 from headscope.commands import add_commands
 from headscope.errors import HeadscopeError, TextError
+from headscope.files import check_writable
 from headscope.heads_command import add_heads
 from headscope.links import View, ask, head_of, run
 from headscope.recording import Recording
@@ -234,7 +235,7 @@ def _check_outputs(figure: Path | None, save: Path | None) -> None:
         figures.check_extension(figure)
     for path in (figure, save):
         if path is not None:
-            output.check_writable(path)
+            check_writable(path)
 
 
 def _pull_default(model: str, stages: terminal.Stages) -> None:

@@ -18,9 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope.errors import HeadscopeError
+from headscope.files import whole_file
 from headscope.recording import record
 from headscope.training import TrainConfig, make_task, train
-from headscope.training.checkpoint import durable_file
 from headscope.training.tasks import generator
 from headscope.transformer import Transformer
 
@@ -375,7 +375,7 @@ def _write(folder: Path, files: dict[str, str]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            with durable_file(folder / name) as scratch:
+            with whole_file(folder / name) as scratch:
                 scratch.write_text(text, "utf-8")
     except OSError as error:
         raise HeadscopeError(f"Cannot write into {folder}: {error.strerror or error}.") from error

@@ -17,9 +17,9 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 from torch import Tensor
 
+from headscope.files import whole_file
 from headscope.links import Head
 from headscope.matrix import AttentionMatrix
-from headscope.output import whole_file
 from headscope.recording import Recording
 from headscope.tokens import Tokens
 from headscope.words import FEW_WORDS, label, word_map

@@ -16,7 +16,7 @@ import typer
 from headscope import corpus, models, terminal, terminal_heads
 from headscope.atlas import HeadAtlas
 from headscope.errors import AtlasError, HeadscopeError
-from headscope.output import check_writable
+from headscope.files import check_writable
 from headscope.training.processes import rank
 
 __all__ = ["add_heads"]

@@ -1,22 +1,16 @@
-"""Answers as data, and files that appear whole or not at all."""
+"""Answers as data."""
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from headscope.errors import HeadscopeError
 from headscope.links import Link, View
 from headscope.tokens import Word
 from headscope.words import label
 
-__all__ = ["as_data", "check_writable", "whole_file"]
+__all__ = ["as_data"]
 
 VERSION = 1
 
@@ -77,34 +71,3 @@ def _number(value: float) -> float | None:
 
 def _table(values: Tensor) -> list[list[float | None]]:
     return [[_number(value) for value in row] for row in values.tolist()]
-
-
-def check_writable(path: Path) -> None:
-    """Find out before the work is done whether a file can be written.
-
-    Raises:
-        HeadscopeError: It cannot: no such folder, no permission, or a folder of that name.
-    """
-    if path.is_dir():
-        raise HeadscopeError(f"Cannot write {path}: it is a folder. Give the name of a file.")
-    if not path.parent.is_dir():
-        raise HeadscopeError(f"Cannot write {path}: there is no folder {path.parent}. Make it, or choose another.")
-    if not os.access(path.parent, os.W_OK):
-        raise HeadscopeError(f"Cannot write {path}: no permission to write in {path.parent}. Choose another folder.")
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name in the same folder, which becomes `path` when the block ends well.
-
-    Raises:
-        HeadscopeError: The file cannot be written.
-    """
-    check_writable(path)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".headscope-", dir=path.parent) as folder:
-            scratch = Path(folder) / path.name
-            yield scratch
-            os.replace(scratch, path)
-    except OSError as error:
-        raise HeadscopeError(f"Cannot write {path}: {error.strerror or error}.") from error

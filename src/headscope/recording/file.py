@@ -6,7 +6,6 @@ The format is described in docs/recording-format.md.
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from headscope.errors import RecordingError
+from headscope.files import whole_file
 from headscope.masks.codec import decode, encode
 from headscope.recording.site import Part, SiteCalls
 from headscope.tokens import Tokens, Word
@@ -48,16 +48,8 @@ def save(contents: Contents, path: Path) -> None:
     ]
     header = {"runs": runs, "unseen": list(contents.unseen), "tokens": _tokens_out(contents.tokens)}
     metadata = {"format": FORMAT, "version": str(VERSION), "recording": json.dumps(header)}
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with whole_file(path, RecordingError) as scratch:
         save_file(writer.tensors, scratch, metadata=metadata)
-        os.replace(scratch, path)
-    except OSError as error:
-        raise RecordingError(f"{path} cannot be written: {error.strerror or error}.") from error
-    except SafetensorError as error:
-        raise RecordingError(f"{path} cannot be written: {error}.") from error
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 class _Writer:

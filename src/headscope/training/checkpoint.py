@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, uint8
 
 from headscope.errors import HeadscopeError
+from headscope.files import whole_file
 
-__all__ = ["Checkpoint", "durable_file", "latest", "save"]
+__all__ = ["Checkpoint", "latest", "save"]
 
 FORMAT = "headscope-checkpoint"
 VERSION = 1
 _NAME = re.compile(r"step-(\d{1,12})\.safetensors")
-_PARTS = re.compile(r"\.step-\d{1,12}\.safetensors\.\d+\.part")
+_PARTS = re.compile(r"\.step-\d{1,12}\.\d+\.part\.safetensors")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,16 +65,15 @@ def save(folder: Path, step: int, run: dict[str, Any], tensors: dict[str, Tensor
     path = folder / f"step-{step:08d}.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with durable_file(path) as scratch:
+        with whole_file(path) as scratch:
             save_file(data, scratch, metadata=metadata)
         for old in _found(folder)[keep:]:
             old.unlink(missing_ok=True)
         for part in folder.iterdir():  # what a killed process left
             if _PARTS.fullmatch(part.name):
                 part.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise HeadscopeError(f"Cannot write the checkpoint {path}: {reason}.") from error
+    except OSError as error:
+        raise HeadscopeError(f"Cannot write the checkpoint {path}: {error.strerror or error}.") from error
     return path
 
 
@@ -96,29 +94,6 @@ def latest(folder: Path, report: Callable[[str], None] | None = None) -> Checkpo
             if report is not None:
                 report(f"{path} is not whole and is passed over: {reason}.")
     return None
-
-
-@contextmanager
-def durable_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``, which becomes ``path`` once it is on the disk; nothing if the block fails.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield scratch
-        with scratch.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-        if os.name == "posix":  # the new name, too, must be on the disk
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _found(folder: Path) -> list[Path]:
