@@ -106,12 +106,12 @@ def by_definition(page: Page) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder", "window", "alone"])
-@pytest.mark.parametrize("blocks", ["whole", "small"])
+@pytest.mark.parametrize("blocks", ["whole", "small", "short"])
 def test_every_measure_is_its_definition(kind: str, blocks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if blocks == "small":  # some rows, and 128 keys in a block: texts of 300 tokens cross several
         monkeypatch.setattr(blockwise, "_BLOCK", 1 << 12)
         monkeypatch.setattr(blockwise, "_ROWS", 64)
-    lengths = [23, 17, 9] if blocks == "whole" else [300, 170, 9]
+    lengths = {"whole": [23, 17, 9], "small": [300, 170, 9], "short": [14, 9, 5]}[blocks]
     lengths = lengths[:1] if kind == "alone" else lengths
     batch = batch_of(*lengths, end=kind == "encoder")
     mask = masks.padding(lengths)

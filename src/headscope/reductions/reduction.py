@@ -99,7 +99,7 @@ class Reduction(ABC):
     def value(self, scores: Scores) -> Tensor | None:
         """The value x [B, G, S, N ≤ D] whose P @ x answers this question: then the fused kernel does, if it can.
 
-        None, as here: the question needs the weights themselves.
+        Asked only where scores are scale·QKᵀ and a mask, no more. None, as here: the weights themselves are needed.
         """
         return None
 

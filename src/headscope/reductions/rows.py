@@ -39,9 +39,8 @@ class Entropy(Reduction):
         state[at] = (by.exp() * (state[at].unsqueeze(-1) - by * total)).squeeze(-1)
 
     def value(self, scores: Scores) -> Tensor | None:
-        """The keys: H_i = lse_i − Σ_j P_ij s_ij, and the sum is scale·q_i·(P @ K)_i where the score is only that."""
-        plain = scores.bias is None and scores.softcap is None and scores.sinks is None
-        return scores.key if plain and scores.query.dtype == scores.dtype else None
+        """The keys: H_i = lse_i − Σ_j P_ij s_ij, and the sum is scale·q_i·(P @ K)_i."""
+        return scores.key if scores.query.dtype == scores.dtype else None  # half precision would not be enough
 
     def answer(self, scores: Scores, product: Tensor, logsumexp: Tensor) -> Tensor | None:
         """The difference of two numbers as large as scores, right to their rounding: some 1e-5 nats in float32."""
