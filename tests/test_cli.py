@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from headscope import cli, models, store
@@ -64,6 +65,45 @@ def test_json_in_chinese_is_utf_8_wherever_it_is_written() -> None:
     done = outside("see", "她饿了 now", "--json", env={"PYTHONIOENCODING": "ascii"}, stdin=subprocess.DEVNULL)
     assert json.loads(done.stdout.decode("utf-8"))["words"][0]["text"] == "她"
     assert "饿".encode() in done.stdout
+
+
+def test_forbidding_a_link_says_what_it_does_to_the_next_word(smollm2: models.Loaded) -> None:
+    from headscope import edit, knock_out
+
+    done = command("forbid", "The animal didn't cross the street because it was too", "--json")
+    answer = json.loads(done.stdout)
+    ids = torch.tensor([[0, *smollm2.tokenizer("The animal didn't cross the street because it was too")["input_ids"]]])
+    places = [smollm2.tokenizer.decode([i]).strip() for i in ids[0].tolist()]
+    with torch.no_grad():
+        clean = smollm2.model(ids).logits[0, -1].double().log_softmax(-1)
+        with edit(smollm2.model, knock_out(places.index("it"), places.index("animal"))):
+            edited = smollm2.model(ids).logits[0, -1].double().log_softmax(-1)
+    assert answer["kl"]["everywhere"] == pytest.approx(float((clean.exp() * (clean - edited)).sum()), rel=1e-3)
+    for token in answer["next"]:
+        assert token["with"] == pytest.approx(float(clean[token["id"]].exp()), rel=1e-3)
+        assert token["without"] == pytest.approx(float(edited[token["id"]].exp()), rel=1e-3)
+    heads = answer["kl"]["heads"]
+    assert [len(row) for row in heads] == [9] * 30
+    layers = answer["kl"]["layers"]
+    strongest = max(range(270), key=lambda i: heads[i // 9][i % 9])
+    table = command("forbid").stdout
+    assert f"alone, strongest first: {layers.index(max(layers))} " in table
+    assert f"alone, strongest first: {strongest // 9}.{strongest % 9} " in table
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--from", "animal", "--to", "it"), "'it' comes after 'animal'"),
+        (("--from", "dog"), "dog"),
+        (("--model", "minilm"), "no logits"),
+        (("",), "empty"),
+    ],
+)
+def test_a_link_that_cannot_be_forbidden(words: tuple[str, ...], told: str) -> None:
+    done = command("forbid", *words)
+    assert done.exit_code == 1
+    assert told in " ".join(done.stderr.split())
 
 
 def test_one_head() -> None:

@@ -16,8 +16,8 @@ FILES = sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.p
 HOMES = {
     "transformers": {"models.py", "seam/huggingface.py"},
     "matplotlib": {"figures.py", "charts.py", "atlas_figures.py"},
-    "rich": {"terminal.py", "terminal_heads.py"},
-    "typer": {"cli.py", "commands.py", "heads_command.py"},
+    "rich": {"terminal.py", "terminal_heads.py", "terminal_links.py"},
+    "typer": {"cli.py", "commands.py", "forbid_command.py", "heads_command.py"},
     "pyarrow": {"atlas_file.py"},
     "conllu": {"relations/treebank.py"},
     "tensorboard": {"training/logs.py"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -18,6 +17,7 @@ from headscope import models, output, terminal
 from headscope.commands import add_commands
 from headscope.errors import HeadscopeError, TextError
 from headscope.files import check_writable
+from headscope.forbid_command import add_forbid
 from headscope.heads_command import add_heads
 from headscope.links import View, ask, head_of, run
 from headscope.recording import Recording
@@ -163,8 +163,7 @@ def see(
                 recording, tokens, sources, target=target, head=chosen, top=top, causal=loaded.causal, on_layer=tell
             )
         if as_json:
-            data = output.as_data(view, model=loaded.name, source=loaded.source)
-            _print_json(data)
+            output.print_json(output.as_data(view, model=loaded.name, source=loaded.source))
         else:
             terminal.print_view(view, model=loaded.name, causal=loaded.causal)
         _write(recording, tokens, view, loaded.name, figure, save, stages, quiet=as_json)
@@ -199,6 +198,7 @@ def remove(name: Annotated[str, typer.Argument(help="A model that was pulled.")]
 
 add_commands(app, _reported)
 add_heads(app, _reported, lambda model: _pull_default(model, terminal.Stages()))
+add_forbid(app, _reported, lambda model: _pull_default(model, terminal.Stages()))
 
 
 def _text(text: str | None, file: Path | None) -> str:
@@ -249,12 +249,6 @@ def _pull_default(model: str, stages: terminal.Stages) -> None:
 def _pull(name: str, stages: terminal.Stages) -> None:
     with stages.stage(f"pulling {name}"):
         models.pull(name, report=lambda line: terminal.print_line(line, error=True))
-
-
-def _print_json(data: dict[str, Any]) -> None:
-    sys.stdout.flush()
-    sys.stdout.buffer.write(json.dumps(data, ensure_ascii=False, allow_nan=False, indent=1).encode() + b"\n")
-    sys.stdout.buffer.flush()
 
 
 def _write(

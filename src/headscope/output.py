@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +12,7 @@ from headscope.links import Link, View
 from headscope.tokens import Word
 from headscope.words import label
 
-__all__ = ["as_data"]
+__all__ = ["as_data", "print_json"]
 
 VERSION = 1
 
@@ -71,3 +73,10 @@ def _number(value: float) -> float | None:
 
 def _table(values: Tensor) -> list[list[float | None]]:
     return [[_number(value) for value in row] for row in values.tolist()]
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """JSON in UTF-8 on the standard output, whatever the terminal's encoding is."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(json.dumps(data, ensure_ascii=False, allow_nan=False, indent=1).encode() + b"\n")
+    sys.stdout.buffer.flush()
