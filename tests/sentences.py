@@ -1,0 +1,14 @@
+"""The shipped sentences, for the tests of frames and of what is counted on them."""
+
+from headscope.relations import Example, chinese, english
+
+ENGLISH, CHINESE = english(), chinese()
+FRAMES = ENGLISH + CHINESE
+
+
+def of(relation: str, half: int) -> list[Example]:
+    return [e for e in FRAMES if e.half == half and e.pairs[0].relation == relation]
+
+
+def one_a_frame(examples: list[Example]) -> list[Example]:
+    return list({e.cluster: e for e in examples}.values())

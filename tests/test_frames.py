@@ -1,0 +1,111 @@
+"""Frames: sentences whose pairs are known by how they are made."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from headscope.relations import (
+    RELATIONS,
+    Example,
+    chinese,
+    english,
+)
+from headscope.relations.chinese import FUNCTION_WORDS as CHINESE_FUNCTION
+from headscope.relations.english_words import FUNCTION_WORDS as ENGLISH_FUNCTION
+from headscope.relations.english_words import LISTS
+from headscope.relations.frames import combine, fill
+from tests.sentences import CHINESE, ENGLISH, FRAMES, of
+
+
+def test_a_slot_is_filled_from_its_list_and_no_word_twice() -> None:
+    lists = {"cat": ["cat", "dog"], "sat": ["sat"]}
+    for seed in range(5):
+        text, spans, source, target = fill("{cat} , {cat2}/t and I {sat}/s .", lists, random.Random(seed))
+        assert text in ("cat, dog and I sat.", "dog, cat and I sat.")
+        assert [text[a:b] for a, b in spans][source] == "sat"
+        assert text[slice(*spans[target])] == text[5:8]
+    assert fill("我/t {p}/s 。", {"p": ["她"]}, random.Random(0), spaced=False)[:2] == (
+        "我她。",
+        [(0, 1), (1, 2), (2, 3)],
+    )
+
+
+def test_every_skeleton_takes_every_insertion() -> None:
+    frames = combine("r", ["a * b", "* c"], ["", "x", ", y ,"])
+    assert [f.template for f in frames] == ["a b", "a x b", "a , y , b", "c", "x c", ", y , c"]
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_each_half_has_enough_frames_and_fillings(relation: str) -> None:
+    for half in (0, 1):
+        frames = Counter(e.cluster for e in of(relation, half))
+        assert len(frames) >= 20
+        assert min(frames.values()) >= 3
+        assert len({e.text for e in of(relation, half)}) == sum(frames.values())
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("seen", ["all", "source behind", "target behind"])
+def test_no_fixed_offset_finds_the_pair(relation: str, half: int, seen: str) -> None:
+    offsets = [e.pairs[0].target - e.pairs[0].source for e in of(relation, half)]
+    kept = [d for d in offsets if seen == "all" or (d < 0) == (seen == "source behind")]
+    counted = Counter(kept)
+    if kept:
+        assert max(counted.values()) / len(kept) <= 0.5
+        assert len(counted) >= 5
+    else:
+        assert relation in ("coreference", "coreference-zh", "determiner-noun")  # these have one order
+
+
+@pytest.mark.parametrize(("examples", "function"), [(ENGLISH, ENGLISH_FUNCTION), (CHINESE, CHINESE_FUNCTION)])
+def test_the_halves_share_no_frame_and_no_content_word(examples: list[Example], function: frozenset[str]) -> None:
+    halves: list[set[str]] = [set(), set()]
+    shapes: list[set[tuple[str, ...]]] = [set(), set()]
+    for e in examples:
+        words = [e.word(i).casefold() for i in range(len(e.words))]
+        halves[e.half] |= {word for word in words if word.isalpha()} - function
+        shapes[e.half].add((e.pairs[0].relation, *(w if w in function or not w.isalpha() else "_" for w in words)))
+    assert min(map(len, halves)) > 20
+    assert not halves[0] & halves[1]
+    assert not shapes[0] & shapes[1]  # what remains of a sentence without its content words
+    assert not {e.cluster for e in examples if e.half == 0} & {e.cluster for e in examples if e.half == 1}
+
+
+def test_words_stand_where_their_spans_say() -> None:
+    for e in FRAMES:
+        assert "".join(e.word(i) for i in range(len(e.words))) == e.text.replace(" ", "")
+        assert all(a < b for a, b in e.words)
+        assert all(first[1] <= second[0] for first, second in zip(e.words, e.words[1:], strict=False))
+
+
+def test_a_pronoun_stands_behind_the_only_noun_that_fits_it() -> None:
+    men = {word for lists in LISTS for word in lists["man"]}
+    women = {word for lists in LISTS for word in lists["woman"]}
+    for e in of("coreference", 0) + of("coreference", 1):
+        pair = e.pairs[0]
+        before = [e.word(i) for i in range(pair.source)]
+        fits = {"he": men, "she": women}.get(e.word(pair.source))
+        if fits is not None:
+            assert [word for word in before if word in fits] == [e.word(pair.target)]
+            assert [word for word in before if word in (men | women) - fits]  # and another that does not
+    kinds = Counter(e.word(e.pairs[0].source) for e in of("coreference", 1))
+    assert set(kinds) == {"he", "she", "it", "they"}
+
+
+def test_the_marked_words_are_the_ones_meant() -> None:
+    for half in (0, 1):
+        assert {e.word(e.pairs[0].target).lower() for e in of("cause", half)} == {"because"}
+        assert {e.word(e.pairs[0].source) for e in of("coreference-zh", half)} == {"他", "她", "它"}
+    for e in of("determiner-noun", 0):
+        assert e.word(e.pairs[0].source).lower() in {"the", "this", "every", "some"}
+    for half, giver in ((0, "我"), (1, "你")):
+        assert giver in {e.word(e.pairs[0].target) for e in of("giver-receiver-zh", half)}
+
+
+def test_the_same_sentences_each_time() -> None:
+    assert english() == ENGLISH
+    assert chinese() == CHINESE
