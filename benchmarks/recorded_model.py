@@ -91,7 +91,7 @@ def main() -> None:
     names = ["record", "record, then entropy of all heads", "record with reduce=Entropy()"]
     eager = "eager, output_attentions, entropy"
     rows: list[list[str]] = []
-    long = [names[1], names[2], names[2] + LAST]
+    long = [names[1], names[2] + LAST]
     for length, rounds, work in ((2048, 3, names), (2048, 1, [eager]), (7000, 1, long)):
         for name in work:
             command = [sys.executable, __file__, name, str(length), str(rounds)]
