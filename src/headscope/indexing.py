@@ -33,16 +33,16 @@ class PartReader:
 
     def __getitem__(self, index: Any) -> Tensor:
         parts = _normalise(index, self.scores.shape, self.scores.query.device)
+        scattered = any(isinstance(part, Tensor) for part in parts)
+        if not scattered and self._last is not None and self._last[0] == parts:
+            return self._last[1].clone()  # the caller may write into it
         with torch.no_grad(), torch.autocast(self.scores.query.device.type, enabled=False):
-            if any(isinstance(part, Tensor) for part in parts):
+            if scattered:
                 return self._gathered(parts)
-            if self._last is None or self._last[0] != parts:
-                self._last = parts, self._cut(parts)
-            part = self._last[1]
-            if part.numel() > _KEPT:
-                self._last = None
-                return part
-            return part.clone()  # the caller may write into it
+            part = self._cut(parts)
+            if part.numel() <= _KEPT:
+                self._last = parts, part.clone()
+            return part
 
     def _cut(self, parts: list[Any]) -> Tensor:
         """Ints and slices: one block of each head."""
