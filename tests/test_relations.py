@@ -21,6 +21,7 @@ from headscope.relations import (
     Pair,
     RelationCounts,
     best_heads,
+    count,
     count_controls,
     count_hits,
     count_relations,
@@ -166,6 +167,32 @@ def test_padding_and_batches_change_nothing(letters: Loaded, counted: RelationCo
     alone = count_relations(letters, SOME, batch_tokens=1, on_batch=lambda done, of: seen.append((done, of)))
     assert same(alone, counted)
     assert seen == [(i, len(SOME)) for i in range(1, len(SOME) + 1)]
+
+
+def test_where_memory_does_not_suffice_batches_are_halved_and_it_is_said(
+    letters: Loaded, counted: RelationCounts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, notes, done = count._count_batch, list[str](), list[int]()
+
+    def small(loaded: Loaded, batch: list[Any]) -> RelationCounts:
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError
+        return whole(loaded, batch)
+
+    monkeypatch.setattr(count, "_count_batch", small)
+    found = count_relations(letters, SOME, on_note=notes.append, on_batch=lambda now, of: done.append(now))
+    assert same(found, counted)
+    assert done == sorted(done)
+    assert done[-1] == len(SOME)
+    assert all("smaller batches were used" in note for note in notes)
+    assert notes
+
+    def never(loaded: Loaded, batch: list[Any]) -> RelationCounts:
+        raise MemoryError
+
+    monkeypatch.setattr(count, "_count_batch", never)
+    with pytest.raises(MemoryError):
+        count_relations(letters, SOME)
 
 
 def test_parts_add_up_to_the_whole(letters: Loaded, counted: RelationCounts) -> None:

@@ -127,7 +127,8 @@ class _Survey:
 
     def _relations(self, examples: Sequence[Example]) -> HeadAtlas:
         part = HeadAtlas(self.info | {"documents": {}, "texts": {}, "examples": {}})
-        part.relations = count_relations(self.loaded, examples, batch_tokens=self.plan.tokens)
+        note = part.measured.notes.append
+        part.relations = count_relations(self.loaded, examples, batch_tokens=self.plan.tokens, on_note=note)
         return part
 
     def _worth(self, number: int) -> HeadAtlas:

@@ -167,6 +167,7 @@ def count_relations(
     *,
     batch_tokens: int = 2048,
     on_batch: Callable[[int, int], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> RelationCounts:
     """Count for every head how often its strongest weight from a word is on the word that belongs to it.
 
@@ -177,8 +178,9 @@ def count_relations(
     Args:
         loaded: The model.
         examples: The sentences.
-        batch_tokens: How many tokens are run at once, padding included.
+        batch_tokens: How many tokens are run at once, padding included; halved, and said, where memory does not do.
         on_batch: Told after each batch: how many examples are done, and of how many.
+        on_note: Told what a reader of the counts should know.
 
     Raises:
         HeadscopeError: The model's attention is not between the tokens of its text.
@@ -195,10 +197,21 @@ def count_relations(
         ready.append(_Ready(example, tokens.ids, words, present, questions_of(example, present, causal=loaded.causal)))
     counts = RelationCounts()
     done = 0
-    for batch in by_length(ready, lambda item: len(item.ids), batch_tokens):
+    work = list(by_length(ready, lambda item: len(item.ids), batch_tokens))
+    while work:
+        batch = work.pop(0)
         asked = [item for item in batch if item.questions]
-        if asked:
-            counts.merge(_count_batch(loaded, asked))
+        try:
+            if asked:
+                counts.merge(_count_batch(loaded, asked))
+        except (MemoryError, torch.OutOfMemoryError):
+            if len(asked) == 1:
+                raise
+            work[:0] = [asked[: len(asked) // 2], asked[len(asked) // 2 :]]
+            done += len(batch) - len(asked)
+            if on_note is not None:
+                on_note(f"Not enough memory for {len(asked)} sentences at once: smaller batches were used.")
+            continue
         done += len(batch)
         if on_batch is not None:
             on_batch(done, len(ready))
