@@ -97,7 +97,7 @@ def test_forbidding_a_link_says_what_it_does_to_the_next_word(smollm2: models.Lo
         (("--from", "animal", "--to", "it"), "'it' comes after 'animal'"),
         (("--from", "dog"), "dog"),
         (("--model", "minilm"), "no logits"),
-        (("",), "empty"),
+        (("",), "blank"),
     ],
 )
 def test_a_link_that_cannot_be_forbidden(words: tuple[str, ...], told: str) -> None:
