@@ -599,6 +599,9 @@ def test_the_plan_says_what_is_skipped_and_by_which_kernel() -> None:
     assert 0.9 < window < 1 - 65 / 2048
     fused = AttentionMatrix(query, key, mask=masks.causal()).plan()
     assert fused.kernel == "the fused kernel"
+    assert str(fused).startswith("P @ value, entropy alone: the fused kernel")
+    in_blocks = AttentionMatrix(query, key, mask=masks.sliding_window(64)).plan()
+    assert str(in_blocks).startswith("P @ value: the fused kernel")
     assert "hidden and skipped: 4" in str(fused)
     assert "strip by strip" in AttentionMatrix(query, key, softcap=2.0).plan().kernel
     trained = AttentionMatrix(query, key, bias=torch.zeros(1, 2, 1, 2048, requires_grad=True))

@@ -9,6 +9,7 @@ from torch import Tensor
 from headscope import AttentionMatrix, blockwise, masks
 from headscope.corpus import Batch, Piece, batches
 from headscope.measures import Column, Measure, Page, Ratio, Visibility, standard, take
+from headscope.measures.questions import Distance
 from headscope.profiling import _rule, columns_of
 from headscope.reductions import Block, Reduction
 from headscope.roles import ROLES, find_roles
@@ -123,6 +124,14 @@ def test_every_measure_is_its_definition(kind: str, blocks: str, monkeypatch: py
     assert set(wanted) == {column.name for column in columns_of(standard())} - {"induction", "duplicate"}
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, atol=2e-5, rtol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_distances_are_exact_far_into_a_text() -> None:
+    """Position 60,000 has no digits left for a distance of 2 in float32."""
+    length = 60_000
+    even = AttentionMatrix(torch.zeros(1, 1, length, 1), torch.zeros(1, 1, length, 1), mask=masks.sliding_window(4))
+    (found,) = even.reduce(Distance(torch.ones(1, length, dtype=torch.bool)))
+    torch.testing.assert_close(found[0, 0, 4:], torch.full((length - 4,), 2.0), atol=2e-4, rtol=0)
 
 
 def test_layers_share_what_their_masks_let_be_seen_and_no_more() -> None:

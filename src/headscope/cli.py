@@ -197,8 +197,8 @@ def remove(name: Annotated[str, typer.Argument(help="A model that was pulled.")]
 
 
 add_commands(app, _reported)
-add_heads(app, _reported, lambda model: _pull_default(model, terminal.Stages()))
-add_forbid(app, _reported, lambda model: _pull_default(model, terminal.Stages()))
+add_heads(app, _reported, lambda model: _pull_default(model))
+add_forbid(app, _reported, lambda model: _pull_default(model))
 
 
 def _text(text: str | None, file: Path | None) -> str:
@@ -238,12 +238,12 @@ def _check_outputs(figure: Path | None, save: Path | None) -> None:
             check_writable(path)
 
 
-def _pull_default(model: str, stages: terminal.Stages) -> None:
+def _pull_default(model: str, stages: terminal.Stages | None = None) -> None:
     """Fetch the default model if it is wanted and not here: the first run should work."""
     here = {entry.name: entry.path for entry in models.available()}
     if model == DEFAULT_MODEL and here[model] is None:
         terminal.print_line(f"The model {model} is not here yet; it is fetched once.", error=True)
-        _pull(model, stages)
+        _pull(model, stages or terminal.Stages())
 
 
 def _pull(name: str, stages: terminal.Stages) -> None:

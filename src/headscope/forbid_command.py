@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
 from headscope import models, terminal, terminal_links
-from headscope.output import print_json
-from headscope.tokens import Tokens, Word, tokenize
+from headscope.effects import link_effects
+from headscope.errors import TextError
+from headscope.output import forbidden_as_data, print_json
+from headscope.tokens import tokenize
 from headscope.words import label
 
 __all__ = ["add_forbid"]
@@ -56,8 +57,6 @@ def add_forbid(app: typer.Typer, reported: Reported, fetch: Callable[[str], None
         top: Top = 5,
         as_json: AsJson = False,
     ) -> None:
-        from headscope.effects import link_effect, link_effects
-
         with reported():
             fetch(model)
             stages = terminal.Stages(shown=not as_json)
@@ -67,39 +66,18 @@ def add_forbid(app: typer.Typer, reported: Reported, fetch: Callable[[str], None
             tokens = tokenize(given, loaded.tokenizer, start_token_id=loaded.start_token_id, limit=loaded.context)
             source, target = tokens.find(from_), tokens.find(to)
             if loaded.causal and target.tokens[0] > source.tokens[-1]:
-                raise ValueError(
+                raise TextError(
                     f"{label(tokens, target)!r} comes after {label(tokens, source)!r}, and {loaded.name} sees only "
                     f"what comes before: there is nothing to forbid. Try --from {to} --to {from_}."
                 )
             ids = torch.tensor([tokens.ids], device=loaded.model.device)
             with stages.stage("forbidding the link in each head"):
-                effect = link_effect(loaded.model, ids, source.tokens, target.tokens, top=top)
-                parts = link_effects(loaded.model, ids, source.tokens, target.tokens)
-            pieces = {change.token_id: str(loaded.tokenizer.decode([change.token_id])) for change in effect.changes}
+                effects = link_effects(loaded.model, ids, source.tokens, target.tokens, top=top)
+            ids_shown = [change.token_id for change in effects.everywhere.changes]
+            pieces = {i: str(loaded.tokenizer.decode([i])) for i in ids_shown}
+            names = {"source": label(tokens, source), "target": label(tokens, target)}
             if as_json:
-                print_json(_as_data(effect, parts, pieces, loaded, tokens, source, target))
-                return
-            names = label(tokens, source), label(tokens, target)
-            terminal_links.print_forbidden(
-                effect, parts, pieces, model=loaded.name, source=names[0], target=names[1], top=top
-            )
-
-
-def _as_data(
-    effect: Any, parts: Any, pieces: dict[int, str], loaded: models.Loaded, tokens: Tokens, source: Word, target: Word
-) -> dict[str, Any]:
-    """The answer as JSON data; docs/json.md describes each entry."""
-    heads = [[None if math.isnan(value) else value for value in row] for row in parts.heads.tolist()]
-    return {
-        "version": 1,
-        "model": {"name": loaded.name, "source": loaded.source},
-        "text": tokens.text,
-        "from": label(tokens, source),
-        "to": label(tokens, target),
-        "next": [
-            {"id": change.token_id, "token": pieces[change.token_id], "with": change.clean, "without": change.edited}
-            for change in effect.changes
-        ],
-        "kl": {"everywhere": effect.kl, "layers": parts.layers.tolist(), "heads": heads},
-        "notes": list(parts.notes),
-    }
+                data = forbidden_as_data(effects, pieces, tokens.text, **names)
+                print_json({"model": {"name": loaded.name, "source": loaded.source}} | data)
+            else:
+                terminal_links.print_forbidden(effects, pieces, model=loaded.name, **names, top=top)

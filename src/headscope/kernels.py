@@ -20,7 +20,7 @@ from headscope.blockwise import Normalizer, by_rows
 from headscope.reductions import Reduction
 from headscope.scores import Scores
 
-__all__ = ["answer", "by_strips", "fused", "fused_with_normalizer", "is_fused", "product"]
+__all__ = ["answer", "by_strips", "fused", "fused_with_normalizer", "in_one_call", "is_fused", "product"]
 
 _MASK_BLOCK = 1 << 22  # cells of a mask that may exist at once
 _ROWS = 256  # queries in a block, where the mask must be cut up
@@ -77,9 +77,7 @@ def answer(scores: Scores, question: Reduction) -> tuple[Any, Normalizer] | None
 
     None where the blockwise pass must answer: other questions, masks that take several calls, torch without the sums.
     """
-    mask = scores.mask
-    one_call = mask is None or (mask.is_causal and scores.shape[2] == scores.shape[3])
-    value = question.value(scores) if one_call and is_fused(scores) and _gives_lse(scores) else None
+    value = question.value(scores) if in_one_call(scores) else None
     if value is None:
         return None
     product, normalizer = fused_with_normalizer(scores, value)
@@ -87,6 +85,13 @@ def answer(scores: Scores, question: Reduction) -> tuple[Any, Normalizer] | None
         return None
     found = question.answer(scores, product, normalizer.logsumexp)
     return None if found is None else (found, normalizer)
+
+
+def in_one_call(scores: Scores) -> bool:
+    """Whether one call of the fused kernel gives P @ x for all rows, and their sums."""
+    mask = scores.mask
+    whole = mask is None or (mask.is_causal and scores.shape[2] == scores.shape[3])
+    return whole and is_fused(scores) and _gives_lse(scores)
 
 
 def _gives_lse(scores: Scores) -> bool:

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from headscope.effects import LinkEffects
 from headscope.links import Link, View
 from headscope.tokens import Word
 from headscope.words import label
 
-__all__ = ["as_data", "print_json"]
+__all__ = ["as_data", "forbidden_as_data", "print_json"]
 
 VERSION = 1
 
@@ -64,6 +65,36 @@ def as_data(view: View, *, model: str, source: str) -> dict[str, Any]:
         ],
         "proof": view.proof,
         "notes": list(view.notes),
+    }
+
+
+def forbidden_as_data(
+    effects: LinkEffects, pieces: dict[int, str], text: str, *, source: str, target: str
+) -> dict[str, Any]:
+    """What forbidding a link does, as JSON data; docs/json.md describes each entry.
+
+    Args:
+        effects: Of forbidding it.
+        pieces: How the tokens whose probabilities are compared are written.
+        text: The text.
+        source: The word that may not look.
+        target: The word that it may not look at.
+    """
+    return {
+        "version": VERSION,
+        "text": text,
+        "from": source,
+        "to": target,
+        "next": [
+            {"id": change.token_id, "token": pieces[change.token_id], "with": change.clean, "without": change.edited}
+            for change in effects.everywhere.changes
+        ],
+        "kl": {
+            "everywhere": effects.everywhere.kl,
+            "layers": effects.layers.tolist(),
+            "heads": _table(effects.heads),
+        },
+        "notes": list(effects.notes),
     }
 
 

@@ -151,7 +151,8 @@ def _rule(mask: Mask | None) -> object:
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return f"{tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(data).hexdigest()}"
 
 
 def run(loaded: Loaded, batch: Batch, on_call: Callable[[AttentionCall], None]) -> None:

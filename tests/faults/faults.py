@@ -198,8 +198,8 @@ FAULTS = [
     Fault(
         "entropy in the kernel's way under masks of several calls",
         "kernels.py",
-        "one_call = mask is None or (mask.is_causal and scores.shape[2] == scores.shape[3])",
-        "one_call = True",
+        "whole = mask is None or (mask.is_causal and scores.shape[2] == scores.shape[3])",
+        "whole = True",
         "test_matrix.py::test_entropy_alone_is_one_call_of_the_fused_kernel",
     ),
     Fault(
@@ -530,6 +530,13 @@ FAULTS = [
         "x = block.centered[..., columns].masked_fill_(~among[:, columns][:, None, None], LOWEST)",
         "x = block.centered[..., columns]",
         "test_measures.py::test_every_measure_is_its_definition[short-encoder]",
+    ),
+    Fault(
+        "distances as differences of large positions",
+        "measures/questions.py",
+        "start = block.keys.start  # positions",
+        "start = 0  # positions",
+        "test_measures.py::test_distances_are_exact_far_into_a_text",
     ),
     Fault(
         "layers of different masks share what may be seen",

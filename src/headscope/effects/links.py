@@ -53,7 +53,7 @@ class LinkEffect:
 
 @dataclass(frozen=True, eq=False)
 class LinkEffects:
-    """KL(with ‖ without) of the next token in nats, for a link hidden in one head, in one layer, everywhere.
+    """What came of hiding a link in one head, in one layer, everywhere; numbers are KL(with ‖ without) in nats.
 
     Attributes:
         heads: [layers, H]; NaN where a site has fewer heads than others.
@@ -64,7 +64,7 @@ class LinkEffects:
 
     heads: Tensor
     layers: Tensor
-    everywhere: float
+    everywhere: LinkEffect
     notes: tuple[str, ...] = ()
 
 
@@ -116,7 +116,7 @@ def link_effect(
 
 
 def link_effects(
-    model: nn.Module, input_ids: Tensor, query: Positions, key: Positions, *, batch_bytes: int = 1 << 30
+    model: nn.Module, input_ids: Tensor, query: Positions, key: Positions, *, top: int = 5, batch_bytes: int = 1 << 30
 ) -> LinkEffects:
     """The same for every head alone, every layer whole, and the whole model; heads and layers share forwards.
 
@@ -125,6 +125,7 @@ def link_effects(
         input_ids: [1, T].
         query: positions that may not look, counted from 0.
         key: positions that they may not look at.
+        top: how many of the likeliest tokens to give.
         batch_bytes: about what the rows of one forward may take in memory.
 
     Raises:
@@ -134,6 +135,7 @@ def link_effects(
     _check_text(input_ids)
     queries, keys = _tuple(query), _tuple(key)
     _check_positions(input_ids, query=queries, key=keys)
+    everywhere = link_effect(model, input_ids, queries, keys, top=top)
     hide = knock_out(queries, keys)
     rows = Rows(model, lambda call, index: _hidden(hide, call), batch_bytes, options(model, logits_to_keep=1))
     plain = survey(model, input_ids, None, rows.extra)
@@ -151,7 +153,6 @@ def link_effects(
                 whole[target.layer] = value
             if len(target.heads) == 1:
                 table[target.layer, target.heads[0]] = value
-    everywhere = link_effect(model, input_ids, queries, keys).kl
     return LinkEffects(table, whole, everywhere, tuple(rows.notes))
 
 

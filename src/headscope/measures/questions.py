@@ -44,9 +44,7 @@ class Distance(Reduction):
     online = True
 
     def __init__(self, among: Tensor) -> None:
-        self._places = _Places(among)
-        self._among = among.float()
-        self._columns = torch.stack([self._among, self._among * torch.arange(among.shape[1], device=among.device)], 1)
+        self.among, self._places = among, _Places(among)
 
     def start(self, shape: Shape, like: Tensor) -> Tensor:
         """Zeros, [B, H, L]."""
@@ -56,13 +54,14 @@ class Distance(Reduction):
         """Σ P·(i − j) is two narrow products; keys after their rows, which may lie at the end, count twice over."""
         if not self._places.chosen(block.keys):
             return
-        mass, place = block.product(self._columns[block.batch, None, :, block.keys]).unbind(-1)
-        rows = block.q_idx.to(state.dtype)
-        state[block.at] += torch.addcmul(-place, rows[:, 0], mass)
-        after = max(block.scores.positions(block.rows).start + 1 - block.keys.start, 0)
+        among = self.among[block.batch, block.keys].to(state.dtype)[:, None, None]
+        start = block.keys.start  # positions count from here: the difference of large ones would be inexact
+        rows, keys = (block.q_idx - start).to(state.dtype), (block.kv_idx - start).to(state.dtype)
+        mass, place = block.product(torch.cat([among, among * keys], -2)).unbind(-1)
+        state[block.at] += rows[:, 0] * mass - place
+        after = max(block.scores.positions(block.rows).start + 1 - start, 0)
         if after < block.weights.shape[-1] and not _hides_the_future(block):
-            among = self._among[block.batch, block.keys][:, None, None]
-            beyond = (block.kv_idx[after:] - rows).clamp(min=0) * among[..., after:]
+            beyond = (keys[after:] - rows).clamp(min=0) * among[..., after:]
             state[block.at] += 2 * torch.linalg.vecdot(block.weights[..., after:], beyond)
 
     def rescale(self, state: Tensor, at: Rows, by: Tensor, total: Tensor) -> None:

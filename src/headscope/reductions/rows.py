@@ -10,6 +10,8 @@ from torch import Tensor
 from headscope.reductions.reduction import Block, Reduction, Shape
 from headscope.scores import LOWEST, Scores
 
+_CHUNK = 32  # keys whose maximum is looked at before they are
+
 
 class WeightsAt(NamedTuple):
     """Weights, and the keys they lie on; −1 where a row sees too few keys."""
@@ -78,7 +80,6 @@ class TopK(Reduction):
     The k largest lie in the k chunks with the largest maxima, so only those chunks are sorted.
     """
 
-    _CHUNK = 32
     online = True
 
     def __init__(self, k: int) -> None:
@@ -110,7 +111,7 @@ class TopK(Reduction):
         state[0][at] += by
 
     def _best(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        size, width = self._CHUNK, x.shape[-1]
+        size, width = _CHUNK, x.shape[-1]
         chunks = width // size
         if chunks <= 12 * self.k:  # sorting few is no slower than choosing among them first
             best = x.topk(min(self.k, width), -1)
@@ -128,16 +129,13 @@ class TopK(Reduction):
         return best.values, indices.gather(-1, best.indices)
 
     def finish(self, state: tuple[Tensor, Tensor]) -> WeightsAt:
-        """Weights from their logarithms; −1 where the row sees fewer than k keys."""
-        values, indices = state
-        unseen = values <= LOWEST / 2
-        return WeightsAt(values.exp_().masked_fill_(unseen, 0), indices.masked_fill_(unseen, -1))
+        """Where the row sees fewer than k keys, the rest is 0 and −1."""
+        return _weights_at(*state)
 
 
 class Max(Reduction):
     """The largest weight of each row and its key: values and indices, each [B, H, L]."""
 
-    _CHUNK = 32
     online = True
 
     def start(self, shape: Shape, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +157,7 @@ class Max(Reduction):
 
     def _largest(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Max with its index; a search of chunk maxima is cheaper, and then of the one chunk that has it."""
-        size, width = self._CHUNK, x.shape[-1]
+        size, width = _CHUNK, x.shape[-1]
         if width % size or width < 4 * size:
             best = x.max(-1)
             return best.values, best.indices
@@ -175,10 +173,14 @@ class Max(Reduction):
         state[0][at] += by.squeeze(-1)
 
     def finish(self, state: tuple[Tensor, Tensor]) -> WeightsAt:
-        """The weight from its logarithm; 0 and −1 for a row that sees nothing."""
-        values, indices = state
-        unseen = values <= LOWEST / 2
-        return WeightsAt(values.exp_().masked_fill_(unseen, 0), indices.masked_fill_(unseen, -1))
+        """For a row that sees nothing, 0 and −1."""
+        return _weights_at(*state)
+
+
+def _weights_at(logs: Tensor, indices: Tensor) -> WeightsAt:
+    """Weights from their logarithms; 0 and −1 where nothing is visible."""
+    unseen = logs <= LOWEST / 2
+    return WeightsAt(logs.exp_().masked_fill_(unseen, 0), indices.masked_fill_(unseen, -1))
 
 
 class Offsets(Reduction):
