@@ -127,11 +127,13 @@ def test_every_measure_is_its_definition(kind: str, blocks: str, monkeypatch: py
 
 
 def test_distances_are_exact_far_into_a_text() -> None:
-    """Position 60,000 has no digits left for a distance of 2 in float32."""
+    """At position 60,000 float32 has two digits left behind the point."""
     length = 60_000
-    even = AttentionMatrix(torch.zeros(1, 1, length, 1), torch.zeros(1, 1, length, 1), mask=masks.sliding_window(4))
-    (found,) = even.reduce(Distance(torch.ones(1, length, dtype=torch.bool)))
-    torch.testing.assert_close(found[0, 0, 4:], torch.full((length - 4,), 2.0), atol=2e-4, rtol=0)
+    query, key = torch.randn(2, 1, 1, length, 3, generator=torch.Generator().manual_seed(0))
+    matrix = AttentionMatrix(query, key, mask=masks.sliding_window(4))
+    (found,) = matrix.reduce(Distance(torch.ones(1, length, dtype=torch.bool)))
+    apart = torch.arange(-4, 5).abs().double()
+    torch.testing.assert_close(found.double(), matrix.offsets(4).double() @ apart, atol=3e-4, rtol=0)
 
 
 def test_layers_share_what_their_masks_let_be_seen_and_no_more() -> None:
