@@ -231,8 +231,10 @@ def _online(
             center = torch.where(moved, higher, center)
         top = higher
         centered = x.sub_(center)
-        weights = torch.exp(centered, out=buffers.take(1, *centered.shape))
+        weights = torch.exp(centered, out=buffers.take(1, *centered.shape) if asked else centered)
         total = total + weights.sum(-1, keepdim=True)
+        if not asked:  # the rows' sums alone are wanted
+            continue
         block = _block(scores, strip, keys, mixed, weights, centered, offset, shifted=False)
         for reduction, state in asked:
             reduction.update(state, block)
