@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerFast
 
 from headscope import atlas_figures, corpus
 from headscope.atlas import HeadAtlas
-from headscope.atlas_file import load_atlas, save_atlas, to_table
 from headscope.corpus import Document
 from headscope.errors import AtlasError, TextError
 from headscope.measures import standard
@@ -167,8 +166,8 @@ def test_several_processes_need_a_folder(decoder: Loaded, monkeypatch: pytest.Mo
 
 
 def test_saved_and_loaded_it_is_the_same(atlas: HeadAtlas, tmp_path: Path) -> None:
-    path = save_atlas(atlas, tmp_path / "heads.parquet")
-    again = load_atlas(path)
+    path = atlas.save(tmp_path / "heads.parquet")
+    again = HeadAtlas.load(path)
     same(again, atlas, 0)
     assert again.info == json.loads(json.dumps(atlas.info))
     plain = pyarrow.parquet.read_table(path)  # any reader of Parquet
@@ -180,9 +179,9 @@ def test_saved_and_loaded_it_is_the_same(atlas: HeadAtlas, tmp_path: Path) -> No
 def test_to_pandas_and_polars(atlas: HeadAtlas) -> None:
     import polars
 
-    frame = to_table(atlas).to_pandas()
+    frame = atlas.to_table().to_pandas()
     assert frame.groupby("layer")["entropy"].mean()[1] == pytest.approx(float(atlas.value("entropy")[1].mean()))
-    other = polars.from_arrow(to_table(atlas))
+    other = polars.DataFrame(atlas)
     assert other.filter(polars.col("head") == 5)["confidence"].to_list() == pytest.approx(
         atlas.value("confidence")[:, 5].tolist()
     )
@@ -209,17 +208,17 @@ def test_two_corpora_merge_into_one(decoder: Loaded, atlas: HeadAtlas) -> None:
 
 
 def test_files_that_are_no_atlas(atlas: HeadAtlas, tmp_path: Path) -> None:
-    path = save_atlas(atlas, tmp_path / "heads.parquet")
+    path = atlas.save(tmp_path / "heads.parquet")
     with pytest.raises(AtlasError, match="There is no file"):
-        load_atlas(tmp_path / "none.parquet")
+        HeadAtlas.load(tmp_path / "none.parquet")
     cut = tmp_path / "cut.parquet"
     cut.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(AtlasError, match="no Parquet file, or is cut short"):
-        load_atlas(cut)
+        HeadAtlas.load(cut)
     other = tmp_path / "other.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"layer": [0]}), other)
     with pytest.raises(AtlasError, match="not an atlas of heads"):
-        load_atlas(other)
+        HeadAtlas.load(other)
     table = pyarrow.parquet.read_table(path)
     held = dict(table.schema.metadata)
     told = json.loads(held[b"headscope.atlas"])
@@ -231,7 +230,7 @@ def test_files_that_are_no_atlas(atlas: HeadAtlas, tmp_path: Path) -> None:
     ):
         pyarrow.parquet.write_table(table.replace_schema_metadata(held | {name: value}), other)
         with pytest.raises(AtlasError, match=match):
-            load_atlas(other)
+            HeadAtlas.load(other)
     with pytest.raises(AtlasError, match="no column 'entropie'; it has: offset"):
         HeadAtlas(atlas.info | {"columns": {"offset_hits-1": {}}}, atlas.measured).value("entropie")
 
@@ -384,7 +383,7 @@ def test_two_processes_killed_and_begun_again_give_the_single_ones_table(folder:
     assert not shared.exists()
     again = run(args)
     assert again.returncode == 0, again.stderr
-    same(load_atlas(shared), load_atlas(tmp_path / "alone.parquet"))
+    same(HeadAtlas.load(shared), HeadAtlas.load(tmp_path / "alone.parquet"))
     assert not parts.exists()
     assert again.stdout.count("One head for reference") == 1  # one of the two speaks
 
@@ -424,7 +423,7 @@ def test_the_atlas_in_the_package_is_of_the_model_here(name: str, request: pytes
 
     loaded = request.getfixturevalue(name)
     with resources.as_file(resources.files("headscope") / "atlases" / f"{name}.parquet") as path:
-        held = load_atlas(path)
+        held = HeadAtlas.load(path)
     assert held.info["model"]["weights"] == weights_hash(loaded.model)
     assert len(held) == {"smollm2": 270, "minilm": 72}[name]
     assert set(held.info["columns"]) == {column.name for measure in standard() for column in measure.columns}
@@ -457,7 +456,7 @@ def test_one_head_beside_its_own_nulls(monkeypatch: pytest.MonkeyPatch, capsys: 
 
     monkeypatch.setenv("COLUMNS", "80")
     with resources.as_file(resources.files("headscope") / "atlases" / "minilm.parquet") as path:
-        held = load_atlas(path)
+        held = HeadAtlas.load(path)
     print_head(held, 3, 1)
     shown = {line.split("  ")[0].strip(): line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
     (row,) = [r for r in held.relation_scores() if (r.direction, r.layer, r.head) == ("coreference", 3, 1)]

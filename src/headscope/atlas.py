@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from headscope import atlas_file
 from headscope.effects import HeadEffects, agreement
 from headscope.errors import AtlasError
 from headscope.measures import REPEATED
@@ -17,6 +19,9 @@ from headscope.relations.counts import RelationCounts
 from headscope.relations.score import RelationScore, scores
 from headscope.roles import Evidence, find_roles
 from headscope.statistics import cluster_bootstrap
+
+if TYPE_CHECKING:
+    from headscope.atlas_file import Table
 
 __all__ = ["FORMAT", "HeadAtlas", "Worth"]
 
@@ -160,6 +165,73 @@ class HeadAtlas:
             for head in range(count)
         ]
 
+    def to_table(self) -> Table:
+        """One row a head as an Arrow table; ``.to_pandas()`` makes a data frame of it."""
+        return atlas_file.table(self.rows())
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        """The same for whatever reads Arrow: ``polars.DataFrame(atlas)``, ``pandas.DataFrame.from_arrow(atlas)``."""
+        return self.to_table().__arrow_c_stream__(requested_schema)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a Parquet file, whole or not at all; docs/atlas.md says what lies in it.
+
+        Raises:
+            HeadscopeError: It cannot be written.
+        """
+        path = Path(path)
+        atlas_file.write(path, self.to_table(), *self.to_parts())
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> HeadAtlas:
+        """Read such a file.
+
+        Raises:
+            AtlasError: It is not there, not an atlas, cut short, or of another version.
+        """
+        return cls.from_parts(*atlas_file.read(Path(path)), str(path))
+
+    def to_parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that an atlas holds, as tensors and as JSON data."""
+        tensors: dict[str, Tensor] = {}
+        for name, sums in (("sums", self.measured.sums), ("null", self.measured.null)):
+            tensors |= {f"{name}/{column}": value.contiguous() for column, value in sums.values.items()}
+        counts, told = self.relations.to_tensors()
+        tensors |= {f"relations/{name}": value.contiguous() for name, value in counts.items()}
+        tensors |= {f"worth/{method}": value.contiguous() for method, value in self.worth.values.items()}
+        tensors["worth_clean"] = self.worth.clean.contiguous()
+        data = {
+            "format": FORMAT,
+            "info": self.info,
+            "relations": told,
+            "rows": self.measured.sums.documents,
+            "notes": self.measured.notes,
+            "worth": {"documents": self.worth.documents, "unit": self.worth.unit},
+        }
+        return tensors, data
+
+    @classmethod
+    def from_parts(cls, tensors: dict[str, Tensor], data: dict[str, Any], where: str) -> HeadAtlas:
+        """The atlas that :meth:`to_parts` took apart. Raises AtlasError when it was another version's."""
+        if data.get("format") != FORMAT:
+            raise AtlasError(
+                f"{where} is an atlas of format {data.get('format')!r}; this version reads format {FORMAT}. "
+                "Make it again with headscope heads, or use the version that wrote it."
+            )
+        try:
+            measured = Measured()
+            for name, sums in (("sums", measured.sums), ("null", measured.null)):
+                sums.values = _under(tensors, f"{name}/")
+            measured.sums.documents = dict(data["rows"])
+            measured.notes = list(data["notes"])
+            relations = RelationCounts.from_tensors(_under(tensors, "relations/"), data["relations"])
+            told = data["worth"]
+            worth = Worth(_under(tensors, "worth/"), tensors["worth_clean"], list(told["documents"]), told["unit"])
+            return cls(data["info"], measured, relations, worth)
+        except (KeyError, TypeError, ValueError) as error:
+            raise AtlasError(f"{where} is not a whole atlas: {error}. Make it again with headscope heads.") from error
+
     def agreement(self) -> float:
         """Spearman's rank correlation of E abs(ablation effect) and gradient importance over heads; NaN without both.
 
@@ -232,6 +304,10 @@ class HeadAtlas:
     def __repr__(self) -> str:
         documents = len(self.info.get("documents", {}))
         return f"HeadAtlas({self.name}: {len(self)} heads, {len(self.columns())} columns, {documents} documents)"
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _padded(values: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -117,24 +117,21 @@ def add_heads(app: typer.Typer, reported: Reported, fetch: Callable[[str], None]
 
 def _held(model: str, given: Path | None, fresh: bool) -> HeadAtlas | None:
     """The atlas of a file, or the one in the package; None if it has to be measured."""
-    from headscope.atlas_file import load_atlas
-
     if given is not None:
-        return load_atlas(given)
+        return HeadAtlas.load(given)
     if fresh:
         return None
     inside = resources.files("headscope") / "atlases" / f"{model}.parquet"
     if not re.fullmatch(r"[\w-]+", model) or not inside.is_file():
         return None
     with resources.as_file(inside) as path:
-        return load_atlas(path)
+        return HeadAtlas.load(path)
 
 
 def _measure(
     model: str, texts: list[Path], treebanks: list[Path], out: Path | None, *, worth: bool, length: int, pieces: int
 ) -> HeadAtlas:
     """Profile the model; with several processes each does its share."""
-    from headscope.atlas_file import save_atlas
     from headscope.relations import chinese, english
     from headscope.relations.treebank import read_conllu
     from headscope.survey import Plan, profile
@@ -152,7 +149,7 @@ def _measure(
     with terminal.running("measuring heads", shown=rank() == 0) as tell:
         found = profile(loaded, documents, examples=examples, plan=plan, parts=parts, on_part=tell)
     if out is not None and rank() == 0:
-        save_atlas(found, out)
+        found.save(out)
         if parts is not None:
             shutil.rmtree(parts, ignore_errors=True)
         terminal.print_line(f"Atlas: {out}")

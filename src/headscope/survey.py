@@ -23,7 +23,6 @@ from torch import Tensor
 
 from headscope import corpus
 from headscope.atlas import FORMAT, HeadAtlas, Worth
-from headscope.atlas_file import from_parts, to_parts
 from headscope.corpus import Document, Piece
 from headscope.effects import head_effects
 from headscope.errors import AtlasError
@@ -259,7 +258,7 @@ class _Parts:
         return self.folder / f"{name}.safetensors"
 
     def _save(self, name: str, part: HeadAtlas) -> None:
-        tensors, data = to_parts(part)
+        tensors, data = part.to_parts()
         tensors |= {f"outputs/{key}": value for key, value in part.measured.outputs.items()}
         scratch = self._path(name).with_suffix(f".{self.rank}-{os.getpid()}.tmp")
         save_file(tensors, scratch, metadata={"headscope": json.dumps(data)})
@@ -275,7 +274,7 @@ class _Parts:
             tensors = load_file(path)
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
             raise AtlasError(f"{path} is damaged ({error}): remove it, and give the same command again.") from None
-        part = from_parts(tensors, data, str(path))
+        part = HeadAtlas.from_parts(tensors, data, str(path))
         part.measured.outputs = {n.removeprefix("outputs/"): t for n, t in tensors.items() if n.startswith("outputs/")}
         return part
 
