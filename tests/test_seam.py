@@ -455,6 +455,69 @@ def test_an_encoder_layer_of_ones_own_keeps_its_fast_path(monkeypatch: pytest.Mo
     assert [site.name for site in recording.sites] == ["self_attn"]
 
 
+def attend(x: Tensor) -> Tensor:
+    """Attention of one's own, with what x holds as queries, keys and values."""
+    heads = x.unflatten(-1, (2, -1)).transpose(1, 2)
+    return F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+
+
+class OwnBlock(nn.TransformerEncoderLayer):
+    def _sa_block(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return attend(x)
+
+
+class OwnFeedForward(nn.TransformerEncoderLayer):
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return attend(x)
+
+
+class OwnForward(nn.TransformerEncoderLayer):
+    def forward(self, src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(attend(src), *args, **kwargs)
+
+
+class OwnAttention(nn.MultiheadAttention):
+    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return attend(query), None
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("stacked", [False, True], ids=["layer", "encoder"])
+@pytest.mark.parametrize(
+    ("kind", "fast", "slow"),
+    [
+        # torch's fast path does not ask what a subclass would do, and watching changes nothing about that
+        (OwnBlock, ["self_attn"], [""]),
+        (OwnFeedForward, ["self_attn"], ["self_attn", ""]),
+        (OwnForward, ["", "self_attn"], ["", "self_attn"]),
+        (OwnAttention, ["self_attn"], ["self_attn"]),
+    ],
+)
+def test_attention_of_ones_own_inside_torchs_layer(
+    kind: Any, fast: list[str], slow: list[str], stacked: bool, training: bool
+) -> None:
+    if kind is OwnAttention:
+        model = nn.TransformerEncoderLayer(E, 2, 16, dropout=0.0, batch_first=True)
+        model.self_attn = OwnAttention(E, 2, batch_first=True)
+    else:
+        model = kind(E, 2, 16, dropout=0.0, batch_first=True)
+    methods = [getattr(kind, name) for name in ("forward", "_sa_block", "_ff_block") if hasattr(kind, name)]
+    inner = slow if training else fast
+    if stacked:
+        model = nn.TransformerEncoder(model, 2, enable_nested_tensor=False)
+        inner = [f"layers.{i}.{name}".rstrip(".") for i in range(2) for name in inner]
+    model.train(training)
+    x = torch.randn(B, L, E)
+    with torch.no_grad():
+        plain = model(x)
+        with record(model) as outer, record(model) as recording:
+            assert torch.equal(model(x), plain)
+    assert [site.name for site in recording.sites] == [site.name for site in outer.sites] == inner
+    assert recording.proof < 1e-5
+    assert methods == [getattr(kind, name) for name in ("forward", "_sa_block", "_ff_block") if hasattr(kind, name)]
+    assert_untouched(model)
+
+
 class Kernel(TorchDispatchMode):
     """Keeps the query and key that the kernel receives."""
 

@@ -20,6 +20,13 @@ class Fault:
 
 FAULTS = [
     Fault(
+        "attention of one's own inside torch's layer is not seen",
+        "seam/torch_nn.py",
+        "undo.enter_context(resumed())",
+        "pass",
+        "test_seam.py::test_attention_of_ones_own_inside_torchs_layer",
+    ),
+    Fault(
         "a mask off by one",
         "masks/ranges.py",
         "seen = ahead <= self.right",

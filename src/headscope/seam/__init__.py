@@ -61,7 +61,7 @@ def watch(
         watcher.attach()
         watching._WATCHES.append(watcher)
         huggingface.install()
-        torch_nn.install()
+        torch_nn.install(model)
         own.install()
     try:
         yield watcher

@@ -18,7 +18,7 @@ from headscope.seam.call import Output
 from headscope.seam.inputs import Read, combine, read_mask
 from headscope.seam.watching import Forward, active, autocast_operands, cached, inside, seen, unnoticed
 
-__all__ = ["SdpaMode", "enter", "leave", "suspended"]
+__all__ = ["SdpaMode", "enter", "leave", "resumed", "suspended"]
 
 _local = threading.local()
 
@@ -66,11 +66,29 @@ def suspended() -> Iterator[None]:
     stack = _get_current_function_mode_stack()
     ours = [] if any(not isinstance(mode, SdpaMode) for mode in stack) else stack
     popped = [_pop_mode() for _ in ours]
+    before = getattr(_local, "asleep", [])
+    _local.asleep = popped or before
     try:
         yield
     finally:
+        _local.asleep = before
         for mode in reversed(popped):
             _push_mode(mode)
+
+
+@contextmanager
+def resumed() -> Iterator[None]:
+    """Inside :func:`suspended`, with them again."""
+    asleep = getattr(_local, "asleep", [])
+    _local.asleep = []
+    for mode in reversed(asleep):
+        _push_mode(mode)
+    try:
+        yield
+    finally:
+        for _ in asleep:
+            _pop_mode()
+        _local.asleep = asleep
 
 
 def _saw(

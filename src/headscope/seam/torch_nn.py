@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from headscope.masks import padding
 from headscope.scores import Scores, make_scores
 from headscope.seam.call import Output
 from headscope.seam.inputs import Read, combine, read_mask
-from headscope.seam.sdpa import causal_from_the_top, suspended
+from headscope.seam.sdpa import causal_from_the_top, resumed, suspended
 from headscope.seam.watching import (
     Forward,
     active,
@@ -42,8 +42,22 @@ _local = threading.local()
 _SLOW = inspect.signature(F.multi_head_attention_forward)
 
 
-def install() -> None:
-    """Wrap the functions and the two modules' forward."""
+def install(model: nn.Module) -> None:
+    """Wrap the functions, the modules' forward, and what the model's own classes do inside such modules."""
+    _install()
+    for module in model.modules():
+        children: Iterable[nn.Module] = ()
+        if isinstance(module, nn.TransformerEncoderLayer):
+            children = module.children()
+            for name in ("forward", "_sa_block", "_ff_block"):
+                _wrap_own(type(module), name)
+        elif isinstance(module, nn.TransformerEncoder):
+            children = module.layers
+        for child in children:
+            _wrap_own(type(child), "forward")
+
+
+def _install() -> None:
     if _ORIGINAL:
         return
     _wrap(F, "multi_head_attention_forward", _saw_slow)
@@ -76,6 +90,26 @@ def _wrap(owner: Any, name: str, saw: Callable[..., Any]) -> None:
     setattr(owner, name, function)
 
 
+def _wrap_own(kind: type[nn.Module], name: str) -> None:
+    """A method that is not torch's may attend by itself: our modes come back while it runs."""
+    owner = next(k for k in kind.__mro__ if name in vars(k))
+    original = vars(owner)[name]
+    wrapped = any(o is owner and n == name for o, n, _ in _ORIGINAL)
+    if wrapped or owner.__module__.startswith("torch.") or not inspect.isfunction(original):
+        return
+    _ORIGINAL.append((owner, name, original))
+
+    @wraps(original)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as undo:
+            if name == "forward":
+                _enter(self, args, kwargs, undo)
+            undo.enter_context(resumed())
+            return original(self, *args, **kwargs)
+
+    setattr(owner, name, method)
+
+
 def _wrap_forward(kind: type[nn.Module]) -> None:
     original = kind.forward
     _ORIGINAL.append((kind, "forward", original))
@@ -96,27 +130,21 @@ def _running(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Iterator[N
     """
     with ExitStack() as undo:
         if is_plain_layer(module):
-            for watch in watches_of(module):
-                name = watch.names[id(module)]
-                undo.callback(watch.leave, name)
-                watch.enter(name, module, args, kwargs)
+            _enter(module, args, kwargs, undo)
         if active():
             stack = _stack()
             stack.append(module)
             undo.callback(stack.pop)
-            if _is_all_torch(module):
-                undo.enter_context(suspended())
+            undo.enter_context(suspended())
         yield
 
 
-def _is_all_torch(module: nn.Module) -> bool:
-    """Whether attention inside can only be torch's own, so that our modes are not needed."""
-    if isinstance(module, nn.TransformerEncoder):
-        return all(is_plain_layer(layer) and _is_all_torch(layer) for layer in module.layers)
-    if isinstance(module, nn.TransformerEncoderLayer):
-        own_block = type(module)._sa_block is nn.TransformerEncoderLayer._sa_block
-        return own_block and type(module.self_attn) is nn.MultiheadAttention
-    return True
+def _enter(module: nn.Module, args: Any, kwargs: dict[str, Any], undo: ExitStack) -> None:
+    """Tell the watches that a module runs which bears no hooks."""
+    for watch in watches_of(module):
+        name = watch.names[id(module)]
+        undo.callback(watch.leave, name)
+        watch.enter(name, module, args, kwargs)
 
 
 def _stack() -> list[nn.Module]:

@@ -140,9 +140,12 @@ def is_plain_layer(module: nn.Module) -> bool:
     """An nn.TransformerEncoderLayer that runs torch's own forward: it has a fast path, and leaves it for hooks."""
     if not isinstance(module, nn.TransformerEncoderLayer):
         return False
-    forward = type(module).forward
+    forward = inspect.unwrap(type(module).forward)
     called = getattr(getattr(forward, "__code__", None), "co_names", ())
-    return forward is nn.TransformerEncoderLayer.forward or not {"super", "TransformerEncoderLayer"}.isdisjoint(called)
+    return forward is inspect.unwrap(nn.TransformerEncoderLayer.forward) or not {
+        "super",
+        "TransformerEncoderLayer",
+    }.isdisjoint(called)
 
 
 def running() -> nn.Module | None:
