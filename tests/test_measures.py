@@ -178,8 +178,7 @@ def roles_of(matrix: AttentionMatrix, plain: Batch, repeated: AttentionMatrix, t
             asked = [measure for measure in standard() if measure.reads(batch)]
             given = weights_of([(f"{'repeat:' if batch is twice else ''}{number}", number % 2)])
             for into, page in ((sums, Page(weights, seen)), (null, Page(seen.uniform, seen))):
-                for column, ratio in take(asked, page).items():
-                    into.add(column, 0, 1, given, ratio.numerator, ratio.denominator)
+                into.add(take(asked, page), 0, 1, given)
     found = find_roles(sums, null)
     return [{row.role for row in found if row.head == head} for head in range(count)]
 
@@ -223,8 +222,8 @@ def test_a_head_is_reported_on_the_half_that_did_not_pick_it() -> None:
         half = number % 2
         found = torch.tensor([[0.9, 0.9 - 0.2 * half]]) if half == 0 else torch.tensor([[0.1, 0.7]])
         given = weights_of([(f"doc {number}", half)])
-        sums.add("first", 0, 1, given, found, torch.ones(1, 2))
-        null.add("first", 0, 1, given[:2], torch.full((1, 1), 0.1), torch.ones(1, 1))
+        sums.add({"first": Ratio(found, torch.ones(1, 2))}, 0, 1, given)
+        null.add({"first": Ratio(torch.full((1, 1), 0.1), torch.ones(1, 1))}, 0, 1, given[:2])
     (row,) = find_roles(sums, null, halves={f"doc {number}": number % 2 for number in range(8)})
     assert (row.role, row.head, row.documents) == ("rest", 1, 4)
     assert (row.picked, row.score, row.null) == (pytest.approx(0.9), pytest.approx(0.7), pytest.approx(0.1))
@@ -247,7 +246,7 @@ def test_sums_add_up_in_any_order_and_intervals_hold_the_value() -> None:
         numerator = torch.full((1, 2), 1.0 + number % 5)
         weights = weights_of([(f"doc {number}", number % 2)])
         for into in (whole, parts[number % 3 == 0]):
-            into.add("x", 1, 3, weights, numerator, torch.full((1, 2), 4.0))
+            into.add({"x": Ratio(numerator, torch.full((1, 2), 4.0))}, 1, 3, weights)
             into.documents[f"doc {number}"] = 4
     merged = Sums()
     for part in reversed(parts):

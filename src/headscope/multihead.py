@@ -18,6 +18,8 @@ from headscope.scores import Scores, checked_mask
 
 __all__ = ["MultiHeadAttention"]
 
+_LONG = 2048  # positions from which on a copy that puts each head by itself is worth its time
+
 
 class MultiHeadAttention(nn.Module):
     """Several attentions side by side, each in a space of its own, concatenated and mapped once more.
@@ -190,7 +192,10 @@ class MultiHeadAttention(nn.Module):
             return self._heads_across(query, key, key if value is None else value, cache)
         if self._packed:
             sizes = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-            q, k, v = torch.split_with_sizes(self._split(self.in_proj(query)), sizes, 1)
+            heads = self._split(self.in_proj(query))
+            if heads.shape[2] >= _LONG:
+                heads = heads.contiguous()  # the kernel reads a head's keys again and again
+            q, k, v = torch.split_with_sizes(heads, sizes, 1)
         else:
             q, k, v = self._queries(query), self._keys(query), self._values(query)
         first = 0 if cache is None else cache.length

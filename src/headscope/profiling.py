@@ -129,10 +129,12 @@ def _measure_batch(loaded: Loaded, batch: Batch, measures: Sequence[Measure], la
             nulls[key] = take(asked, Page(seen[key].uniform, seen[key]))
         page = Page(call.matrix(), seen[key], call.value, output_weight(modules, call))
         outputs.append(output_sum(call, batch.valid))
-        for sums, found in ((done.sums, take(asked, page)), (done.null, nulls[key])):
-            for column, ratio in found.items():
-                rows = weights if column in evidence and sums is done.sums else weights[:2]
-                sums.add(column, number, count, rows, ratio.numerator, ratio.denominator)
+        found = take(asked, page)
+        strong = {name: ratio for name, ratio in found.items() if name in evidence}
+        others = {name: ratio for name, ratio in found.items() if name not in evidence}
+        done.sums.add(strong, number, count, weights)
+        done.sums.add(others, number, count, weights[:2])
+        done.null.add(nulls[key], number, count, weights[:2])
 
     run(loaded, batch, on_call)
     if len({output.shape for output in outputs}) == 1 and not any(piece.period for piece in batch.pieces):

@@ -9,11 +9,13 @@ arXiv 1312.5021). Pieces of a document count together.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from headscope.measures import Ratio
 
 __all__ = ["REPLICATES", "Sums", "document_weights", "weights_of"]
 
@@ -38,24 +40,27 @@ class Sums:
     values: dict[str, Tensor] = field(default_factory=dict)
     documents: dict[str, int] = field(default_factory=dict)
 
-    def add(
-        self, column: str, layer: int, layers: int, weights: Tensor, numerator: Tensor, denominator: Tensor
-    ) -> None:
+    def add(self, columns: Mapping[str, Ratio], layer: int, layers: int, weights: Tensor) -> None:
         """Add one layer of a batch.
 
         Args:
-            column: Its name.
+            columns: By name, sums [B, H] over the rows of each text.
             layer: The layer, from 0.
             layers: How many there are.
-            weights: [K, B] from :func:`document_weights`; two rows only for a column without intervals.
-            numerator: [B, H].
-            denominator: [B, H].
+            weights: [K, B] from :func:`document_weights`; two rows only for columns without intervals.
         """
-        both = torch.stack([numerator, denominator], 1).double().cpu()  # [B, 2, H]
-        found = torch.einsum("kb,bnh->knh", weights, both)
+        if not columns:
+            return
+        each = [torch.stack([ratio.numerator.double(), ratio.denominator.double()]) for ratio in columns.values()]
+        found = torch.einsum("kb,cnbh->cknh", weights, torch.stack(each).cpu())
+        for column, part in zip(columns, found, strict=True):
+            self._add(column, layer, layers, part)
+
+    def _add(self, column: str, layer: int, layers: int, found: Tensor) -> None:
+        """Add sums [K, 2, H] to one column."""
         held = self.values.get(column)
         if held is None:
-            held = self.values[column] = torch.zeros(len(weights), 2, layers, found.shape[-1], dtype=torch.float64)
+            held = self.values[column] = torch.zeros(len(found), 2, layers, found.shape[-1], dtype=torch.float64)
         if found.shape[-1] > held.shape[-1]:  # layers may differ in heads
             wider = torch.zeros(*held.shape[:-1], found.shape[-1], dtype=torch.float64)
             wider[..., : held.shape[-1]] = held

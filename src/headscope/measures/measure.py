@@ -209,6 +209,18 @@ def take(measures: Iterable[Measure], page: Page) -> dict[str, Ratio]:
     for taken in asked:
         for name, question in taken.questions(page).items():
             questions.setdefault(name, question)
-    if questions:
-        page.answers.update(zip(questions, page.matrix.reduce(*questions.values()), strict=True))
+    page.answers.update(_answers(page.matrix, questions))
     return {name: ratio for taken in asked for name, ratio in taken.sums(page).items()}
+
+
+def _answers(matrix: AttentionMatrix, questions: dict[str, Reduction]) -> dict[str, Any]:
+    """What the weights say to all questions, by one pass in which all products are one."""
+    if not questions:
+        return {}
+    products = {name: question for name, question in questions.items() if type(question) is Product}
+    others = [name for name in questions if name not in products]
+    if not products:
+        return dict(zip(others, matrix.reduce(*questions.values()), strict=True))
+    joined, *found = matrix.reduce(Product.joined(list(products.values())), *(questions[name] for name in others))
+    split = joined.split([product.width for product in products.values()], -1)
+    return dict(zip((*products, *others), (*split, *found), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +23,15 @@ class Product(Reduction):
     online = True
 
     def __init__(self, x: Tensor) -> None:
+        self.width = x.shape[-1]
         self._columns = x.transpose(-1, -2).contiguous()
+
+    @classmethod
+    def joined(cls, parts: Sequence[Product]) -> Product:
+        """Several products as one, which reads the weights once; its answer is theirs side by side."""
+        heads = max(part._columns.shape[1] for part in parts)
+        columns = [part._columns.expand(-1, heads, -1, -1) for part in parts]
+        return cls(torch.cat(columns, -2).transpose(-1, -2))
 
     def start(self, shape: Shape, like: Tensor) -> Tensor:
         """Zeros, [B, H, L, N]."""
@@ -52,7 +61,7 @@ class Distance(Reduction):
 
     def update(self, state: Tensor, block: Block) -> None:
         """Σ P·(i − j) is two narrow products; keys after their rows, which may lie at the end, count twice over."""
-        if not self._places.chosen(block.keys):
+        if not self._places.number(block.keys):
             return
         among = self.among[block.batch, block.keys].to(state.dtype)[:, None, None]
         start = block.keys.start  # positions count from here: the difference of large ones would be inexact
@@ -86,9 +95,8 @@ class MaxAmong(Max):
     def update(self, state: tuple[Tensor, Tensor], block: Block) -> None:
         """Look at the few that are among them; or hide the few that are not, for as long as this question looks."""
         among = self.among[block.batch, block.keys]
-        columns = self._places.chosen(block.keys)
-        if len(columns) <= self._FEW:
-            if columns:
+        if self._places.number(block.keys) <= self._FEW:
+            if columns := self._places.chosen(block.keys):
                 x = block.centered[..., columns].masked_fill_(~among[:, columns][:, None, None], LOWEST)
                 values, which = x.max(-1)
                 self._keep(state, block, values, torch.tensor(columns, device=which.device)[which])
@@ -109,6 +117,10 @@ class _Places:
     def __init__(self, among: Tensor) -> None:
         self._chosen = among.any(0).nonzero().flatten().tolist()
         self._left_out = (~among).any(0).nonzero().flatten().tolist()
+
+    def number(self, keys: slice) -> int:
+        """How many are chosen in a span of keys."""
+        return bisect_left(self._chosen, keys.stop) - bisect_left(self._chosen, keys.start)
 
     def chosen(self, keys: slice) -> list[int]:
         """Those chosen in a span of keys, counted from its start."""
