@@ -293,6 +293,40 @@ def test_a_language_that_the_model_does_not_read_is_said(decoder: Loaded) -> Non
     assert found.measured.notes[-1].startswith("Chinese frames: not profiled, the model does not read it: ")
 
 
+def test_a_model_that_reads_chinese_is_profiled_in_chinese() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from headscope.relations import chinese
+
+    known = sorted({character for example in chinese() for character in example.text})
+    inner = Tokenizer(token_models.WordLevel({"<s>": 0, "?": 1} | {c: i + 2 for i, c in enumerate(known)}, "?"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?", bos_token="<s>")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**tiny._decoder() | {"vocab_size": len(known) + 2})).eval()
+    loaded = Loaded("tiny", model, tokenizer, 0, 64, True, "a test")
+    found = profile(loaded, documents("owl"), examples={"Chinese frames": chinese()}, plan=Plan(repeats=0, worth=0))
+    assert found.measured.notes == []
+    assert found.relations.examples == len(chinese())
+    assert {row.relation for row in found.relation_scores()} == {"coreference-zh", "giver-receiver-zh"}
+    assert not any(row.role for row in found.relation_scores())  # its weights are random
+
+
+def test_of_two_sides_the_encoder_is_profiled() -> None:
+    model = tiny.bart()
+    loaded = Loaded("tiny", model, letters(), 0, 64, True, "a test")
+    found = profile(loaded, documents("owl", "sea"), examples=few(), plan=PLAN)
+    assert found.heads == (6, 6)
+    assert found.relations.examples > 0
+    assert bool(found.value("norm_first").isfinite().all())
+    assert found.worth.unit == "1 - cosine"
+    assert float(found.value("ablation_zero").min()) > 0
+    inner = Loaded("tiny", model.get_encoder(), letters(), 0, 64, True, "a test")
+    alone = profile(inner, documents("owl", "sea"), examples=few(), plan=PLAN)
+    for column in ("entropy", "norm_first", "ablation_zero"):
+        torch.testing.assert_close(found.value(column), alone.value(column))
+
+
 TREEBANK = """# newdoc id = {name}
 1\tBig\tbig\tADJ\t_\t_\t2\tamod\t_\t_
 2\tbirds\tbird\tNOUN\t_\t_\t3\tnsubj\t_\t_

@@ -110,7 +110,7 @@ def _in_batches(pieces: Sequence[Piece], tokens: int, loaded: Loaded) -> list[Ba
 
 def _measure_batch(loaded: Loaded, batch: Batch, measures: Sequence[Measure], layers: int) -> Measured:
     asked = [taken for taken in measures if taken.reads(batch)]
-    modules = dict(loaded.model.named_modules())
+    modules = dict(reader(loaded.model)[0].named_modules())
     weights = weights_of((piece.document, piece.half) for piece in batch.pieces)
     seen: dict[tuple[object, int], Visibility] = {}
     nulls: dict[tuple[object, int], dict[str, Ratio]] = {}

@@ -137,12 +137,13 @@ class _Survey:
         if not pieces or self.means is None:
             return part
         ids = torch.tensor([pieces[0].ids], device=self.loaded.model.device)
+        entry, _ = reader(self.loaded.model)  # the heads that were measured: of two sides, the encoder's
         values: dict[str, Tensor] = {}
-        zero = head_effects(self.loaded.model, ids)
+        zero = head_effects(entry, ids)
         values["ablation_zero"] = zero.per_example.double()
-        values["ablation_mean"] = head_effects(self.loaded.model, ids, to=self.means).per_example.double()
+        values["ablation_mean"] = head_effects(entry, ids, to=self.means).per_example.double()
         if zero.unit != "1 - cosine":  # whose derivative is zero at the clean run
-            values["gradient"] = head_effects(self.loaded.model, ids, method="gradient").per_example.double()
+            values["gradient"] = head_effects(entry, ids, method="gradient").per_example.double()
         part.worth = Worth(values, zero.clean.double(), [document.name], zero.unit)
         return part
 

@@ -20,6 +20,13 @@ class Fault:
 
 FAULTS = [
     Fault(
+        "an encoder's projections are looked for under the whole model's names",
+        "profiling.py",
+        "modules = dict(reader(loaded.model)[0].named_modules())",
+        "modules = dict(loaded.model.named_modules())",
+        "test_atlas.py::test_of_two_sides_the_encoder_is_profiled",
+    ),
+    Fault(
         "products that share a pass are taken for each other",
         "measures/measure.py",
         "zip((*products, *others)",
