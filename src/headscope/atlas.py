@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from headscope.relations.counts import RelationCounts
 from headscope.relations.score import RelationScore, scores
 from headscope.roles import Evidence, find_roles
 from headscope.statistics import cluster_bootstrap
-
-if TYPE_CHECKING:
-    from headscope.atlas_file import Table
 
 __all__ = ["FORMAT", "HeadAtlas", "Worth"]
 
@@ -165,7 +162,7 @@ class HeadAtlas:
             for head in range(count)
         ]
 
-    def to_table(self) -> Table:
+    def to_table(self) -> atlas_file.Table:
         """One row a head as an Arrow table; ``.to_pandas()`` makes a data frame of it."""
         return atlas_file.table(self.rows())
 

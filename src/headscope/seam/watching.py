@@ -140,12 +140,9 @@ def is_plain_layer(module: nn.Module) -> bool:
     """An nn.TransformerEncoderLayer that runs torch's own forward: it has a fast path, and leaves it for hooks."""
     if not isinstance(module, nn.TransformerEncoderLayer):
         return False
-    forward = inspect.unwrap(type(module).forward)
+    forward, torchs = (inspect.unwrap(kind.forward) for kind in (type(module), nn.TransformerEncoderLayer))
     called = getattr(getattr(forward, "__code__", None), "co_names", ())
-    return forward is inspect.unwrap(nn.TransformerEncoderLayer.forward) or not {
-        "super",
-        "TransformerEncoderLayer",
-    }.isdisjoint(called)
+    return forward is torchs or not {"super", "TransformerEncoderLayer"}.isdisjoint(called)
 
 
 def running() -> nn.Module | None:
