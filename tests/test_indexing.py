@@ -94,6 +94,19 @@ def test_cells_named_one_by_one_know_of_mask_bias_softcap_and_sinks() -> None:
     torch.testing.assert_close(matrix[index].double(), P[index], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.0, 50.0, -300.0, 300.0, 4.0, -1e4])])
+@pytest.mark.parametrize("shift", [0.0, 60.0, 200.0, -60.0, -200.0, "each row its own"])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_a_part_s_rows_are_summed_whatever_their_size(
+    scale: float, shift: float | str, sinks: torch.Tensor | None
+) -> None:
+    rows = torch.linspace(-300, 300, 7)[:, None] if isinstance(shift, str) else torch.tensor([[shift]])
+    options: dict[str, Any] = {"bias": rows.expand(7, 11), "scale": scale, "sinks": sinks}
+    part = AttentionMatrix(QUERY, KEY, **options)[1, :, 2:, 3:9]
+    wanted = reference.weights(QUERY, KEY, **{**options, "bias": rows.expand(1, 1, 7, 11)})[1, :, 2:, 3:9]
+    torch.testing.assert_close(part.double(), wanted, atol=2e-4, rtol=0)
+
+
 def test_empty_parts_have_their_shape() -> None:
     matrix = AttentionMatrix(QUERY, KEY)
     assert matrix[:, 3:3].shape == (2, 0, 7, 11)

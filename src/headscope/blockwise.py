@@ -25,6 +25,8 @@ _BLOCK = 1 << 20  # scores in one block: small enough for the cache, large enoug
 _ROWS = 768  # rows in one matrix product: more are no faster, and cross the diagonal of a causal mask further
 _EDGE = 64  # rows that are not cut further where few keys are visible
 _STRIP = 1 << 23  # scores in one strip whose blocks are held until its rows are known
+_SUMMED = 1 << 18  # scores in one block of which nothing but the sum is wanted
+_PLAIN = 1e20  # a row's sum of exp(s) below this, and above one divided by it, is as good as a centered one
 _DRIFT = 40.0  # nats by which a row's largest score may outgrow what its blocks are centered on
 _EVEN = 16  # rows come in multiples of it: odd shapes are slow in a matrix product
 _AUTOGRAD = 1 << 21  # scores in one strip when gradients are wanted: several copies are alive
@@ -113,16 +115,19 @@ def stream(
     with torch.no_grad(), torch.autocast(scores.query.device.type, enabled=False):
         online = known is None and all(reduction.online for reduction in reductions)
         offset = None if known is None else _offset(known)
+        asked = list(zip(reductions, states, strict=True))
         for strip in strips(scores, held=known is None and not online):
+            if not asked and _sums(scores, strip, found, buffers):
+                continue
             if online:
-                _online(scores, strip, found, buffers, list(zip(reductions, states, strict=True)))
+                _online(scores, strip, found, buffers, asked)
                 continue
             if known is not None:
                 blocks = _known_blocks(scores, strip, known.top, offset, buffers)
             else:
                 blocks = _fresh_blocks(scores, strip, found, buffers)
             for block in blocks:
-                for reduction, state in zip(reductions, states, strict=True):
+                for reduction, state in asked:
                     reduction.update(state, block)
     return [r.finish(s) for r, s in zip(reductions, states, strict=True)], found
 
@@ -152,12 +157,12 @@ def _pieces(strip: Strip, width: int) -> Iterator[tuple[slice, list[slice]]]:
 
 
 def _raw_blocks(
-    scores: Scores, strip: Strip, buffers: Buffers, reuse: bool = False
+    scores: Scores, strip: Strip, buffers: Buffers, reuse: bool = False, size: int = _BLOCK
 ) -> Iterator[tuple[Tensor, slice, list[slice]]]:
     """Scores of the strip, block by block: −inf where hidden. Block i lies in buffer 2·i, with ``reuse`` in 0."""
     queries = scores.queries(strip.batch, strip.groups, strip.rows)
     heads = _heads(scores, strip)
-    width = max(128, _BLOCK // (queries.shape[0] * queries.shape[1]) // 128 * 128)
+    width = max(128, size // (queries.shape[0] * queries.shape[1]) // 128 * 128)
     for number, (keys, mixed) in enumerate(_pieces(strip, width)):
         room = buffers.take(0 if reuse else 2 * number, *queries.shape[:2], keys.stop - keys.start)
         x = scores.block(queries, strip.batch, strip.groups, strip.rows, keys, room)
@@ -209,6 +214,21 @@ def _known_blocks(
         yield _block(scores, strip, keys, mixed, weights, centered, own, shifted=offset is not None)
 
 
+def _sums(scores: Scores, strip: Strip, found: Normalizer, buffers: Buffers) -> bool:
+    """The rows' sums alone, Σ exp(s) as it is; False, and nothing kept, where that may be too large or too small."""
+    total = found.top.new_zeros(_rows_of(scores, strip))
+    for x, _, _ in _raw_blocks(scores, strip, buffers, reuse=True, size=_SUMMED):
+        total += x.exp_().sum(-1, keepdim=True)
+    if not bool(((total > 1 / _PLAIN) & (total < _PLAIN)).all()):
+        return False
+    lse = total.log()
+    heads = _heads(scores, strip)
+    if scores.sinks is not None:
+        lse = torch.logaddexp(lse, scores.sinks[heads].detach().to(lse.dtype).view(1, -1, 1, 1))
+    found.top[strip.batch, heads, strip.rows] = lse.squeeze(-1)
+    return True
+
+
 def _online(
     scores: Scores, strip: Strip, found: Normalizer, buffers: Buffers, asked: list[tuple[Reduction, Any]]
 ) -> None:
@@ -231,10 +251,8 @@ def _online(
             center = torch.where(moved, higher, center)
         top = higher
         centered = x.sub_(center)
-        weights = torch.exp(centered, out=buffers.take(1, *centered.shape) if asked else centered)
+        weights = torch.exp(centered, out=buffers.take(1, *centered.shape))
         total = total + weights.sum(-1, keepdim=True)
-        if not asked:  # the rows' sums alone are wanted
-            continue
         block = _block(scores, strip, keys, mixed, weights, centered, offset, shifted=False)
         for reduction, state in asked:
             reduction.update(state, block)

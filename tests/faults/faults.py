@@ -140,6 +140,20 @@ FAULTS = [
         "test_matrix.py::test_answers_that_wait_for_no_sums[sinks True]",
     ),
     Fault(
+        "sinks ignored where rows are only summed",
+        "blockwise.py",
+        "lse = torch.logaddexp(lse, scores.sinks[heads].detach().to(lse.dtype).view(1, -1, 1, 1))",
+        "lse = lse + 0",
+        "test_indexing.py::test_a_part_s_rows_are_summed_whatever_their_size",
+    ),
+    Fault(
+        "sums that are too large or too small are believed",
+        "blockwise.py",
+        "if not bool(((total > 1 / _PLAIN) & (total < _PLAIN)).all()):",
+        "if not bool((total >= 0).all()):",
+        "test_indexing.py::test_a_part_s_rows_are_summed_whatever_their_size",
+    ),
+    Fault(
         "what was counted is not rescaled",
         "reductions/rows.py",
         "state[at] = (by.exp() * (state[at].unsqueeze(-1) - by * total)).squeeze(-1)",
