@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from headscope import AttentionMatrix, attention, blockwise, kernels, masks
+from headscope import AttentionMatrix, attention, kernels, masks, rowwise
 from tests import reference
 from tests.options import BIASES, MASKS, masked, one_thread, unchecked  # noqa: F401
 from tests.reference import operands
@@ -23,7 +23,7 @@ SIZES = (2, 6, 7, 11)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every loop over blocks goes round several times."""
     monkeypatch.setattr(kernels, "_ROWS", 3)
-    monkeypatch.setattr(blockwise, "_AUTOGRAD", 2 * 6 * 11 * 2)
+    monkeypatch.setattr(rowwise, "_AUTOGRAD", 2 * 6 * 11 * 2)
 
 
 def assert_near(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
@@ -254,7 +254,7 @@ def test_gradients_by_differences(mask_name: str, bias_name: str, monkeypatch: p
 def test_gradients_with_a_trained_bias_by_differences(
     mask_name: str, bias_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blockwise, "_AUTOGRAD", 2 * 4 * 2)
+    monkeypatch.setattr(rowwise, "_AUTOGRAD", 2 * 4 * 2)
     inputs, mask, bias = small(mask_name, bias_name)
     assert bias is not None
     inputs.append(bias.requires_grad_())

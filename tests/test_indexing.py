@@ -101,9 +101,10 @@ def test_a_part_s_rows_are_summed_whatever_their_size(
     scale: float, shift: float | str, sinks: torch.Tensor | None
 ) -> None:
     rows = torch.linspace(-300, 300, 7)[:, None] if isinstance(shift, str) else torch.tensor([[shift]])
-    options: dict[str, Any] = {"bias": rows.expand(7, 11), "scale": scale, "sinks": sinks}
-    part = AttentionMatrix(QUERY, KEY, **options)[1, :, 2:, 3:9]
-    wanted = reference.weights(QUERY, KEY, **{**options, "bias": rows.expand(1, 1, 7, 11)})[1, :, 2:, 3:9]
+    query = torch.cat([QUERY * scale, rows.expand(2, 6, 7, 1)], -1)  # the shift as one more product
+    key = torch.cat([KEY, torch.ones_like(KEY[..., :1])], -1)
+    part = AttentionMatrix(query, key, scale=1.0, sinks=sinks)[1, :, 2:, 3:9]
+    wanted = reference.weights(query, key, scale=1.0, sinks=sinks)[1, :, 2:, 3:9]
     torch.testing.assert_close(part.double(), wanted, atol=2e-4, rtol=0)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from headscope import AttentionMatrix, blockwise, indexing, kernels, masks, reductions
+from headscope import AttentionMatrix, blockwise, indexing, kernels, masks, reductions, rowwise
 from headscope.masks import Mask
 from headscope.reductions import Block, Entropy, Groups, Mass, Max, Offsets, Pool, Received, Reduction, TopK
 from tests import reference
@@ -142,7 +142,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blockwise, "_STRIP", 2 * 2 * 300)
     monkeypatch.setattr(blockwise, "_EVEN", 1)
     monkeypatch.setattr(blockwise, "_ROWS", 2 * 2)
-    monkeypatch.setattr(blockwise, "_AUTOGRAD", 2 * 6 * 300 * 2)
+    monkeypatch.setattr(rowwise, "_AUTOGRAD", 2 * 6 * 300 * 2)
     monkeypatch.setattr(kernels, "_ROWS", 3)
     monkeypatch.setattr(indexing, "_CELLS", 2 * 6 * 11 * 3)
     monkeypatch.setattr(indexing, "_POINTS", 5)
@@ -219,6 +219,25 @@ def test_scores_that_grow_from_block_to_block(step: float, tiny: None) -> None:
     assert_is(entropy, reference.entropy(p))
     assert_is(mass, p.sum(-1))
     assert_is(largest.values, p.amax(-1))
+
+
+@pytest.mark.parametrize("also", [reductions.Max(), reductions.Received()])
+@pytest.mark.parametrize("shift", [0.0, 25.0, 60.0, 200.0, -25.0, -60.0, -200.0, 1e4])
+def test_rows_of_any_size_beside_rows_that_see_nothing(shift: float, also: Reduction, tiny: None) -> None:
+    """What is counted before a strip's sums turn out too large or too small is not counted twice."""
+    query, key, _ = operands()
+    rows = torch.zeros(7, 1)
+    rows[5:] = shift  # the last rows: others are done before
+    query = torch.cat([query, rows.expand(2, 6, 7, 1)], -1)
+    key = torch.cat([key, torch.ones_like(key[..., :1])], -1)
+    seen = torch.ones(2, 1, 7, 11, dtype=torch.bool)
+    seen[1, :, 2] = False
+    p = reference.weights(query, key, seen=seen, scale=1.0)
+    entropy, other = AttentionMatrix(query, key, mask=seen, scale=1.0).reduce(Entropy(), also)
+    close = {"atol": 2e-3 if shift > 1e3 else 1e-4, "rtol": 0}
+    torch.testing.assert_close(entropy.double(), reference.entropy(p), **close)
+    wanted = p.amax(-1) if isinstance(also, reductions.Max) else p.sum(-2)
+    torch.testing.assert_close((other.values if isinstance(also, reductions.Max) else other).double(), wanted, **close)
 
 
 def test_who_says_online_must_rescale() -> None:
@@ -398,7 +417,7 @@ QUESTIONS: dict[str, Callable[[AttentionMatrix, Tensor, Tensor], Tensor]] = {
     ids=str,
 )
 def test_gradients_by_differences(variant: Variant, question: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blockwise, "_AUTOGRAD", 2 * 4 * 2)
+    monkeypatch.setattr(rowwise, "_AUTOGRAD", 2 * 4 * 2)
     sizes = (1, 2, 3, 4)
     query, key, value = operands(1, 1, 2, 3, 4, 2, 3, dtype=torch.float64)
     x, sinks = torch.randn(1, 2, 3, 2).double(), torch.randn(2).double() if variant.sinks else None

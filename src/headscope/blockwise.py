@@ -7,29 +7,26 @@ time, and its weights are final before any question sees them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from headscope.positions import Alibi
 from headscope.reductions import Block, Reduction
 from headscope.scores import LOWEST, Scores
 
-__all__ = ["Normalizer", "Strip", "by_rows", "stream", "strips"]
+__all__ = ["Normalizer", "Strip", "stream", "strips"]
 
 _BLOCK = 1 << 20  # scores in one block: small enough for the cache, large enough for the work around it
 _ROWS = 768  # rows in one matrix product: more are no faster, and cross the diagonal of a causal mask further
 _EDGE = 64  # rows that are not cut further where few keys are visible
 _STRIP = 1 << 23  # scores in one strip whose blocks are held until its rows are known
-_SUMMED = 1 << 18  # scores in one block of which nothing but the sum is wanted
-_PLAIN = 1e20  # a row's sum of exp(s) below this, and above one divided by it, is as good as a centered one
+_PLAIN = 1e13  # a row's sum of exp(s) below this, and above one divided by it, is as good as a centered one
 _DRIFT = 40.0  # nats by which a row's largest score may outgrow what its blocks are centered on
 _EVEN = 16  # rows come in multiples of it: odd shapes are slow in a matrix product
-_AUTOGRAD = 1 << 21  # scores in one strip when gradients are wanted: several copies are alive
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,28 +104,42 @@ def stream(
 
     With ``known`` each block is final at once. Without it, reductions that can :meth:`~Reduction.rescale` see
     blocks that are final up to a factor a row; for others a strip's blocks wait until their rows' sums are known.
+
+    Scores are first taken as they are; where a row's sum of exp(s) is too large or too small for that, all begins
+    again with scores that are centered on their row's maximum.
     """
+    with torch.no_grad(), torch.autocast(scores.query.device.type, enabled=False):
+        if known is None and not isinstance(scores.bias, Tensor):
+            with suppress(_NotPlain):
+                return _stream(scores, reductions, None, plain=True)
+        return _stream(scores, reductions, known, plain=False)
+
+
+class _NotPlain(Exception):
+    """A row's sum of exp(s) is too large or too small for float32 unless its scores are centered."""
+
+
+def _stream(
+    scores: Scores, reductions: Sequence[Reduction], known: Normalizer | None, plain: bool
+) -> tuple[list[Any], Normalizer]:
     like = scores.query.new_empty(0, dtype=scores.dtype)
     states = [reduction.start(scores.shape, like) for reduction in reductions]
     found = known or Normalizer(like.new_zeros(scores.shape[:3]), like.new_zeros(scores.shape[:3]))
     buffers = Buffers(like)
-    with torch.no_grad(), torch.autocast(scores.query.device.type, enabled=False):
-        online = known is None and all(reduction.online for reduction in reductions)
-        offset = None if known is None else _offset(known)
-        asked = list(zip(reductions, states, strict=True))
-        for strip in strips(scores, held=known is None and not online):
-            if not asked and _sums(scores, strip, found, buffers):
-                continue
-            if online:
-                _online(scores, strip, found, buffers, asked)
-                continue
-            if known is not None:
-                blocks = _known_blocks(scores, strip, known.top, offset, buffers)
-            else:
-                blocks = _fresh_blocks(scores, strip, found, buffers)
-            for block in blocks:
-                for reduction, state in asked:
-                    reduction.update(state, block)
+    online = known is None and all(reduction.online for reduction in reductions)
+    offset = None if known is None else _offset(known)
+    asked = list(zip(reductions, states, strict=True))
+    for strip in strips(scores, held=known is None and not online):
+        if online:
+            _online(scores, strip, found, buffers, asked, plain)
+            continue
+        if known is not None:
+            blocks = _known_blocks(scores, strip, known.top, offset, buffers)
+        else:
+            blocks = _fresh_blocks(scores, strip, found, buffers, plain)
+        for block in blocks:
+            for reduction, state in asked:
+                reduction.update(state, block)
     return [r.finish(s) for r, s in zip(reductions, states, strict=True)], found
 
 
@@ -157,12 +168,12 @@ def _pieces(strip: Strip, width: int) -> Iterator[tuple[slice, list[slice]]]:
 
 
 def _raw_blocks(
-    scores: Scores, strip: Strip, buffers: Buffers, reuse: bool = False, size: int = _BLOCK
+    scores: Scores, strip: Strip, buffers: Buffers, reuse: bool = False
 ) -> Iterator[tuple[Tensor, slice, list[slice]]]:
     """Scores of the strip, block by block: −inf where hidden. Block i lies in buffer 2·i, with ``reuse`` in 0."""
     queries = scores.queries(strip.batch, strip.groups, strip.rows)
     heads = _heads(scores, strip)
-    width = max(128, size // (queries.shape[0] * queries.shape[1]) // 128 * 128)
+    width = max(128, _BLOCK // (queries.shape[0] * queries.shape[1]) // 128 * 128)
     for number, (keys, mixed) in enumerate(_pieces(strip, width)):
         room = buffers.take(0 if reuse else 2 * number, *queries.shape[:2], keys.stop - keys.start)
         x = scores.block(queries, strip.batch, strip.groups, strip.rows, keys, room)
@@ -214,48 +225,30 @@ def _known_blocks(
         yield _block(scores, strip, keys, mixed, weights, centered, own, shifted=offset is not None)
 
 
-def _sums(scores: Scores, strip: Strip, found: Normalizer, buffers: Buffers) -> bool:
-    """The rows' sums alone, Σ exp(s) as it is; False, and nothing kept, where that may be too large or too small."""
-    total = found.top.new_zeros(_rows_of(scores, strip))
-    for x, _, _ in _raw_blocks(scores, strip, buffers, reuse=True, size=_SUMMED):
-        total += x.exp_().sum(-1, keepdim=True)
-    if not bool(((total > 1 / _PLAIN) & (total < _PLAIN)).all()):
-        return False
-    lse = total.log()
-    heads = _heads(scores, strip)
-    if scores.sinks is not None:
-        lse = torch.logaddexp(lse, scores.sinks[heads].detach().to(lse.dtype).view(1, -1, 1, 1))
-    found.top[strip.batch, heads, strip.rows] = lse.squeeze(-1)
-    return True
-
-
 def _online(
-    scores: Scores, strip: Strip, found: Normalizer, buffers: Buffers, asked: list[tuple[Reduction, Any]]
+    scores: Scores, strip: Strip, found: Normalizer, buffers: Buffers, asked: list[tuple[Reduction, Any]], plain: bool
 ) -> None:
     """No block waits: each is centered on one number a row, and what was counted is rescaled at the end.
 
-    The number is a row's first visible maximum; a later score that outgrows it by ``_DRIFT`` takes its place, so
-    that nothing overflows (the lazy rescaling of online softmax, arXiv 1805.02867).
+    In a ``plain`` pass that number is 0. Else it is a row's first visible maximum; a later score that outgrows it by
+    ``_DRIFT`` takes its place, so that nothing overflows (the lazy rescaling of online softmax, arXiv 1805.02867).
     """
     top = found.top.new_full(_rows_of(scores, strip), -torch.inf)
     center, total = torch.zeros_like(top), torch.zeros_like(top)
     at = (strip.batch, _heads(scores, strip), strip.rows)
     offset = torch.zeros_like(top)
     for x, keys, mixed in _raw_blocks(scores, strip, buffers, reuse=True):
-        higher = torch.maximum(top, x.amax(-1, keepdim=True))
-        moved = (higher - center > _DRIFT) | ((top == -torch.inf) & (higher > top))
-        if bool(moved.any()):
-            by = torch.where(moved & (total > 0), center - higher, 0.0).clamp(min=-1e4)  # e⁻¹⁰⁰⁰⁰ is 0
-            _rescale(asked, at, by, total)
-            total = total * by.exp()
-            center = torch.where(moved, higher, center)
-        top = higher
-        centered = x.sub_(center)
-        weights = torch.exp(centered, out=buffers.take(1, *centered.shape))
+        if not plain:
+            top, center, total = _recenter(x, asked, at, top, center, total)
+            x = x.sub_(center)
+        weights = torch.exp(x, out=buffers.take(1, *x.shape) if asked else x)
         total = total + weights.sum(-1, keepdim=True)
-        block = _block(scores, strip, keys, mixed, weights, centered, offset, shifted=False)
+        if asked:
+            block = _block(scores, strip, keys, mixed, weights, x, offset, shifted=False)
         for reduction, state in asked:
             reduction.update(state, block)
+    if plain:
+        _refuse_extremes(scores, strip, total)
     log_total = total.log()
     whole = center
     if scores.sinks is not None:  # the larger of the two is kept apart: finfo.min + 0.4 would forget 0.4
@@ -264,7 +257,47 @@ def _online(
         log_total = torch.logaddexp(log_total + (center - whole), logit - whole)
     by = (center - whole - log_total).clamp(min=-1e4)
     _rescale(asked, at, torch.where(total > 0, by, 0.0), total)
-    found.top[at] = whole.squeeze(-1)
+    _keep(found, at, whole, log_total, plain)
+
+
+def _recenter(
+    x: Tensor,
+    asked: list[tuple[Reduction, Any]],
+    at: tuple[slice, slice, slice],
+    top: Tensor,
+    center: Tensor,
+    total: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows' maxima, the numbers to center on, and the sums so far, with these scores seen."""
+    higher = torch.maximum(top, x.amax(-1, keepdim=True))
+    moved = (higher - center > _DRIFT) | ((top == -torch.inf) & (higher > top))
+    if bool(moved.any()):
+        by = torch.where(moved & (total > 0), center - higher, 0.0).clamp(min=-1e4)  # e⁻¹⁰⁰⁰⁰ is 0
+        _rescale(asked, at, by, total)
+        total = total * by.exp()
+        center = torch.where(moved, higher, center)
+    return higher, center, total
+
+
+def _refuse_extremes(scores: Scores, strip: Strip, total: Tensor) -> None:
+    """Raise _NotPlain unless all sums of exp(s) are of a middling size, or 0 where a row sees nothing."""
+    good = (total > 1 / _PLAIN) & (total < _PLAIN)
+    if bool(good.all()):
+        return
+    heads, sees = _heads(scores, strip), torch.zeros_like(good)
+    for start, stop, mixed in strip.spans:
+        part = slice(start, stop)
+        sees |= scores.visible(strip.batch, heads, strip.rows, part).any(-1, keepdim=True) if mixed else True
+    if not bool((good | (~sees & (total == 0))).all()):
+        raise _NotPlain
+
+
+def _keep(found: Normalizer, at: tuple[slice, slice, slice], top: Tensor, log_total: Tensor, plain: bool) -> None:
+    """The rows' sums; in a plain pass as one number, so that later passes have one thing less to do."""
+    if plain:
+        seen = log_total > -torch.inf
+        top, log_total = torch.where(seen, top + log_total, 0.0), torch.where(seen, 0.0, -torch.inf)
+    found.top[at] = top.squeeze(-1)
     found.log_total[at] = log_total.squeeze(-1)
 
 
@@ -279,20 +312,24 @@ def _rows_of(scores: Scores, strip: Strip) -> tuple[int, int, int, int]:
     return strip.batch.stop - strip.batch.start, heads.stop - heads.start, rows.stop - rows.start, 1
 
 
-def _fresh_blocks(scores: Scores, strip: Strip, found: Normalizer, buffers: Buffers) -> Iterator[Block]:
-    """Blocks wait, each centered on the largest score so far, until their rows' sums are known."""
+def _fresh_blocks(scores: Scores, strip: Strip, found: Normalizer, buffers: Buffers, plain: bool) -> Iterator[Block]:
+    """Blocks wait, each centered on the largest score so far (``plain``: on 0), until their rows' sums are known."""
     heads = _heads(scores, strip)
     held: list[tuple[slice, list[slice], Tensor, Tensor, Tensor]] = []
     top = found.top.new_full(_rows_of(scores, strip), -torch.inf)
     total = torch.zeros_like(top)
     for number, (x, keys, mixed) in enumerate(_raw_blocks(scores, strip, buffers)):
-        higher = torch.maximum(top, x.amax(-1, keepdim=True))
-        shift = torch.where(higher == -torch.inf, 0.0, higher)
-        centered = x.sub_(shift)
-        weights = torch.exp(centered, out=buffers.take(2 * number + 1, *centered.shape))
-        total = total * (top - shift).exp() + weights.sum(-1, keepdim=True)
-        top = higher
-        held.append((keys, mixed, weights, centered, shift))
+        shift = torch.zeros_like(top)
+        if not plain:
+            higher = torch.maximum(top, x.amax(-1, keepdim=True))
+            shift = torch.where(higher == -torch.inf, 0.0, higher)
+            total = total * (top - shift).exp()
+            x, top = x.sub_(shift), higher
+        weights = torch.exp(x, out=buffers.take(2 * number + 1, *x.shape))
+        total = total + weights.sum(-1, keepdim=True)
+        held.append((keys, mixed, weights, x, shift))
+    if plain:
+        _refuse_extremes(scores, strip, total)
     shift = torch.where(top == -torch.inf, 0.0, top)
     if scores.sinks is not None:
         logit = scores.sinks[heads].detach().to(top.dtype).view(1, -1, 1, 1)
@@ -301,66 +338,10 @@ def _fresh_blocks(scores: Scores, strip: Strip, found: Normalizer, buffers: Buff
         shift = higher
     log_total = total.log()
     at = (strip.batch, heads, strip.rows)
-    found.top[at] = shift.squeeze(-1)
-    found.log_total[at] = log_total.squeeze(-1)
+    _keep(found, at, shift, log_total, plain)
     while held:
         keys, mixed, weights, centered, own = held.pop(0)
         lower = (own - shift).clamp(max=0)  # own may stand above where the row has seen nothing yet
         offset = torch.where(total > 0, lower - log_total, 0.0)
         weights.mul_(offset.exp())
         yield _block(scores, strip, keys, mixed, weights, centered, offset, shifted=True)
-
-
-def by_rows(scores: Scores, ask: Callable[..., Tensor], *values: Tensor | None) -> Iterator[Tensor]:
-    """Differentiable answers, a few query rows at a time: ``ask(weights, log_weights, rows, *values)``.
-
-    Nothing of a strip is kept for the backward pass: it is computed again there, so that memory stays O(strip).
-    All strips are equally wide: with widths of their own, freed memory is too small for the next, and it adds up.
-    """
-    batch, heads, queries, keys = scores.shape
-    rows = max(1, min(queries, _AUTOGRAD // (batch * heads * keys)))
-    if rows == queries:  # one strip: small enough to be kept
-        yield _answer(scores, ask, slice(0, queries), scores.query, scores.key, scores.bias, scores.sinks, *values)
-        return
-    for q in range(0, queries, rows):
-        span = slice(q, min(queries, q + rows))
-        operands = (scores.query, scores.key, scores.bias, scores.sinks, *values)
-        yield checkpoint(_answer, scores, ask, span, *operands, use_reentrant=False)
-
-
-def _answer(
-    scores: Scores,
-    ask: Callable[..., Tensor],
-    rows: slice,
-    query: Tensor,
-    key: Tensor,
-    bias: Tensor | Alibi | None,
-    sinks: Tensor | None,
-    *values: Any,
-) -> Tensor:
-    """What ``ask`` says of a few rows; the operands come as arguments, so that the checkpoint knows them."""
-    whole = replace(scores, query=query, key=key, bias=bias, sinks=sinks)
-    with torch.autocast(query.device.type, enabled=False):
-        return ask(*_weights_of_rows(whole, rows), rows, *values)
-
-
-def _weights_of_rows(scores: Scores, rows: slice) -> tuple[Tensor, Tensor]:
-    """Weights and log-weights [B, H, r, S] of a few rows, differentiable in everything."""
-    every_batch, keys = slice(0, scores.shape[0]), slice(0, scores.shape[3])
-    groups, heads = slice(0, scores.key.shape[1]), slice(0, scores.shape[1])
-    queries = scores.queries(every_batch, groups, rows)
-    x = scores.block(queries, every_batch, groups, rows, keys)
-    if scores.mask is not None:
-        x = x.masked_fill(~scores.visible(every_batch, heads, rows, keys), -torch.inf)
-    top = x.detach().amax(-1, keepdim=True)
-    top = torch.where(top == -torch.inf, 0.0, top)
-    if scores.sinks is not None:
-        top = torch.maximum(top, scores.sinks.detach().to(x.dtype).view(1, -1, 1, 1))
-    centered = x - top
-    hidden = centered == -torch.inf
-    weights = centered.exp()
-    total = weights.sum(-1, keepdim=True)
-    if scores.sinks is not None:
-        total = total + (scores.sinks.to(x.dtype).view(1, -1, 1, 1) - top).exp()
-    total = torch.where(total > 0, total, 1.0)
-    return weights / total, centered.masked_fill(hidden, LOWEST) - total.log()

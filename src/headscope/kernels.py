@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from headscope.blockwise import Normalizer, by_rows
+from headscope.blockwise import Normalizer
 from headscope.reductions import Reduction
+from headscope.rowwise import by_rows
 from headscope.scores import Scores
 
 __all__ = ["answer", "by_strips", "fused", "fused_with_normalizer", "in_one_call", "is_fused", "product"]

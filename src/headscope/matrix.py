@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope import kernels
-from headscope.blockwise import Normalizer, by_rows, stream, strips
+from headscope.blockwise import Normalizer, stream, strips
 from headscope.indexing import PartReader
 from headscope.masks import Mask
 from headscope.positions import Alibi
@@ -28,6 +28,7 @@ from headscope.reductions import (
     TransposedProduct,
     WeightsAt,
 )
+from headscope.rowwise import by_rows
 from headscope.scores import Scores, make_scores
 
 __all__ = ["AttentionMatrix", "Plan", "attention"]
