@@ -50,6 +50,31 @@ def test_what_is_saved_comes_back(tmp_path: Path, make: Any) -> None:
     assert os.listdir(tmp_path) == ["text.recording"]
 
 
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+def test_half_precision_is_half_the_file_and_unproved(tmp_path: Path, dtype: torch.dtype, close: float) -> None:
+    recording = generated(bart())
+    recording.save(tmp_path / "whole")
+    recording.save(tmp_path / "half", dtype=dtype)
+    whole, half = Recording.load(tmp_path / "whole"), Recording.load(tmp_path / "half")
+    assert whole.proof is not None
+    assert half.proof is None
+    for old, new in zip(whole, half, strict=True):
+        torch.testing.assert_close(new.dense(), old.dense(), atol=close, rtol=0)
+    kept = [[site.scores().key, site.value(), site.output()] for site in half.run.calls_of_sites]
+    assert {tensor.dtype for site in kept for tensor in site if tensor is not None} == {dtype}
+
+
+def test_numbers_too_large_for_half_precision_are_refused(tmp_path: Path) -> None:
+    layer = torch.nn.MultiheadAttention(8, 2)
+    with torch.no_grad(), record(layer) as recording:
+        layer(*[1e6 * torch.ones(5, 1, 8)] * 3)
+    with pytest.raises(RecordingError, match=r"more than torch.float16 can: save it as torch.bfloat16"):
+        recording.save(tmp_path / "half", dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"dtype is torch.int8"):
+        recording.save(tmp_path / "half", dtype=torch.int8)
+    assert not list(tmp_path.iterdir())
+
+
 def test_tokens_and_several_runs_come_back(tmp_path: Path, minilm: Any) -> None:
     tokens = tokenize("It didn't rain.", minilm.tokenizer)
     model = llama()

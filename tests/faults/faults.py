@@ -20,6 +20,13 @@ class Fault:
 
 FAULTS = [
     Fault(
+        "a rounded recording keeps its proof",
+        "recording/file.py",
+        "exact=self.dtype in (None, scores.query.dtype)",
+        "exact=True",
+        "test_recording_file.py::test_half_precision_is_half_the_file_and_unproved",
+    ),
+    Fault(
         "an encoder's projections are looked for under the whole model's names",
         "profiling.py",
         "modules = dict(reader(loaded.model)[0].named_modules())",

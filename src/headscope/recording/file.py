@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,6 +28,7 @@ FORMAT = "headscope-recording"
 VERSION = 1
 _HEADER_LIMIT = 100 * 1024 * 1024
 _TENSOR_NAME = re.compile(r"(query|key|value|output|mask|bias|sinks|valid)\.\d{1,9}")
+_ROUNDED = ("query", "key", "value", "output")
 _SAFE_TEXT = re.compile(r"[^\x00-\x1f\x7f-\x9f]{0,4096}")
 
 
@@ -39,9 +41,15 @@ class Contents:
     unseen: tuple[str, ...]
 
 
-def save(contents: Contents, path: Path) -> None:
-    """Write a recording to ``path``: all of it or nothing."""
-    writer = _Writer()
+def save(contents: Contents, path: Path, dtype: torch.dtype | None = None) -> None:
+    """Write a recording to ``path``: all of it or nothing; queries, keys, values and outputs in ``dtype``.
+
+    Raises:
+        RecordingError: nowhere to write, or a number too large for ``dtype``. ValueError: no floating dtype.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}: numbers are kept as torch.float16, bfloat16, float32 or float64.")
+    writer = _Writer(dtype)
     runs = [
         {"valid": writer.keep("valid", valid), "sites": [writer.site(s) for s in sites]}
         for sites, valid in contents.runs
@@ -55,7 +63,8 @@ def save(contents: Contents, path: Path) -> None:
 class _Writer:
     """Gives every tensor a name, and tensors that are shared one name only."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
         self.tensors: dict[str, Tensor] = {}
         self._names: dict[int, str] = {}
         self._alive: list[Tensor] = []  # so that an id is not used twice
@@ -66,10 +75,20 @@ class _Writer:
             return None
         if id(tensor) not in self._names:
             name = f"{kind}.{len(self.tensors)}"
-            self.tensors[name] = tensor.detach().cpu().contiguous().clone()
+            kept = tensor.detach().cpu().contiguous()
+            self.tensors[name] = self._rounded(kind, kept) if kind in _ROUNDED else kept.clone()
             self._names[id(tensor)] = name
             self._alive.append(tensor)
         return self._names[id(tensor)]
+
+    def _rounded(self, kind: str, tensor: Tensor) -> Tensor:
+        found = tensor.to(self.dtype, copy=True)
+        if bool(found.isinf().any()) and not bool(tensor.isinf().any()):
+            raise RecordingError(
+                f"a {kind} holds {tensor.abs().max():.3g}, more than {self.dtype} can: save it as torch.bfloat16, or "
+                "without dtype=."
+            )
+        return found
 
     def site(self, site: SiteCalls) -> dict[str, Any]:
         """A site as plain data."""
@@ -86,17 +105,17 @@ class _Writer:
             "key": self.keep("key", scores.key),
             "value": self.keep("value", site.value()),
             "sinks": self.keep("sinks", site.sinks),
-            "parts": [self.part(part) for part in site.parts],
+            "parts": [self.part(part, exact=self.dtype in (None, scores.query.dtype)) for part in site.parts],
         }
 
-    def part(self, part: Part) -> dict[str, Any]:
-        """One call as plain data."""
+    def part(self, part: Part, exact: bool) -> dict[str, Any]:
+        """One call as plain data; what is rounded (not ``exact``) has lost its proof."""
         return {
             "rows": [part.first_row, part.num_rows],
             "keys": [part.first_key, part.num_keys],
             "mask": encode(part.mask, lambda tensor: str(self.keep("mask", tensor))),
             "bias": self.keep("bias", part.bias),
-            "proof": part.proof,
+            "proof": part.proof if exact else None,
             "output": self.keep("output", part.output),
         }
 
