@@ -1,6 +1,6 @@
 """What questions to the attention matrix cost, as a multiple of the fused forward; every ratio includes it.
 
-Peers: the same forward and the same answers from a matrix that is built; top-5 by torch.topk over each block.
+Peer: the same forward and the same answers from a matrix that is built. Limit: the products and exp alone.
 """
 
 from __future__ import annotations
@@ -11,21 +11,9 @@ from measure import Timing, side_by_side, write
 from torch import Tensor
 
 from headscope import AttentionMatrix, masks
-from headscope.reductions import Block, Entropy, Max, Received, TopK
+from headscope.reductions import Entropy, Max, Received, TopK
 
 HEADS, GROUPS, SIZE = 9, 3, 64
-
-
-class PlainTopK(TopK):
-    """TopK without the chunk maxima: torch.topk over every block."""
-
-    def _best(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        best = x.topk(min(self.k, x.shape[-1]), -1)
-        return best.values, best.indices
-
-    def update(self, state: tuple[Tensor, Tensor], block: Block) -> None:
-        """As in TopK."""
-        super().update(state, block)
 
 
 def rows_for(length: int, rounds: int) -> list[list[str]]:
@@ -64,8 +52,7 @@ def rows_for(length: int, rounds: int) -> list[list[str]]:
         "fused forward": forward,
         "limit: + QKᵀ and exp of what is visible, nothing else": limit,
         "+ entropy, max, received": lambda: ours(Entropy(), Max(), Received()),
-        "+ top-5 by chunk maxima": lambda: ours(Entropy(), Max(), Received(), TopK(5)),
-        "+ top-5 by torch.topk": lambda: ours(Entropy(), Max(), Received(), PlainTopK(5)),
+        "+ entropy, max, received, top-5": lambda: ours(Entropy(), Max(), Received(), TopK(5)),
         "matrix built: entropy, max, received": lambda: built(0),
         "matrix built: and top-5": lambda: built(5),
     }
