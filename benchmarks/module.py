@@ -122,8 +122,8 @@ def one_precision(dtype: torch.dtype, name: str) -> None:
                 rows,
                 "Below 1 in the last column: headscope is faster. Medians of rounds in which all lines ran in "
                 "turn (of the longest in bfloat16 a single one); the ratio is the median of the rounds' ratios. No "
-                "mask, no dropout, evaluation mode. Where the machine has no instructions for bfloat16 (none here "
-                "unless the first line says AMX or AVX512-BF16) it is no limit, and that line is left out.",
+                "mask, no dropout, evaluation mode. Where the machine has no instructions for bfloat16 it is no "
+                "limit, and that line is left out.",
             )
 
 
