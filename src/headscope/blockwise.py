@@ -1,7 +1,7 @@
 """The blockwise pass over exp(s − lse): every question in one pass, hidden blocks skipped, O(block) memory.
 
 A strip is a few rows of queries against all the keys that they may see; its scores are made one block at a
-time, and its weights are final before any question sees them.
+time, and its weights are final before any question sees them, or final up to a factor a row that is told later.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def stream(
     again with scores that are centered on their row's maximum.
     """
     with torch.no_grad(), torch.autocast(scores.query.device.type, enabled=False):
-        if known is None and not isinstance(scores.bias, Tensor):
+        if known is None and not isinstance(scores.bias, Tensor):  # which may hide a row that the mask shows
             with suppress(_NotPlain):
                 return _stream(scores, reductions, None, plain=True)
         return _stream(scores, reductions, known, plain=False)

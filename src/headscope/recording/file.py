@@ -75,20 +75,16 @@ class _Writer:
             return None
         if id(tensor) not in self._names:
             name = f"{kind}.{len(self.tensors)}"
-            kept = tensor.detach().cpu().contiguous()
-            self.tensors[name] = self._rounded(kind, kept) if kind in _ROUNDED else kept.clone()
+            whole, dtype = tensor.detach().cpu(), self.dtype if kind in _ROUNDED else None
+            self.tensors[name] = kept = whole.contiguous().to(dtype, copy=True)
+            if dtype is not None and bool((kept.isinf() & ~whole.isinf()).any()):
+                raise RecordingError(
+                    f"a {kind} holds {whole.abs().max():.3g}, more than {dtype} can: save it as torch.bfloat16, or "
+                    "without dtype=."
+                )
             self._names[id(tensor)] = name
             self._alive.append(tensor)
         return self._names[id(tensor)]
-
-    def _rounded(self, kind: str, tensor: Tensor) -> Tensor:
-        found = tensor.to(self.dtype, copy=True)
-        if bool(found.isinf().any()) and not bool(tensor.isinf().any()):
-            raise RecordingError(
-                f"a {kind} holds {tensor.abs().max():.3g}, more than {self.dtype} can: save it as torch.bfloat16, or "
-                "without dtype=."
-            )
-        return found
 
     def site(self, site: SiteCalls) -> dict[str, Any]:
         """A site as plain data."""

@@ -80,7 +80,10 @@ class Reduction(ABC):
 
     @abstractmethod
     def start(self, shape: Shape, like: Tensor) -> Any:
-        """The empty state for an attention of ``shape`` (B, H, L, S); ``like`` has its dtype and device."""
+        """An empty state for an attention of ``shape`` (B, H, L, S); ``like`` has its dtype and device.
+
+        A pass may begin again, and then asks for another.
+        """
 
     @abstractmethod
     def update(self, state: Any, block: Block) -> None:
