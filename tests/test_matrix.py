@@ -139,6 +139,7 @@ def assert_all_checked(made: Made) -> None:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Strips of a row or two, blocks of 128 keys, parts of few cells: every loop goes round several times."""
     monkeypatch.setattr(blockwise, "_BLOCK", 1)
+    monkeypatch.setattr(blockwise, "_ALONE", 1)
     monkeypatch.setattr(blockwise, "_STRIP", 2 * 2 * 300)
     monkeypatch.setattr(blockwise, "_EVEN", 1)
     monkeypatch.setattr(blockwise, "_ROWS", 2 * 2)
@@ -516,17 +517,27 @@ def test_entropy_of_large_scores_is_exact() -> None:
     assert torch.equal(matrix.entropy(), AttentionMatrix(query, key).reduce(Entropy(), Mass())[0])
 
 
-def test_entropy_alone_is_one_call_of_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    query, key, _ = operands(queries=70, keys=70)
-    wanted = AttentionMatrix(query, key, mask=masks.causal()).reduce(Entropy(), Mass())[0]
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("a blockwise pass")
-
-    monkeypatch.setattr("headscope.matrix.stream", refuse)
-    assert_is(AttentionMatrix(query, key, mask=masks.causal()).entropy(), wanted.double())
-    with pytest.raises(AssertionError, match="a blockwise pass"):
-        AttentionMatrix(query, key, mask=masks.sliding_window(3)).entropy()
+@pytest.mark.parametrize("how", ["alone", "waiting", "rows known", "sinks"])
+def test_hidden_scores_far_above_the_visible_do_no_harm(how: str) -> None:
+    query, key, value = operands(queries=70, keys=70)
+    key[:, :, 40:] *= 1e4
+    seen = torch.ones(70, 70, dtype=torch.bool).tril()
+    seen[:, 40:] = False
+    sinks = torch.linspace(-1, 1, 6) if how == "sinks" else None
+    matrix = AttentionMatrix(query, key, mask=seen, sinks=sinks)
+    if how == "rows known":
+        matrix @ value
+    asked: list[Reduction] = [Entropy(), Max(), Received()] + [TopK(2)] * (how == "waiting")
+    found = matrix.reduce(*asked) if how != "alone" else [AttentionMatrix(query, key, mask=seen).entropy()]
+    scores = query.double() @ key.double().repeat_interleave(2, 1).transpose(-1, -2) / 5**0.5
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double().view(1, 6, 1, 1).expand(2, 6, 70, 1)], -1)
+    weights = scores.softmax(-1)[..., :70]
+    assert_is(found[0], -torch.xlogy(weights, weights).sum(-1))
+    if how != "alone":
+        assert_is(found[1].values, weights.amax(-1))
+        assert_is(found[2], weights.sum(-2))
 
 
 def test_ties_are_all_found() -> None:
@@ -618,9 +629,7 @@ def test_the_plan_says_what_is_skipped_and_by_which_kernel() -> None:
     assert 0.9 < window < 1 - 65 / 2048
     fused = AttentionMatrix(query, key, mask=masks.causal()).plan()
     assert fused.kernel == "the fused kernel"
-    assert str(fused).startswith("P @ value, entropy alone: the fused kernel")
-    in_blocks = AttentionMatrix(query, key, mask=masks.sliding_window(64)).plan()
-    assert str(in_blocks).startswith("P @ value: the fused kernel")
+    assert str(fused).startswith("P @ value: the fused kernel")
     assert "hidden and skipped: 4" in str(fused)
     assert "strip by strip" in AttentionMatrix(query, key, softcap=2.0).plan().kernel
     trained = AttentionMatrix(query, key, bias=torch.zeros(1, 2, 1, 2048, requires_grad=True))

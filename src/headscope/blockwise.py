@@ -21,12 +21,16 @@ from headscope.scores import LOWEST, Scores
 __all__ = ["Normalizer", "Strip", "stream", "strips"]
 
 _BLOCK = 1 << 20  # scores in one block: small enough for the cache, large enough for the work around it
+_ALONE = 3 << 17  # the same for one question alone, which has less work around a block
 _ROWS = 768  # rows in one matrix product: more are no faster, and cross the diagonal of a causal mask further
 _EDGE = 64  # rows that are not cut further where few keys are visible
 _STRIP = 1 << 23  # scores in one strip whose blocks are held until its rows are known
 _PLAIN = 1e13  # a row's sum of exp(s) below this, and above one divided by it, is as good as a centered one
 _DRIFT = 40.0  # nats by which a row's largest score may outgrow what its blocks are centered on
 _EVEN = 16  # rows come in multiples of it: odd shapes are slow in a matrix product
+_FAR = 80.0  # nats above its row's sum that a hidden score may stand without its exp overflowing
+
+_Tile = tuple[slice, Tensor]  # columns of a block, and which of their cells the mask shows
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,20 +172,39 @@ def _pieces(strip: Strip, width: int) -> Iterator[tuple[slice, list[slice]]]:
 
 
 def _raw_blocks(
-    scores: Scores, strip: Strip, buffers: Buffers, reuse: bool = False
-) -> Iterator[tuple[Tensor, slice, list[slice]]]:
-    """Scores of the strip, block by block: −inf where hidden. Block i lies in buffer 2·i, with ``reuse`` in 0."""
+    scores: Scores, strip: Strip, buffers: Buffers, size: int, reuse: bool = True
+) -> Iterator[tuple[Tensor, slice, list[_Tile]]]:
+    """Scores of the strip, up to ``size`` at once, none hidden yet. Block i lies in buffer 2·i, with ``reuse`` in 0."""
     queries = scores.queries(strip.batch, strip.groups, strip.rows)
-    heads = _heads(scores, strip)
-    width = max(128, _BLOCK // (queries.shape[0] * queries.shape[1]) // 128 * 128)
+    width = max(128, size // (queries.shape[0] * queries.shape[1]) // 128 * 128)
     for number, (keys, mixed) in enumerate(_pieces(strip, width)):
         room = buffers.take(0 if reuse else 2 * number, *queries.shape[:2], keys.stop - keys.start)
         x = scores.block(queries, strip.batch, strip.groups, strip.rows, keys, room)
-        for part in mixed:
-            seen = scores.visible(strip.batch, heads, strip.rows, part)
-            inner = slice(part.start - keys.start, part.stop - keys.start)
-            x[..., inner] += torch.where(seen, 0.0, -torch.inf)  # much faster than masked_fill_ on a part
-        yield x, keys, mixed
+        yield x, keys, [_tile(scores, strip, keys, part) for part in mixed]
+
+
+def _tile(scores: Scores, strip: Strip, keys: slice, part: slice) -> _Tile:
+    seen = scores.visible(strip.batch, _heads(scores, strip), strip.rows, part)
+    return slice(part.start - keys.start, part.stop - keys.start), seen
+
+
+def _hide(x: Tensor, tiles: list[_Tile]) -> None:
+    """−inf on what the mask hides, before maxima are looked for."""
+    for columns, seen in tiles:
+        x[..., columns] += torch.where(seen, 0.0, -torch.inf)  # much faster than masked_fill_ on a part
+
+
+def _exp(x: Tensor, tiles: list[_Tile], room: Tensor) -> Tensor:
+    """exp(x), 0 where the mask hides, and there ``x`` becomes LOWEST or less.
+
+    The exp of −inf takes three to eight times as long as that of a number, so it is not asked for.
+    """
+    weights = torch.exp(x, out=room)
+    for columns, seen in tiles:
+        weights[..., columns] *= seen.to(x.dtype)
+        if weights is not x:
+            x[..., columns] += torch.where(seen, 0.0, LOWEST)
+    return weights
 
 
 def _heads(scores: Scores, strip: Strip) -> slice:
@@ -192,7 +215,7 @@ def _block(
     scores: Scores,
     strip: Strip,
     keys: slice,
-    mixed: list[slice],
+    tiles: list[_Tile],
     weights: Tensor,
     centered: Tensor,
     offset: Tensor,
@@ -202,11 +225,10 @@ def _block(
     if scores.bias is not None:
         centered.clamp_(min=LOWEST)
     else:
-        for part in mixed:
-            inner = slice(part.start - keys.start, part.stop - keys.start)
-            centered[..., inner].clamp_(min=LOWEST)
+        for columns, _ in tiles:
+            centered[..., columns].clamp_(min=LOWEST)
     heads = _heads(scores, strip)
-    return Block(weights, centered, offset, strip.batch, heads, strip.rows, keys, bool(mixed), shifted, scores)
+    return Block(weights, centered, offset, strip.batch, heads, strip.rows, keys, bool(tiles), shifted, scores)
 
 
 def _known_blocks(
@@ -217,12 +239,14 @@ def _known_blocks(
     shift = top[at].unsqueeze(-1)
     own = torch.zeros_like(shift) if offset is None else offset[at].unsqueeze(-1)
     factor = None if offset is None else own.exp()
-    for x, keys, mixed in _raw_blocks(scores, strip, buffers, reuse=True):
+    for x, keys, tiles in _raw_blocks(scores, strip, buffers, _BLOCK):
         centered = x.sub_(shift)
-        weights = torch.exp(centered, out=buffers.take(1, *centered.shape))
+        for columns, _ in tiles:
+            centered[..., columns].clamp_(max=_FAR)
+        weights = _exp(centered, tiles, buffers.take(1, *centered.shape))
         if factor is not None:
             weights.mul_(factor)
-        yield _block(scores, strip, keys, mixed, weights, centered, own, shifted=offset is not None)
+        yield _block(scores, strip, keys, tiles, weights, centered, own, shifted=offset is not None)
 
 
 def _online(
@@ -237,14 +261,16 @@ def _online(
     center, total = torch.zeros_like(top), torch.zeros_like(top)
     at = (strip.batch, _heads(scores, strip), strip.rows)
     offset = torch.zeros_like(top)
-    for x, keys, mixed in _raw_blocks(scores, strip, buffers, reuse=True):
+    size = _ALONE if len(asked) == 1 else _BLOCK
+    for x, keys, tiles in _raw_blocks(scores, strip, buffers, size):
         if not plain:
+            _hide(x, tiles)
             top, center, total = _recenter(x, asked, at, top, center, total)
             x = x.sub_(center)
-        weights = torch.exp(x, out=buffers.take(1, *x.shape) if asked else x)
+        weights = _exp(x, tiles if plain else [], buffers.take(1, *x.shape) if asked else x)
         total = total + weights.sum(-1, keepdim=True)
         if asked:
-            block = _block(scores, strip, keys, mixed, weights, x, offset, shifted=False)
+            block = _block(scores, strip, keys, tiles, weights, x, offset, shifted=False)
         for reduction, state in asked:
             reduction.update(state, block)
     if plain:
@@ -315,19 +341,20 @@ def _rows_of(scores: Scores, strip: Strip) -> tuple[int, int, int, int]:
 def _fresh_blocks(scores: Scores, strip: Strip, found: Normalizer, buffers: Buffers, plain: bool) -> Iterator[Block]:
     """Blocks wait, each centered on the largest score so far (``plain``: on 0), until their rows' sums are known."""
     heads = _heads(scores, strip)
-    held: list[tuple[slice, list[slice], Tensor, Tensor, Tensor]] = []
+    held: list[tuple[slice, list[_Tile], Tensor, Tensor, Tensor]] = []
     top = found.top.new_full(_rows_of(scores, strip), -torch.inf)
     total = torch.zeros_like(top)
-    for number, (x, keys, mixed) in enumerate(_raw_blocks(scores, strip, buffers)):
+    for number, (x, keys, tiles) in enumerate(_raw_blocks(scores, strip, buffers, _BLOCK, reuse=False)):
         shift = torch.zeros_like(top)
         if not plain:
+            _hide(x, tiles)
             higher = torch.maximum(top, x.amax(-1, keepdim=True))
             shift = torch.where(higher == -torch.inf, 0.0, higher)
             total = total * (top - shift).exp()
             x, top = x.sub_(shift), higher
-        weights = torch.exp(x, out=buffers.take(2 * number + 1, *x.shape))
+        weights = _exp(x, tiles if plain else [], buffers.take(2 * number + 1, *x.shape))
         total = total + weights.sum(-1, keepdim=True)
-        held.append((keys, mixed, weights, x, shift))
+        held.append((keys, tiles, weights, x, shift))
     if plain:
         _refuse_extremes(scores, strip, total)
     shift = torch.where(top == -torch.inf, 0.0, top)
@@ -340,8 +367,8 @@ def _fresh_blocks(scores: Scores, strip: Strip, found: Normalizer, buffers: Buff
     at = (strip.batch, heads, strip.rows)
     _keep(found, at, shift, log_total, plain)
     while held:
-        keys, mixed, weights, centered, own = held.pop(0)
+        keys, tiles, weights, centered, own = held.pop(0)
         lower = (own - shift).clamp(max=0)  # own may stand above where the row has seen nothing yet
         offset = torch.where(total > 0, lower - log_total, 0.0)
         weights.mul_(offset.exp())
-        yield _block(scores, strip, keys, mixed, weights, centered, offset, shifted=True)
+        yield _block(scores, strip, keys, tiles, weights, centered, offset, shifted=True)

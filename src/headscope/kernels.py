@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from headscope.blockwise import Normalizer
-from headscope.reductions import Reduction
 from headscope.rowwise import by_rows
 from headscope.scores import Scores
 
-__all__ = ["answer", "by_strips", "fused", "fused_with_normalizer", "in_one_call", "is_fused", "product"]
+__all__ = ["by_strips", "fused", "fused_with_normalizer", "is_fused", "product"]
 
 _MASK_BLOCK = 1 << 22  # cells of a mask that may exist at once
 _ROWS = 256  # queries in a block, where the mask must be cut up
@@ -70,29 +69,6 @@ def fused_with_normalizer(scores: Scores, value: Tensor) -> tuple[Tensor, Normal
         return output, None
     empty = lse == -torch.inf
     return output, Normalizer(lse.masked_fill(empty, 0), torch.zeros_like(lse).masked_fill(empty, -torch.inf))
-
-
-@torch.no_grad()
-def answer(scores: Scores, question: Reduction) -> tuple[Any, Normalizer] | None:
-    """The answer to a question that is a product P @ x, and the rows' sums, from one call of the fused kernel.
-
-    None where the blockwise pass must answer: other questions, masks that take several calls, torch without the sums.
-    """
-    value = question.value(scores) if in_one_call(scores) else None
-    if value is None:
-        return None
-    product, normalizer = fused_with_normalizer(scores, value)
-    if normalizer is None:
-        return None
-    found = question.answer(scores, product, normalizer.logsumexp)
-    return None if found is None else (found, normalizer)
-
-
-def in_one_call(scores: Scores) -> bool:
-    """Whether one call of the fused kernel gives P @ x for all rows, and their sums."""
-    mask = scores.mask
-    whole = mask is None or (mask.is_causal and scores.shape[2] == scores.shape[3])
-    return whole and is_fused(scores) and _gives_lse(scores)
 
 
 def _gives_lse(scores: Scores) -> bool:

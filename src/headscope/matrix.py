@@ -79,14 +79,13 @@ def attention(
 class Plan:
     """How questions to a matrix will be computed; print it."""
 
-    alike: str
     kernel: str
     blocks: str
     skipped: float
 
     def __str__(self) -> str:
         return (
-            f"{self.alike}: {self.kernel}\nother questions: {self.blocks}\n"
+            f"P @ value: {self.kernel}\nother questions: {self.blocks}\n"
             f"hidden and skipped: {self.skipped:.1%} of all cells"
         )
 
@@ -188,9 +187,6 @@ class AttentionMatrix:
         if not reductions:
             raise ValueError("reduce() got no questions: give it reductions, such as Entropy(), Max().")
         self._check()
-        if len(reductions) == 1 and (found := kernels.answer(self._scores, reductions[0])) is not None:
-            answer, self._normalizer = found
-            return (answer,)
         answers, self._normalizer = stream(self._scores, reductions, self._normalizer)
         return tuple(answers)
 
@@ -259,8 +255,7 @@ class AttentionMatrix:
         kernel = "the fused kernel" if kernels.is_fused(scores) else "strip by strip (softcap, sinks or trained bias)"
         known = "rows known" if self._normalizer is not None else "rows summed on the way"
         blocks = f"{count} strips of up to {largest[0]} rows × {largest[1]} keys, {known}"
-        alike = "P @ value, entropy alone" if kernels.in_one_call(scores) else "P @ value"
-        return Plan(alike, kernel, blocks, 1 - cells / (batch * heads * queries * keys))
+        return Plan(kernel, blocks, 1 - cells / (batch * heads * queries * keys))
 
     def __repr__(self) -> str:
         extras = [f"mask={self._scores.mask!r}"]

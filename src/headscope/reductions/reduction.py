@@ -99,20 +99,6 @@ class Reduction(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} says online = True, but has no rescale().")
 
-    def value(self, scores: Scores) -> Tensor | None:
-        """The value x [B, G, S, N ≤ D] whose P @ x answers this question: then the fused kernel does, if it can.
-
-        Asked only where scores are scale·QKᵀ and a mask, no more. None, as here: the weights themselves are needed.
-        """
-        return None
-
-    def answer(self, scores: Scores, product: Tensor, logsumexp: Tensor) -> Any | None:
-        """The answer from P @ x [B, H, L, N] and the rows' log-sum-exp [B, H, L]; None: too inexact, take the pass.
-
-        As here, the product itself.
-        """
-        return product
-
     def finish(self, state: Any) -> Any:
         """The answer."""
         return state

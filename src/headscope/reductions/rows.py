@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from headscope.reductions.reduction import Block, Reduction, Shape
-from headscope.scores import LOWEST, Scores
+from headscope.scores import LOWEST
 
 _CHUNK = 32  # keys whose maximum is looked at before they are
 
@@ -24,7 +24,6 @@ class Entropy(Reduction):
     """H_i = −Σ_j P_ij ln P_ij in nats: [B, H, L]. 0: one key; ln n: even over n keys (arXiv 1906.04341)."""
 
     online = True
-    _EXACT = 128.0  # mean scores up to here leave the difference of two float32 numbers right to some 1e-5 nats
 
     def start(self, shape: Shape, like: Tensor) -> Tensor:
         """Zeros, [B, H, L]."""
@@ -39,17 +38,6 @@ class Entropy(Reduction):
     def rescale(self, state: Tensor, at: tuple[slice, slice, slice], by: Tensor, total: Tensor) -> None:
         """−Σ cP ln cP = c·(−Σ P ln P − ln c·Σ P)."""
         state[at] = (by.exp() * (state[at].unsqueeze(-1) - by * total)).squeeze(-1)
-
-    def value(self, scores: Scores) -> Tensor | None:
-        """The keys: H_i = lse_i − Σ_j P_ij s_ij, and the sum is scale·q_i·(P @ K)_i."""
-        return scores.key if scores.query.dtype == scores.dtype else None  # half precision would not be enough
-
-    def answer(self, scores: Scores, product: Tensor, logsumexp: Tensor) -> Tensor | None:
-        """The difference of two numbers as large as scores, right to their rounding: some 1e-5 nats in float32."""
-        mean = torch.linalg.vecdot(scores.query, product) * scores.scale
-        if not bool(mean.abs().amax() <= self._EXACT):
-            return None
-        return (logsumexp - mean).clamp_(min=0)
 
     def finish(self, state: Tensor) -> Tensor:
         """Rounding may leave −1e−8 for a row on one key."""
