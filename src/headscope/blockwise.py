@@ -21,7 +21,7 @@ from headscope.scores import LOWEST, Scores
 __all__ = ["Normalizer", "Strip", "stream", "strips"]
 
 _BLOCK = 1 << 20  # scores in one block: small enough for the cache, large enough for the work around it
-_ALONE = 3 << 17  # the same for one question alone, which has less work around a block
+_ALONE = 3 << 17  # the same for one question alone or none: there is less work around a block
 _ROWS = 768  # rows in one matrix product: more are no faster, and cross the diagonal of a causal mask further
 _EDGE = 64  # rows that are not cut further where few keys are visible
 _STRIP = 1 << 23  # scores in one strip whose blocks are held until its rows are known
@@ -261,7 +261,7 @@ def _online(
     center, total = torch.zeros_like(top), torch.zeros_like(top)
     at = (strip.batch, _heads(scores, strip), strip.rows)
     offset = torch.zeros_like(top)
-    size = _ALONE if len(asked) == 1 else _BLOCK
+    size = _ALONE if len(asked) <= 1 else _BLOCK
     for x, keys, tiles in _raw_blocks(scores, strip, buffers, size):
         if not plain:
             _hide(x, tiles)
