@@ -17,8 +17,9 @@ import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as token_models
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
-from headscope import atlas_figures, corpus
+from headscope import atlas_figures, cli, corpus
 from headscope.atlas import HeadAtlas
 from headscope.corpus import Document
 from headscope.errors import AtlasError, TextError
@@ -444,8 +445,9 @@ def test_the_command_shows_saves_and_draws(folder: Path, tmp_path: Path) -> None
         (["--figure", str(figure), "--by", "worth"], "was not measured"),
         (["--treebank", str(folder / "owl.txt")], "owl.txt:1"),
     ):
-        failed = run([*base[:-2], *options] if "--treebank" in options else [*base, *options])
-        assert failed.returncode == 1
+        words = base[3:-2] if "--treebank" in options else base[3:]
+        failed = CliRunner().invoke(cli.app, [*words, *options])
+        assert failed.exit_code == 1
         assert match in failed.stderr
 
 

@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from headscope import cli, models, store
+from headscope.effects import link_effects
 from headscope.recording import Recording
 
 TEXT = "The animal didn't cross the street because it was too tired."
@@ -67,12 +68,23 @@ def test_json_in_chinese_is_utf_8_wherever_it_is_written() -> None:
     assert "饿".encode() in done.stdout
 
 
-def test_forbidding_a_link_says_what_it_does_to_the_next_word(smollm2: models.Loaded) -> None:
-    from headscope import edit, knock_out
+def test_forbidding_a_link_says_what_it_does_to_the_next_word(
+    smollm2: models.Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from headscope import edit, forbid_command, knock_out
 
-    done = command("forbid", "The animal didn't cross the street because it was too", "--json")
-    answer = json.loads(done.stdout)
-    ids = torch.tensor([[0, *smollm2.tokenizer("The animal didn't cross the street because it was too")["input_ids"]]])
+    held: list[object] = []  # measured for the first command, shown by the second too
+
+    def once(*given: object, **options: object) -> object:
+        if not held:
+            held.append(link_effects(*given, **options))  # type: ignore[arg-type]
+        return held[0]
+
+    monkeypatch.setattr(forbid_command, "link_effects", once)
+    text = "The animal slept because it was"
+    words = ("forbid", text, "--from", "it", "--to", "animal")
+    answer = json.loads(command(*words, "--json").stdout)
+    ids = torch.tensor([[0, *smollm2.tokenizer(text)["input_ids"]]])
     places = [smollm2.tokenizer.decode([i]).strip() for i in ids[0].tolist()]
     with torch.no_grad():
         clean = smollm2.model(ids).logits[0, -1].double().log_softmax(-1)
@@ -86,7 +98,7 @@ def test_forbidding_a_link_says_what_it_does_to_the_next_word(smollm2: models.Lo
     assert [len(row) for row in heads] == [9] * 30
     layers = answer["kl"]["layers"]
     strongest = max(range(270), key=lambda i: heads[i // 9][i % 9])
-    table = command("forbid").stdout
+    table = command(*words).stdout
     assert f"alone, strongest first: {layers.index(max(layers))} " in table
     assert f"alone, strongest first: {strongest // 9}.{strongest % 9} " in table
 
