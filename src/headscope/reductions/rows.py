@@ -31,7 +31,7 @@ class Entropy(Reduction):
 
     def update(self, state: Tensor, block: Block) -> None:
         """−Σ P·(centered + offset), without a second block in memory."""
-        state[block.at] -= torch.linalg.vecdot(block.weights, block.centered)
+        state[block.at].sub_(torch.linalg.vecdot(block.weights, block.centered))
         if block.shifted:
             state[block.at] -= block.weights.sum(-1) * block.offset.squeeze(-1)
 
