@@ -81,9 +81,8 @@ def test_forbidding_a_link_says_what_it_does_to_the_next_word(
         return held[0]
 
     monkeypatch.setattr(forbid_command, "link_effects", once)
-    text = "The animal slept because it was"
-    words = ("forbid", text, "--from", "it", "--to", "animal")
-    answer = json.loads(command(*words, "--json").stdout)
+    text = "The animal didn't cross the street because it was too"
+    answer = json.loads(command("forbid", text, "--json").stdout)
     ids = torch.tensor([[0, *smollm2.tokenizer(text)["input_ids"]]])
     places = [smollm2.tokenizer.decode([i]).strip() for i in ids[0].tolist()]
     with torch.no_grad():
@@ -98,7 +97,7 @@ def test_forbidding_a_link_says_what_it_does_to_the_next_word(
     assert [len(row) for row in heads] == [9] * 30
     layers = answer["kl"]["layers"]
     strongest = max(range(270), key=lambda i: heads[i // 9][i % 9])
-    table = command(*words).stdout
+    table = command("forbid").stdout
     assert f"alone, strongest first: {layers.index(max(layers))} " in table
     assert f"alone, strongest first: {strongest // 9}.{strongest % 9} " in table
 
