@@ -292,17 +292,17 @@ def test_gpt2() -> None:
 def test_bert() -> None:
     config = transformers.BertConfig(vocab_size=30, hidden_size=24, num_attention_heads=4, num_hidden_layers=1)
     torch.manual_seed(0)
-    theirs = transformers.BertModel(config).eval()
+    theirs = transformers.BertModel(config).double().eval()
     for part in theirs.parameters():
         nn.init.normal_(part, std=0.3)
     inside = theirs.encoder.layer[0].attention
     names = {"linears.0": inside.self.query, "linears.1": inside.self.key, "linears.2": inside.self.value}
     names["linears.3"] = inside.output.dense
-    ours = MultiHeadAttention(24, 4)
+    ours = MultiHeadAttention(24, 4).double()
     ours.load_weights({f"{n}.{k}": p for n, m in names.items() for k, p in m.named_parameters()})
-    x = torch.randn(B, L, 24)
+    x = x_of(width=24)
     wanted = inside.output.dense(inside.self(x)[0])
-    torch.testing.assert_close(ours(x), wanted, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(ours(x), wanted, atol=1e-6, rtol=0)
 
 
 def test_t5_by_its_bias() -> None:
