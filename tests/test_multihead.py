@@ -231,6 +231,21 @@ def test_torchs_extra_keys_are_refused(option: str) -> None:
             MultiHeadAttention(E, H).load_weights(theirs.state_dict())
 
 
+def test_norms_come_and_go_with_the_weights() -> None:
+    module, other, x = made(E, H, qk_norm=True), made(E, H, qk_norm=True), x_of()
+    assert module.q_norm is not None
+    module.q_norm.weight.data.mul_(3)
+    assert (module(x) - other(x)).abs().max() > 0.01
+    other.load_weights(module.weights_as("huggingface"))
+    assert torch.equal(module(x), other(x))
+    with pytest.raises(ValueError, match="'linears' has no names for the norms"):
+        module.weights_as("linears")
+    with pytest.raises(ValueError, match=r"lack q_norm weight"):
+        module.load_weights(made(E, H).weights_as("huggingface"))
+    with pytest.raises(ValueError, match=r"k_norm\.weight, q_norm\.weight, which this module has no place for"):
+        made(E, H).load_weights(module.weights_as("huggingface"))
+
+
 @pytest.mark.parametrize("layout", ["torch", "linears", "huggingface"])
 def test_weights_come_and_go_under_other_names(layout: str) -> None:
     module, other, x = made(E, H), MultiHeadAttention(E, H).double(), x_of()
@@ -422,6 +437,24 @@ def test_a_sliding_window_holds_only_the_window(position: str, chunks: list[int]
     assert cache.nbytes == 2 * B * H * 2 * window * 4 * 8
 
 
+HIDING: dict[str, masks.Mask] = {
+    "the first": ~masks.prefix(1),
+    "some": ~masks.keys([0, 4, 5, 12]),
+    "a prefix": masks.causal() & masks.prefix(5),
+    "in one head": ~(masks.heads([1]) & masks.keys([8])),
+}
+
+
+@pytest.mark.parametrize("hiding", HIDING)
+@pytest.mark.parametrize("chunks", [[1] * 23, [3, 9, 1, 1, 9]], ids=str)
+def test_a_mask_counts_from_the_first_key_though_a_window_has_dropped_it(hiding: str, chunks: list[int]) -> None:
+    module, x, cache = made(E, H), x_of(23), SlidingWindowCache(4)
+    with torch.no_grad():
+        mask = masks.causal() & HIDING[hiding]
+        parts = [module(part, mask=mask, cache=cache) for part in x.split(chunks, 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), module(x, mask=masks.sliding_window(3) & HIDING[hiding]))
+
+
 def test_a_source_is_mapped_once() -> None:
     module, x, source = made(E, H), x_of(), x_of(S, seed=2)
     cache = KVCache(1)
@@ -465,6 +498,12 @@ def _other_source(module: MultiHeadAttention) -> None:
     module(x_of(), x_of(4), cache=cache)
 
 
+def _other_source_batch(module: MultiHeadAttention) -> None:
+    cache = KVCache(20)
+    module(x_of(), x_of(S), cache=cache)
+    module(x_of()[:1], x_of(S)[:1], cache=cache)
+
+
 def _text_into_a_source(module: MultiHeadAttention) -> None:
     cache = KVCache(20)
     module(x_of(), x_of(S), cache=cache)
@@ -489,7 +528,8 @@ def _gone(module: MultiHeadAttention) -> None:
         (_full, "room for 5 positions; 0 are taken and 7 come"),
         (_other_batch, "holds batch 2, 3 heads of 4, torch.float64; what comes is batch 1"),
         (_other_layer, "belongs to another attention module"),
-        (_other_source, "holds 11 positions of a source, but the source has 4"),
+        (_other_source, "holds 11 positions of a source, batch 2, but the source has 4, batch 2"),
+        (_other_source_batch, "holds 11 positions of a source, batch 2, but the source has 11, batch 1"),
         (_text_into_a_source, r"holds a source \(cross-attention\)"),
         (_source_into_a_text, "holds the text itself, but the source has 11"),
         (_gone, r"truncate\(1\): of 7 positions only the last"),
@@ -517,6 +557,41 @@ def test_a_full_cache_is_as_it_was() -> None:
     assert cache.length == 7
 
 
+@pytest.mark.parametrize("cache", [KVCache(20), SlidingWindowCache(4)], ids=["all", "window"])
+def test_a_call_that_failed_leaves_the_cache_as_it_was(cache: KVCache) -> None:
+    module, x = made(E, H), x_of()
+    with torch.no_grad():
+        module(x[:, :3], mask=masks.causal(), cache=cache)
+        with pytest.raises(ValueError, match=r"padding"):
+            module(x[:, 3:], mask=masks.causal() & masks.padding([4, 4, 4]), cache=cache)
+        assert cache.length == 3
+        last = module(x[:, 3:], mask=masks.causal(), cache=cache)
+        mask = masks.causal() if cache.window is None else masks.sliding_window(cache.window - 1)
+        torch.testing.assert_close(last, module(x, mask=mask)[:, 3:])
+
+
+def test_a_cache_that_was_refused_belongs_to_nobody() -> None:
+    cache, x = KVCache(20), x_of()
+    with pytest.raises(ValueError, match="keeps no gradients"):
+        made(E, H)(x, cache=cache)
+    with torch.no_grad():
+        made(E, H)(x, mask=masks.causal(), cache=cache)
+    assert cache.length == L
+
+
+@pytest.mark.parametrize("make", [lambda: KVCache(20), lambda: SlidingWindowCache(4)], ids=["all", "window"])
+def test_training_and_caches_go_on_after_inference_mode(make: Callable[[], KVCache]) -> None:
+    module, x, cache = made(E, 2, position=positions.rotary()), x_of(), make()
+    with torch.inference_mode():
+        module(x[:, :3], mask=masks.causal(), cache=cache)
+    with torch.no_grad():
+        last = module(x[:, 3:], mask=masks.causal(), cache=cache)
+        mask = masks.causal() if cache.window is None else masks.sliding_window(cache.window - 1)
+        torch.testing.assert_close(last, module(x, mask=mask)[:, 3:])
+    module(x).sum().backward()
+    assert module.in_proj.weight.grad is not None
+
+
 # --- errors
 
 
@@ -538,6 +613,7 @@ def test_a_full_cache_is_as_it_was() -> None:
             "one sequence",
         ),
         (lambda: MultiHeadAttention(12, 3)(torch.randn(7, 12)), r"query has shape \(7, 12\), wanted \[batch"),
+        (lambda: MultiHeadAttention(12, 3)(torch.randn(2, 0, 12)), r"query has shape \(2, 0, 12\): it is empty"),
         (lambda: MultiHeadAttention(12, 3)(torch.randn(2, 7, 11)), r"\(2, 7, 11\), wanted \[batch, length, 12\]"),
         (
             lambda: MultiHeadAttention(12, 3)(torch.randn(2, 7, 12), torch.randn(3, 7, 12)),

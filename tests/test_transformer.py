@@ -235,6 +235,8 @@ def test_edits_reach_the_module() -> None:
         (lambda: TransformerConfig(9, kind="both"), "kind is 'both': it is one of encoder-decoder, decoder, encoder"),
         (lambda: TransformerConfig(9, num_layers=0), "num_layers is 0: at least 1"),
         (lambda: model_of()(tokens(L)), "kind 'encoder-decoder' needs a source"),
+        (lambda: model_of().generate(tokens(L), max_new_tokens=2), "kind 'encoder-decoder' needs a source"),
+        (lambda: model_of().decode(tokens(L)), "kind 'encoder-decoder' needs a source"),
         (lambda: model_of(kind="decoder")(tokens(L), tokens(S)), "kind 'decoder' has no place for a source"),
         (lambda: model_of(kind="encoder").generate(tokens(L), max_new_tokens=2), "it reads, and writes nothing"),
         (lambda: model_of(kind="decoder").encode(tokens(L)), "kind 'decoder' has no encoder"),

@@ -63,29 +63,34 @@ class KVCache:
                 f"the cache has room for {self.max_length} positions; {self.length} are taken and {added} come: make "
                 "it larger, truncate() or reset() it, or use a SlidingWindowCache."
             )
-        keys, values = self._room(key, value, self.max_length)
+        keys, values = self._room(owner, key, value, self.max_length)
         now = slice(self.length, self.length + added)
         keys[:, :, now], values[:, :, now] = key, value
         self.length += added
         return keys[:, :, : self.length], values[:, :, : self.length]
 
-    def source(self, owner: nn.Module, length: int) -> tuple[Tensor, Tensor] | None:
-        """What was kept of a source of ``length`` positions; None if nothing was yet.
+    def source(self, owner: nn.Module, source: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What was kept of a ``source`` [B, S, width], whose numbers are not looked at; None if nothing was yet.
 
         Raises:
-            ValueError: it belongs to another module, or to a source of another length, or to self-attention.
+            ValueError: it belongs to another module, or to a source of another shape, or to self-attention.
         """
         self._check_owner(owner)
         if self._store is None:
             return None
-        if not self.is_cross or self._store[0].shape[2] != length:
-            held = f"{self._store[0].shape[2]} positions of a source" if self.is_cross else "the text itself"
-            raise ValueError(f"the cache holds {held}, but the source has {length}: reset() it or use another.")
+        batch, _, length, _ = self._store[0].shape
+        if not self.is_cross or (batch, length) != source.shape[:2]:
+            held = f"{length} positions of a source, batch {batch}" if self.is_cross else "the text itself"
+            raise ValueError(
+                f"the cache holds {held}, but the source has {source.shape[1]}, batch {source.shape[0]}: reset() it or "
+                "use another."
+            )
         return self._store
 
     def keep_source(self, owner: nn.Module, key: Tensor, value: Tensor) -> None:
         """Keep a source's keys and values [B, G, S, D]."""
         self._check(owner, key, value, cross=True)
+        self._owner = weakref.ref(owner)
         self._store, self.is_cross = (key.detach(), value.detach()), True
 
     def truncate(self, length: int) -> None:
@@ -98,16 +103,16 @@ class KVCache:
         """Forget everything, the module and the memory too."""
         self.length, self.is_cross, self._owner, self._store = 0, False, None, None
 
-    def _room(self, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    def _room(self, owner: nn.Module, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:
         if self._store is None:
-            self._store = tuple(x.new_empty((*x.shape[:2], length, x.shape[3])) for x in (key, value))  # type: ignore
+            self._owner = weakref.ref(owner)
+            with torch.inference_mode(False):  # it is written into later, perhaps outside of that mode
+                self._store = tuple(x.new_empty((*x.shape[:2], length, x.shape[3])) for x in (key, value))  # type: ignore
         assert self._store is not None
         return self._store
 
     def _check_owner(self, owner: nn.Module) -> None:
-        if self._owner is None:
-            self._owner = weakref.ref(owner)
-        elif self._owner() is not owner:
+        if self._owner is not None and self._owner() is not owner:
             raise ValueError("the cache belongs to another attention module: make one for each, or reset() it.")
 
     def _check(self, owner: nn.Module, key: Tensor, value: Tensor, cross: bool) -> None:
@@ -154,7 +159,7 @@ class SlidingWindowCache(KVCache):
         """Add keys and values [B, G, L, D]; gives those that some of the L new queries may see, the last at the end."""
         self._check(owner, key, value, cross=False)
         added, before = key.shape[2], self.max_length - 1
-        keys, values = self._room(key, value, 2 * self.max_length)
+        keys, values = self._room(owner, key, value, 2 * self.max_length)
         self.length += added
         old = slice(self._first + max(0, self._held - before), self._first + self._held)
         if old.stop + added <= keys.shape[2]:

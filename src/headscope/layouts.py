@@ -40,10 +40,17 @@ def parts(module: Any) -> dict[str, Tensor]:
     return found
 
 
+def _norms(module: Any) -> dict[str, Tensor]:
+    """Views of the norms of queries and keys, "q_norm.weight" and "k_norm.weight", if there are any."""
+    if module.q_norm is None:
+        return {}
+    return {"q_norm.weight": module.q_norm.weight.data, "k_norm.weight": module.k_norm.weight.data}
+
+
 def load(module: Any, weights: Mapping[str, Tensor]) -> None:
     """Copy weights into the module; all or nothing. Raises ValueError: see MultiHeadAttention.load_weights."""
     given = _read(weights)
-    own = parts(module)
+    own = parts(module) | _norms(module)
     extra = {name: part for name, part in given.items() if name not in own}
     if any(bool(part.any()) for part in extra.values()):
         raise ValueError(f"the weights have {', '.join(sorted(extra))}, which this module has no place for.")
@@ -72,11 +79,12 @@ def _read(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for names in _NAMES.values():
         if all(f"{name}.weight" in weights for name in names):
             short = dict(zip(names, _MAPS, strict=True))
-            known = {f"{n}.{kind}": (n, kind) for n in names for kind in ("weight", "bias")}
+            known = {f"{n}.{kind}": f"{short[n]}.{kind}" for n in names for kind in ("weight", "bias")}
+            known |= {name: name for name in ("q_norm.weight", "k_norm.weight")}
             other = sorted(set(weights) - set(known))
             if other:
                 raise ValueError(f"the weights hold {', '.join(other)} besides the four maps: they have no place here.")
-            return {f"{short[known[name][0]]}.{known[name][1]}": part for name, part in weights.items()}
+            return {known[name]: part for name, part in weights.items()}
     raise ValueError(
         f"weights named {', '.join(sorted(weights)[:6])} are of no known layout: nn.MultiheadAttention's, "
         "linears.0 … linears.3, or q_proj, k_proj, v_proj, o_proj."
@@ -100,7 +108,10 @@ def dump(module: Any, layout: str) -> dict[str, Tensor]:
     own = {name: part.clone() for name, part in parts(module).items()}
     if layout in ("linears", "huggingface"):
         long = dict(zip(_MAPS, _NAMES[layout], strict=True))
-        return {f"{long[name[0]]}{name[1:]}": part for name, part in own.items()}
+        norms = {name: part.clone() for name, part in _norms(module).items()}
+        if norms and layout == "linears":
+            raise ValueError("layout 'linears' has no names for the norms of queries and keys: use 'huggingface'.")
+        return {f"{long[name[0]]}{name[1:]}": part for name, part in own.items()} | norms
     if layout != "torch":
         raise ValueError(f"layout is {layout!r}: it is 'torch', 'linears' or 'huggingface'.")
     _check_torch(module)

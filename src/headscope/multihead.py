@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from headscope import kernels, layouts
 from headscope.cache import KVCache
-from headscope.masks import Mask, sliding_window
+from headscope.masks import Mask, shifted, sliding_window
 from headscope.matrix import AttentionMatrix
 from headscope.positions import Alibi, Rotary
 from headscope.scores import Scores, checked_mask
@@ -110,15 +110,22 @@ class MultiHeadAttention(nn.Module):
             query: [B, L, E]
             key: [B, S, kdim], of another sequence; None for self-attention.
             value: [B, S, vdim]; the key unless given.
-            mask: who may see whom, see :mod:`headscope.masks`; True: may attend. Queries are the last L positions.
+            mask: who may see whom, see :mod:`headscope.masks`; True: may attend. Queries are the last L positions;
+                keys are counted from the first that was read, also where a cache no longer holds it.
             cache: keys and values of what was read before; they come first.
 
         Raises:
             ValueError: shapes that do not fit; see :class:`headscope.KVCache` for the cache's.
         """
+        _check_inputs(self, query, key, value)
+        before = 0 if cache is None else cache.length
+        keys = before + query.shape[1] if key is None else key.shape[1]
+        seen = checked_mask(mask, (query.shape[0], self.num_heads, query.shape[1], keys))
         q, k, v = self._heads(query, key, value, cache)
-        window = None if cache is None else cache.window
-        heads = kernels.product(self._scores(q, k, mask, window), v, self.dropout_p if self.training else 0.0)
+        if cache is not None and cache.window is not None:
+            near = sliding_window(cache.window - 1)
+            seen = near if seen is None else near & shifted(seen, keys, k.shape[2])
+        heads = kernels.product(self._scores(q, k, seen), v, self.dropout_p if self.training else 0.0)
         return self.out_proj(heads.transpose(1, 2).flatten(2))
 
     def matrix(
@@ -160,6 +167,8 @@ class MultiHeadAttention(nn.Module):
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Copy weights that another library has named: torch's, the article's ``linears.0…3``, ``q_proj … o_proj``.
 
+        With ``qk_norm`` they must hold ``q_norm`` and ``k_norm`` as well.
+
         Raises:
             ValueError: names of no known layout, shapes that do not fit, or weights that have no place here.
         """
@@ -169,7 +178,7 @@ class MultiHeadAttention(nn.Module):
         """The weights under the names of ``layout``: "torch", "linears" or "huggingface".
 
         Raises:
-            ValueError: another layout.
+            ValueError: another layout, or one without names for what this module has.
         """
         return layouts.dump(self, layout)
 
@@ -184,7 +193,6 @@ class MultiHeadAttention(nn.Module):
         self, query: Tensor, key: Tensor | None, value: Tensor | None, cache: KVCache | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, H, L, D], keys and values [B, G, S, D], placed and with what the cache holds."""
-        _check_inputs(self, query, key, value)
         across = key is not None and key is not query
         if across is not self.is_cross:
             self.is_cross = across
@@ -206,7 +214,7 @@ class MultiHeadAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, cache: KVCache | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         q = self._placed(self._queries(query), self.q_norm, True)
-        kept = None if cache is None else cache.source(self, key.shape[1])
+        kept = None if cache is None else cache.source(self, key)
         if kept is not None:
             return q, *kept
         k, v = self._placed(self._keys(key), self.k_norm, True), self._values(value)
@@ -243,15 +251,10 @@ class MultiHeadAttention(nn.Module):
         """[B, L, n·D] as [B, n, L, D]."""
         return x.view(x.shape[0], x.shape[1], -1, self.head_dim).transpose(1, 2)
 
-    def _scores(self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, window: int | None) -> Scores:
+    def _scores(self, q: Tensor, k: Tensor, seen: Mask | None) -> Scores:
         """The operands, which are known to fit; as :func:`headscope.attention` makes them."""
-        batch, heads, queries, keys = *q.shape[:3], k.shape[2]
-        seen = checked_mask(mask, (batch, heads, queries, keys))
-        if window is not None:
-            near = sliding_window(window - 1)
-            seen = near if seen is None else seen & near
         bias = self.position if isinstance(self.position, Alibi) else None
-        return Scores(q, k, seen, bias, self.head_dim**-0.5, None, None, (0, 0, keys - queries))
+        return Scores(q, k, seen, bias, self.head_dim**-0.5, None, None, (0, 0, k.shape[2] - q.shape[2]))
 
 
 def _check_sizes(module: MultiHeadAttention, divided: bool) -> None:
@@ -290,6 +293,10 @@ def _check_inputs(
             continue
         if x.dim() != 3 or x.shape[-1] != width:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, wanted [batch, length, {width}].")
+        if 0 in x.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}: it is empty, and attention needs at least one of each."
+            )
         if x.shape[0] != query.shape[0]:
             raise ValueError(f"{name} has batch {x.shape[0]}, query has {query.shape[0]}: give both the same.")
     if key is None and value is not None:

@@ -115,9 +115,10 @@ class Rotary:
         kind = (x.shape[-1], x.device, x.dtype)
         held = self._tables.get(kind)
         if held is None or len(held[0]) < length:
-            positions = torch.arange(2 ** math.ceil(math.log2(max(length, 64))), dtype=torch.float64)
-            angles = torch.outer(positions, self.frequencies(x.shape[-1]))
-            held = angles.cos().to(x.device, x.dtype), angles.sin().to(x.device, x.dtype)
+            with torch.inference_mode(False):  # tables outlive it: a training step may come next
+                positions = torch.arange(2 ** math.ceil(math.log2(max(length, 64))), dtype=torch.float64)
+                angles = torch.outer(positions, self.frequencies(x.shape[-1]))
+                held = angles.cos().to(x.device, x.dtype), angles.sin().to(x.device, x.dtype)
             self._tables[kind] = held
         return held
 

@@ -189,9 +189,7 @@ class Transformer(nn.Module):
             ValueError: a source where none is read or none where one is; tokens that are not in the vocabulary; a
                 text that is too long.
         """
-        if (source is None) == (self.config.kind == "encoder-decoder"):
-            wanted = "needs" if source is None else "has no place for"
-            raise ValueError(f"a Transformer of kind {self.config.kind!r} {wanted} a source.")
+        self._check_source(source)
         if self.decoder is None:
             return self.logits(self.encode(tokens, mask))
         memory = None if source is None else self.encode(source, source_mask)
@@ -215,6 +213,7 @@ class Transformer(nn.Module):
         """What the decoder makes of a text and of the encoder's memory. Raises ValueError if there is no decoder."""
         if self.decoder is None:
             raise ValueError("a Transformer of kind 'encoder' has no decoder: it reads, and writes nothing.")
+        self._check_source(memory)
         x = self._embed(tokens, 0 if cache is None else cache[0].own.length)
         mask = causal() if mask is None else causal() & mask
         return self.decoder(x, mask, memory, memory_mask, cache)
@@ -261,6 +260,7 @@ class Transformer(nn.Module):
                 f"temperature {temperature}, top_p {top_p}, max_new_tokens {max_new_tokens}: they must be at least 0, "
                 "above 0 up to 1, and at least 1."
             )
+        self._check_source(source)
         memory = None if source is None else self.encode(source, source_mask)
         cache = self.new_cache(tokens.shape[1] + max_new_tokens)
         done = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)
@@ -275,6 +275,11 @@ class Transformer(nn.Module):
             if bool(done.all()):
                 break
         return text
+
+    def _check_source(self, source: Tensor | None) -> None:
+        if (source is None) == (self.config.kind == "encoder-decoder"):
+            wanted = "needs" if source is None else "has no place for"
+            raise ValueError(f"a Transformer of kind {self.config.kind!r} {wanted} a source.")
 
     def _embed(self, tokens: Tensor, first: int) -> Tensor:
         """Vectors [B, L, E] for tokens whose first stands at position ``first``."""

@@ -6,7 +6,7 @@ The queries are the last L of the S positions, so that a causal mask is right wi
 from headscope.masks.compact import compact
 from headscope.masks.mask import Mask
 from headscope.masks.ranges import causal, documents, padding, prefix, sliding_window, window
-from headscope.masks.sets import Step, heads, keys, queries, stacked
+from headscope.masks.sets import Step, heads, keys, queries, shifted, stacked
 from headscope.masks.tensors import dense, function, packed
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "padding",
     "prefix",
     "queries",
+    "shifted",
     "sliding_window",
     "stacked",
     "window",

@@ -37,6 +37,14 @@ class Step:
     num_keys: int
 
 
+def shifted(mask: Mask, num_keys: int, held: int) -> Mask:
+    """The mask of a text of ``num_keys`` positions, for the last ``held`` of them alone."""
+    gone = num_keys - held
+    if gone == 0 or mask.is_causal:
+        return mask
+    return stacked([Step(mask, slice(0, held), -gone, -gone, num_keys)])
+
+
 def stacked(steps: Iterable[Step]) -> Mask:
     """The masks of several calls, one below the other: what generation did, step by step."""
     return _Stacked(tuple(steps))
