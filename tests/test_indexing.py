@@ -164,3 +164,10 @@ def test_a_part_that_was_written_into_is_read_anew() -> None:
         torch.testing.assert_close(part, wanted)
         part.zero_()
     torch.testing.assert_close(matrix[0, 1, 2:6, 1:9][:3], wanted)
+
+
+def test_parts_read_in_inference_mode_and_after_it() -> None:
+    matrix = AttentionMatrix(torch.randn(1, 2, 7, 4), torch.randn(1, 2, 7, 4))
+    with torch.inference_mode():
+        first = matrix[0, 0, 0]
+    torch.testing.assert_close(torch.stack([first, matrix[0, 0, 5]]), matrix.dense()[0, 0, [0, 5]])

@@ -727,3 +727,38 @@ def test_an_error_says_what_came_and_what_was_wanted(name: str) -> None:
     with unchecked(), pytest.raises(ValueError) as caught:
         ask(AttentionMatrix(Q, K))
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_groups_that_are_too_many_for_an_indicator(shared: bool, tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headscope.reductions.groups._INDICATOR", 8)
+    made = make(VARIANTS[0], (2, 6, 5, 300))
+    drawn = torch.Generator().manual_seed(4)
+    ids = torch.randint(-1, 50, (1 if shared else 2, 300), generator=drawn)
+    rows = torch.randint(-1, 4, (5,), generator=drawn)
+    with unchecked():
+        assert_is(fresh(made).reduce(Groups(ids, 60))[0], reference.groups(made.p, ids, 60))
+        for how in ("mean", "mass"):
+            wanted = reference.pool(made.p, rows, ids, how)
+            assert_is(fresh(made).pool(rows, ids, how), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_value_is_not_rounded_to_half_precision_queries(dtype: torch.dtype) -> None:
+    query, key = torch.randn(1, 2, 3, 8).to(dtype), torch.randn(1, 2, 3000, 8).to(dtype)
+    matrix = AttentionMatrix(query, key)
+    place = torch.arange(3000.0) * 100
+    wanted = reference.weights(query, key) @ place.double()
+    got = matrix @ place
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=0)
+    assert (matrix @ place.to(torch.bfloat16).to(dtype).clamp(max=60000)).dtype == dtype
+
+
+def test_scores_that_overflow_are_refused() -> None:
+    matrix = AttentionMatrix(torch.full((1, 2, 3, 4), 1e20), torch.full((1, 2, 5, 4), 1e20))
+    for ask in (AttentionMatrix.entropy, AttentionMatrix.max, lambda p: p[0, 0, 0], lambda p: p.logsumexp):
+        with pytest.raises(ValueError, match=r"scores overflow torch\.float32: .* or give float64"):
+            ask(matrix)
+    wide = AttentionMatrix(matrix.operands.query.double(), matrix.operands.key.double())
+    torch.testing.assert_close(wide.max().values, torch.full((1, 2, 3), 0.2, dtype=torch.float64))

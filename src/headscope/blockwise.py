@@ -149,7 +149,18 @@ def _stream(
         for block in blocks:
             for reduction, state in asked:
                 reduction.update(state, block)
+    _refuse_overflow(found)
     return [r.finish(s) for r, s in zip(reductions, states, strict=True)], found
+
+
+def _refuse_overflow(found: Normalizer) -> None:
+    """Raise ValueError where finite operands made scores that are not: a NaN or +inf in a row's sum."""
+    sums = found.logsumexp
+    if not bool((sums < torch.inf).all()):
+        raise ValueError(
+            f"scores overflow {sums.dtype}: the products of finite queries and keys are too large for it. Make them "
+            "smaller, pass a smaller scale=, or give float64."
+        )
 
 
 def _offset(known: Normalizer) -> Tensor | None:

@@ -27,8 +27,9 @@ class PartReader:
     def __init__(self, scores: Scores, known: Normalizer | None) -> None:
         self.scores = scores
         shape = scores.shape[:3]
-        blank = torch.full(shape, torch.nan, dtype=scores.dtype, device=scores.query.device)
-        self.known = known or Normalizer(blank, blank.clone())
+        with torch.inference_mode(False):  # written into later, perhaps outside of that mode
+            blank = torch.full(shape, torch.nan, dtype=scores.dtype, device=scores.query.device)
+            self.known = known or Normalizer(blank, blank.clone())
         self._last: tuple[list[Any], Tensor] | None = None
 
     def __getitem__(self, index: Any) -> Tensor:

@@ -151,8 +151,11 @@ class AttentionMatrix:
         return self._scores
 
     def __matmul__(self, value: Tensor) -> Tensor:
-        """P @ value → [B, H, L, N]; value is [S], [S, N], [B|1, 1|G|H, S, N]. Differentiable."""
-        scores = self._scores
+        """P @ value → [B, H, L, N]; value is [S], [S, N], [B|1, 1|G|H, S, N]. Differentiable.
+
+        A value of more precision than a half-precision query is not rounded to it.
+        """
+        scores = self._scores.at_least(value.dtype)
         flat = value.dim() == 1
         given = _as_value(value[:, None] if flat else value, scores, "P @ value")
         if kernels.is_fused(scores) and self._normalizer is None:

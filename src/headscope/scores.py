@@ -120,6 +120,13 @@ class Scores:
         batch = slice(b.start + self.origin[0], b.stop + self.origin[0])
         return self.mask.classify(batch, self.positions(q), k) is True
 
+    def at_least(self, dtype: torch.dtype) -> Scores:
+        """The same attention, with operands in half precision as float32 where ``dtype`` holds more than they do."""
+        given = self.query.dtype
+        if given in (torch.float32, torch.float64) or torch.promote_types(given, dtype) == given:
+            return self
+        return replace(self, query=self.query.float(), key=self.key.float())
+
     def narrow(self, b: slice, h: slice, q: slice) -> Scores:
         """The same attention for some batch rows, heads and queries only; every key stays."""
         n = self.per_group

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from headscope.reductions.reduction import Block, Reduction, Shape
+
+_INDICATOR = 1 << 22  # cells of a matrix that says which position belongs to which group
 
 
 class Groups(Reduction):
@@ -24,8 +27,14 @@ class Groups(Reduction):
         return like.new_zeros((*shape[:3], self.num_groups))
 
     def update(self, state: Tensor, block: Block) -> None:
-        """Multiply by the groups' indicator, only those that occur in the block."""
-        low, chosen = _indicator(self.ids, block.batch, block.keys, block.weights)
+        """Multiply by the groups' indicator, only those that occur in the block; add one by one if they are many."""
+        ids = _ids_of(self.ids, block.batch, block.keys, block.weights.device)
+        if _are_many(ids):
+            for b, own in _each(ids):
+                groups, sums = _summed(block.weights[b], own, 3)
+                state[block.at][b][..., groups] += sums
+            return
+        low, chosen = _indicator(ids, block.weights)
         if chosen.shape[-1]:
             part = state[(*block.at, slice(low, low + chosen.shape[-1]))]
             part += block.product(chosen.transpose(-1, -2).unsqueeze(1))
@@ -60,20 +69,24 @@ class Pool(Reduction):
         if self.how == "max":
             self._update_max(state, block)
             return
-        low_c, cols = _indicator(state["cols"], block.batch, block.keys, block.weights)
-        low_r, rows = _indicator(state["rows"], block.batch, block.rows, block.weights)
+        col_ids = _ids_of(state["cols"], block.batch, block.keys, block.weights.device)
+        row_ids = _ids_of(state["rows"], block.batch, block.rows, block.weights.device)
+        if _are_many(col_ids) or _are_many(row_ids):
+            _add_cells(state["out"][block.batch, block.heads], row_ids, col_ids, block.weights)
+            return
+        low_c, cols = _indicator(col_ids, block.weights)
+        low_r, rows = _indicator(row_ids, block.weights)
         if cols.shape[-1] and rows.shape[-1]:
             summed = rows.unsqueeze(1).transpose(-1, -2) @ block.product(cols.transpose(-1, -2).unsqueeze(1))
             at = slice(low_r, low_r + rows.shape[-1]), slice(low_c, low_c + cols.shape[-1])
             state["out"][(block.batch, block.heads, *at)] += summed
 
     def _update_max(self, state: dict[str, Any], block: Block) -> None:
-        ids = state["cols"]
-        ids = ids[block.batch] if len(ids) > 1 else ids
-        best = _segment_max(block.weights, ids[:, block.keys], state["out"].shape[3])
-        ids = state["rows"]
-        ids = ids[block.batch] if len(ids) > 1 else ids
-        best = _segment_max(best.transpose(-1, -2), ids[:, block.rows], state["out"].shape[2])
+        device = block.weights.device
+        ids = _ids_of(state["cols"], block.batch, block.keys, device)
+        best = _segment_max(block.weights, ids, state["out"].shape[3])
+        ids = _ids_of(state["rows"], block.batch, block.rows, device)
+        best = _segment_max(best.transpose(-1, -2), ids, state["out"].shape[2])
         part = state["out"][block.batch, block.heads]
         torch.maximum(part, best.transpose(-1, -2), out=part)
 
@@ -128,15 +141,53 @@ def _sizes(ids: Tensor, count: int) -> Tensor:
     return sizes[:, 1:]
 
 
-def _indicator(ids: Tensor, batch: slice, span: slice, like: Tensor) -> tuple[int, Tensor]:
-    """The lowest group in a span of positions, and 1 where position and group (from it) belong together."""
-    part = (ids[batch] if len(ids) > 1 else ids)[:, span].to(like.device)
-    members = part[part >= 0]
-    if not members.numel():
-        return 0, like.new_zeros((len(part), part.shape[1], 0))
-    low, high = int(members.min()), int(members.max())
-    groups = torch.arange(low, high + 1, device=like.device)
-    return low, (part.unsqueeze(-1) == groups).to(like.dtype)
+def _ids_of(ids: Tensor, batch: slice, span: slice, device: torch.device) -> Tensor:
+    """The groups of some positions, [1|b, c]."""
+    return (ids[batch] if len(ids) > 1 else ids)[:, span].to(device)
+
+
+def _extent(ids: Tensor) -> tuple[int, int]:
+    """The lowest group, and how many there are from it to the highest."""
+    members = ids[ids >= 0]
+    low = int(members.min()) if members.numel() else 0
+    return low, int(members.max()) - low + 1 if members.numel() else 0
+
+
+def _are_many(ids: Tensor) -> bool:
+    """Whether an indicator of these groups would outweigh the block."""
+    return ids.numel() * _extent(ids)[1] > _INDICATOR
+
+
+def _indicator(ids: Tensor, like: Tensor) -> tuple[int, Tensor]:
+    """The lowest group of some positions, and 1 where position and group (from it) belong together, [1|b, c, N]."""
+    low, count = _extent(ids)
+    groups = torch.arange(low, low + count, device=like.device)
+    return low, (ids.unsqueeze(-1) == groups).to(like.dtype)
+
+
+def _each(ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Batch rows that have the same groups [c], and these: all of them, or one after another."""
+    for i, own in enumerate(ids):
+        yield (slice(None) if len(ids) == 1 else slice(i, i + 1)), own
+
+
+def _summed(x: Tensor, ids: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """The groups that occur in ``ids`` [c], and the sums over their positions along an axis of x (2 or 3)."""
+    here = (ids >= 0).nonzero().flatten()
+    groups, place = ids[here].unique(return_inverse=True)
+    x = x if len(here) == len(ids) else x.index_select(axis, here)
+    index = (place if axis == 3 else place[:, None]).expand(x.shape)
+    out = x.new_zeros([len(groups) if i == axis else n for i, n in enumerate(x.shape)])
+    return groups, out.scatter_add_(axis, index, x)
+
+
+def _add_cells(out: Tensor, rows: Tensor, cols: Tensor, weights: Tensor) -> None:
+    """Add weights [b, h, r, c] to the cells of their groups in out [b, h, R, C]."""
+    batch = len(weights) if len(rows) > 1 or len(cols) > 1 else 1
+    for (b, row), (_, col) in zip(_each(rows.expand(batch, -1)), _each(cols.expand(batch, -1)), strict=True):
+        low, sums = _summed(weights[b], row, 2)
+        high, sums = _summed(sums, col, 3)
+        out[b][:, :, low[:, None], high] += sums
 
 
 def _segment_max(x: Tensor, ids: Tensor, count: int) -> Tensor:
