@@ -1,5 +1,7 @@
 """A recording: sites, runs, what is kept, and what is said of what was not seen."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from headscope import KVCache, MultiHeadAttention, SlidingWindowCache, masks, positions
 from headscope.errors import NothingSeen, RecordingError
 from headscope.recording import Recording, record
 from headscope.reductions import Entropy, Received
@@ -303,3 +306,49 @@ def test_a_position_bias_gets_the_gradient_that_the_eager_maps_give_it() -> None
     with record(model) as recording:
         model(text)
     assert not recording[0].entropy().requires_grad
+
+
+@pytest.mark.parametrize("padded", [0, 1])
+def test_a_rejected_draft_leaves_each_row_and_head_its_own_mask(padded: int) -> None:
+    layer, x = MultiHeadAttention(12, 3), torch.randn(2, 7, 12)
+    hidden = masks.keys([0, 1]) & masks.dense(torch.arange(2).view(2, 1, 1, 1) == padded)
+    mask = masks.causal() & ~hidden & ~(masks.heads([2]) & masks.keys([2]))
+    cache = KVCache(20)
+    with torch.no_grad(), record(layer) as recording:
+        layer(x, mask=mask, cache=cache)
+        cache.truncate(4)
+        layer(x[:, 4:6] + 1, mask=mask, cache=cache)
+    changed = torch.cat([x[:, :4], x[:, 4:6] + 1], 1)
+    assert len(recording.runs) == 1
+    torch.testing.assert_close(recording[0].dense(), layer.matrix(changed, mask=mask).dense())
+
+
+def alibi_layer() -> MultiHeadAttention:
+    torch.manual_seed(0)
+    return MultiHeadAttention(12, 3, position=positions.alibi([0.5, 0.25, 0.125]))
+
+
+@pytest.mark.parametrize("make", [lambda: None, lambda: KVCache(20), lambda: SlidingWindowCache(3)])
+def test_the_bias_of_alibi_is_recorded_as_its_slopes(make: Callable[[], KVCache | None], tmp_path: Path) -> None:
+    layer, x, cache = alibi_layer(), torch.randn(2, 7, 12), make()
+    with torch.no_grad(), record(layer) as recording:
+        for part in [x] if cache is None else x.split([3, 1, 3], 1):
+            layer(part, mask=masks.causal(), cache=cache)
+    assert isinstance(recording[0].operands.bias, positions.Alibi)
+    mask = masks.causal() if cache is None or cache.window is None else masks.sliding_window(2)
+    torch.testing.assert_close(recording[0].dense(), layer.matrix(x, mask=mask).dense())
+    recording.save(tmp_path / "alibi.recording")
+    again = Recording.load(tmp_path / "alibi.recording")
+    assert isinstance(again[0].operands.bias, positions.Alibi)
+    assert torch.equal(again[0].dense(), recording[0].dense())
+
+
+def test_alibi_across_two_texts_is_written_out_where_calls_are_joined() -> None:
+    layer, source, cache = alibi_layer(), torch.randn(2, 5, 12), KVCache(20)
+    x = torch.randn(2, 4, 12)
+    with torch.no_grad(), record(layer) as recording:
+        calls = [layer.matrix(part, source).dense() for part in x.split(2, 1)]
+        for part in x.split(2, 1):
+            layer(part, source, cache=cache)
+    joined = torch.cat([call.matrix().dense() for call in recording.calls], 2)
+    torch.testing.assert_close(joined, torch.cat(calls, 2))

@@ -17,7 +17,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from headscope.errors import NothingSeen, ProofError, UnsupportedAttention
 from headscope.recording import record
-from headscope.seam import AttentionCall, watch
+from headscope.seam import AttentionCall, watch, watching
 from tests.reference import FINFO_MIN, weights
 from tests.zoo.catalog import ZOO, first_tensors
 
@@ -129,6 +129,18 @@ def test_inputs_of_2_3_and_5_axes(front: tuple[int, ...], shape: tuple[int, int]
     q, k, v = qkv(front=front)
     got, _ = sees(Sdpa(), q, k, v)
     assert_close(got, weights(q.view(*shape, L, D), k.view(*shape, S, D)))
+
+
+@pytest.mark.parametrize(
+    "fronts",
+    [((3, 2), (1, 2), (1, 2)), ((1, 2), (3, 2), (3, 2)), ((2, 1), (2, 3), (2, 3)), ((2, 3), (2, 1), (2, 3))],
+    ids=str,
+)
+def test_operands_that_torch_stretches(fronts: tuple[tuple[int, int], ...]) -> None:
+    q, k, v = (torch.randn(*front, n, D) for front, n in zip(fronts, (L, S, S), strict=True))
+    got, _ = sees(Sdpa(), q, k, v)
+    front = torch.broadcast_shapes(*fronts)
+    assert_close(got, weights(q.expand(*front, -1, -1), k.expand(*front, -1, -1)))
 
 
 def test_scale_values_of_another_width_and_grouped_heads() -> None:
@@ -690,6 +702,19 @@ def test_after_an_error_in_the_block_nothing_is_left_behind() -> None:
     with pytest.raises(ZeroDivisionError), record(model):
         print(first_tensors(model(**inputs))[0].shape[0] / 0)
     assert_untouched(model)
+
+
+def test_a_watch_that_could_not_begin_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ImportError("no AttentionInterface")
+
+    model, inputs = llama()
+    with monkeypatch.context() as patched:
+        patched.setattr("headscope.seam.huggingface.install", fail)
+        with pytest.raises(ImportError, match="no AttentionInterface"), record(model):
+            model(**inputs)
+    assert_untouched(model)
+    assert watching._WATCHES == []
 
 
 def test_inside_the_block_the_functions_are_back_after_the_last_watch_ends() -> None:

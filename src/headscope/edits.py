@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from headscope import kernels, masks
 from headscope.errors import EditError
 from headscope.masks import Mask
+from headscope.positions import Alibi
 from headscope.recording import Place, Recording, Tracker
 from headscope.scores import Scores, make_scores
 from headscope.seam import AttentionCall, Forward, watch, with_output
@@ -289,8 +290,8 @@ def _patterns(edit_name: str, recording: Recording) -> Callable[[AttentionCall, 
         if whole.shape == tuple(call.shape) or first + rows > whole.shape[2] or keys > whole.shape[3]:
             return whole
         part = whole.narrow(slice(0, whole.shape[0]), slice(0, whole.shape[1]), slice(first, first + rows))
-        bias = part.bias_tensor
-        bias = bias if bias is None or bias.shape[3] == 1 else bias[..., :keys]
+        bias = part.bias
+        bias = bias[..., :keys] if isinstance(bias, Tensor) and bias.shape[3] > 1 else bias
         return replace(part, key=part.key[:, :, :keys], bias=bias)
 
     return source
@@ -317,14 +318,22 @@ def _mixed(own: Scores, given: Scores, chosen: tuple[int, ...]) -> Scores:
     query[:, index] = (given.query * (given.scale / own.scale))[:, index].to(query.dtype)
     key[:, index] = _per_head(given.key, heads)[:, index].to(key.dtype)
     mask = _either(own.mask, given.mask, masks.heads(chosen))
-    bias = own.bias_tensor
-    if own.bias is not None or given.bias is not None:
-        zero = query.new_zeros((1, 1, 1, 1))
-        ours, theirs = (zero if b is None else b for b in (own.bias_tensor, given.bias_tensor))
-        theirs_here = torch.zeros(heads, dtype=torch.bool, device=query.device)
-        theirs_here[index] = True
-        bias = torch.where(theirs_here.view(1, -1, 1, 1), theirs, ours)
-    return make_scores(query, key, mask, bias, own.scale, own.softcap, own.sinks)
+    return make_scores(query, key, mask, _mixed_bias(own, given, index), own.scale, own.softcap, own.sinks)
+
+
+def _mixed_bias(own: Scores, given: Scores, index: list[int]) -> Tensor | Alibi | None:
+    if own.bias is None and given.bias is None:
+        return None
+    aligned = own.origin == given.origin == (0, 0, own.shape[3] - own.shape[2])
+    if isinstance(own.bias, Alibi) and isinstance(given.bias, Alibi) and aligned:
+        slopes = own.bias.slopes.clone()
+        slopes[index] = given.bias.slopes[index]
+        return Alibi(slopes)
+    zero = own.query.new_zeros((1, 1, 1, 1))
+    ours, theirs = (zero if b is None else b for b in (own.bias_tensor, given.bias_tensor))
+    theirs_here = torch.zeros(own.shape[1], dtype=torch.bool, device=own.query.device)
+    theirs_here[index] = True
+    return torch.where(theirs_here.view(1, -1, 1, 1), theirs, ours)
 
 
 def _either(own: Mask | None, given: Mask | None, chosen: Mask) -> Mask | None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from headscope.errors import RecordingError
 from headscope.files import whole_file
 from headscope.masks.codec import decode, encode
+from headscope.positions import Alibi, alibi
 from headscope.recording.site import Part, SiteCalls
 from headscope.tokens import Tokens, Word
 
@@ -104,13 +105,17 @@ class _Writer:
             "parts": [self.part(part, exact=self.dtype in (None, scores.query.dtype)) for part in site.parts],
         }
 
+    def bias(self, bias: Tensor | Alibi | None) -> Any:
+        """A tensor's name, or a rule and the name of its slopes."""
+        return {"alibi": self.keep("bias", bias.slopes)} if isinstance(bias, Alibi) else self.keep("bias", bias)
+
     def part(self, part: Part, exact: bool) -> dict[str, Any]:
         """One call as plain data; what is rounded (not ``exact``) has lost its proof."""
         return {
             "rows": [part.first_row, part.num_rows],
             "keys": [part.first_key, part.num_keys],
             "mask": encode(part.mask, lambda tensor: str(self.keep("mask", tensor))),
-            "bias": self.keep("bias", part.bias),
+            "bias": self.bias(part.bias),
             "proof": part.proof if exact else None,
             "output": self.keep("output", part.output),
         }
@@ -217,13 +222,17 @@ class _Reader:
             site.call_matrix(index)
         return site
 
+    def bias(self, data: Any) -> Tensor | Alibi | None:
+        """A bias, or the rule that it follows."""
+        return alibi(self.must("bias", data["alibi"])) if isinstance(data, dict) else self.get("bias", data)
+
     def part(self, data: Any) -> Part:
         """One call."""
         first_row, rows = (int(n) for n in data["rows"])
         first_key, keys = (int(n) for n in data["keys"])
         mask = decode(data["mask"], lambda name: self.must("mask", name))
         proof = None if data["proof"] is None else float(data["proof"])
-        bias, output = self.get("bias", data["bias"]), self.get("output", data["output"])
+        bias, output = self.bias(data["bias"]), self.get("output", data["output"])
         return Part(first_row, rows, first_key, keys, mask, bias, proof, output)
 
 

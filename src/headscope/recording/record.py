@@ -328,7 +328,8 @@ def record(
     Args:
         model: a torch module: transformers, torch.nn, or any code that calls scaled_dot_product_attention.
         tokens: kept with the recording, so that answers can be given in words.
-        layers: only these sites, by number in the order of calls or by module name.
+        layers: only these sites, by number in the order of calls or by module name. With sites of cross-attention
+            alone each step of a generation is a run of its own: their keys do not tell that it goes on.
         keep: "query" and "key", and if wanted "value" and "output" (P @ V).
         reduce: answer these reductions (or call this function) at each call and keep nothing else; the answers
             are in ``recording.answers``.

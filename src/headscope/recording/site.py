@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headscope.masks import Mask, Step, causal, compact, stacked
 from headscope.matrix import AttentionMatrix
+from headscope.positions import Alibi
 from headscope.scores import Scores, make_scores
 from headscope.seam import AttentionCall, matrix_of
 
@@ -40,7 +41,7 @@ class Part:
     first_key: int
     num_keys: int
     mask: Mask | None
-    bias: Tensor | None
+    bias: Tensor | Alibi | None
     proof: float | None
     output: Tensor | None
 
@@ -126,7 +127,7 @@ class SiteCalls:
         """A site that begins with this call."""
         scores = call.scores
         _, _, rows, keys = scores.shape
-        part = Part(0, rows, 0, keys, scores.mask, scores.bias_tensor, call.proof, call.output)
+        part = Part(0, rows, 0, keys, scores.mask, scores.bias, call.proof, call.output)
         return cls(
             call.name,
             call.occurrence,
@@ -190,9 +191,7 @@ class SiteCalls:
             self.values = call.value if self.values is not None else None
         first_key = 0 if how == "cross" else self.num_gone
         self.queries.append(scores.query)
-        self.parts.append(
-            Part(first_row, rows, first_key, keys, scores.mask, scores.bias_tensor, call.proof, call.output)
-        )
+        self.parts.append(Part(first_row, rows, first_key, keys, scores.mask, scores.bias, call.proof, call.output))
         self.dropout_p = max(self.dropout_p, call.dropout_p)
         self.edited = self.edited or call.edited
 
@@ -205,7 +204,7 @@ class SiteCalls:
         for part in self.parts:
             left = min(part.num_rows, rows - part.first_row)
             if left > 0:
-                parts.append(_shortened(part, left))
+                parts.append(_shortened(part, left, *self.shape[:2]))
         self.queries, self.parts = [query], parts
         self.key = self.key[:, :, :keep]
         if self.values is not None:
@@ -247,8 +246,11 @@ class SiteCalls:
             )
         return stacked(steps)
 
-    def _joined_bias(self) -> Tensor | None:
-        biases = [part.bias for part in self.parts]
+    def _joined_bias(self) -> Tensor | Alibi | None:
+        first = self.parts[0].bias
+        if isinstance(first, Alibi) and all(self._is_alibi_part(part, first) for part in self.parts):
+            return first
+        biases = [_written(part, self.shape[1]) for part in self.parts]
         known = [bias for bias in biases if bias is not None]
         if not known:
             return None
@@ -262,6 +264,12 @@ class SiteCalls:
             rows.append(whole)
         return torch.cat(rows, 2)
 
+    def _is_alibi_part(self, part: Part, bias: Alibi) -> bool:
+        """Whether a call has this bias, and its positions stand in the joined matrix as far apart as in the call."""
+        _, _, rows, keys = self.shape
+        apart = keys - rows + part.first_row - part.first_key == part.num_keys - part.num_rows
+        return apart and isinstance(part.bias, Alibi) and torch.equal(part.bias.slopes, bias.slopes)
+
     def output(self) -> Tensor | None:
         """P @ V of all calls, [B, H, L, Dv], if it was kept."""
         kept = [part.output for part in self.parts if part.output is not None]
@@ -274,13 +282,21 @@ class SiteCalls:
         return torch.cat([*self.gone_values, self.values], 2)
 
 
+def _written(part: Part, heads: int) -> Tensor | None:
+    """A call's bias as a tensor."""
+    if not isinstance(part.bias, Alibi):
+        return part.bias
+    rows, keys = slice(part.num_keys - part.num_rows, part.num_keys), slice(0, part.num_keys)
+    return part.bias.tile(slice(0, heads), rows, keys, part.bias.slopes.device, torch.float32)
+
+
 def _is_causal_part(part: Part, first: int) -> bool:
     if part.bias is not None or part.first_key != 0 or part.num_keys != first + part.first_row + part.num_rows:
         return False
     return (part.mask is None and part.num_rows == 1) or (part.mask is not None and part.mask.is_causal)
 
 
-def _shortened(part: Part, rows: int) -> Part:
+def _shortened(part: Part, rows: int, batch: int, heads: int) -> Part:
     """A call without its last rows, and without the keys that only they brought."""
     if rows == part.num_rows:
         return part
@@ -289,10 +305,10 @@ def _shortened(part: Part, rows: int) -> Part:
     if part.mask is not None and not part.mask.is_causal:
         own = slice(part.num_keys - part.num_rows, part.num_keys - part.num_rows + rows)
         device = torch.device("cpu")
-        seen = part.mask.block(slice(0, 1), slice(0, 1), own, slice(0, keys), device)
-    mask = part.mask if seen is None else compact(seen.expand(-1, -1, rows, -1), 1)
+        seen = part.mask.block(slice(0, batch), slice(0, heads), own, slice(0, keys), device)
+    mask = part.mask if seen is None else compact(seen.expand(-1, -1, rows, -1), batch)
     bias = part.bias
-    if bias is not None:
+    if isinstance(bias, Tensor):
         bias = bias[:, :, :rows] if bias.shape[2] > 1 else bias
         bias = bias[..., :keys] if bias.shape[3] > 1 else bias
     output = None if part.output is None else part.output[:, :, :rows]

@@ -57,13 +57,13 @@ def watch(
         [(2, 4, 7, 7)]
     """
     watcher = Watch(model, on_call, edit, on_end)
-    with _lock:
-        watcher.attach()
-        watching._WATCHES.append(watcher)
-        huggingface.install()
-        torch_nn.install(model)
-        own.install()
     try:
+        with _lock:
+            watching._WATCHES.append(watcher)
+            watcher.attach()
+            huggingface.install()
+            torch_nn.install(model)
+            own.install()
         yield watcher
     finally:
         with _lock:

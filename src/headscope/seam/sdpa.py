@@ -108,6 +108,7 @@ def _saw(
         query, lengths = unnest(query)
         (key, key_lengths), (value, _) = unnest(key), unnest(value)
     q, k, v = (as_four(t) for t in autocast_operands(query, key, value))
+    q, k, v = _broadcast(q, k, v)
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
 
     def candidates(forward: Forward) -> Iterator[Scores]:
@@ -121,6 +122,15 @@ def _saw(
 
     valid = None if lengths is None else torch.arange(shape[2]) < lengths[:, None]
     return seen(None, "sdpa", candidates, v, direct(output, lengths), float(dropout_p), valid=valid).output.raw
+
+
+def _broadcast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Operands of one batch size, and a query for each head, where torch would stretch them."""
+    batch, heads = (max(sizes) for sizes in zip(q.shape[:2], k.shape[:2], v.shape[:2], strict=True))
+    groups = k.shape[1] if k.shape[1] == v.shape[1] else heads
+    wanted = ((q, heads), (k, groups), (v, groups))
+    q, k, v = (t if t.shape[:2] == (batch, n) else t.expand(batch, n, -1, -1) for t, n in wanted)
+    return q, k, v
 
 
 def causal_from_the_top(shape: tuple[int, int, int, int]) -> Any:
