@@ -107,6 +107,15 @@ def test_nothing_to_look_at_ahead_in_a_decoder(recording: Recording, tokens: Tok
     )
 
 
+def test_what_a_word_gives_itself_is_shown_when_it_is_asked_for(recording: Recording, tokens: Tokens) -> None:
+    it = tokens.find("it")
+    view = links.ask(recording, tokens, [it], target=it, causal=True)
+    wanted = max(float(view.rest[0].itself[layer, head]) for layer in range(30) for head in range(9))
+    assert view.links[0].weight == pytest.approx(wanted)
+    assert view.links[0].words == 0
+    assert all(link.source != it for link in links.ask(recording, tokens, target=it).links)
+
+
 def test_a_model_that_reads_both_ways(minilm: models.Loaded) -> None:
     tokens = tokens_of(TEXT, minilm)
     recording = links.run(minilm, tokens)

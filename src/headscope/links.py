@@ -279,7 +279,7 @@ class _Finder:
         best = self.weights[i, :, 0].clone()
         if self.target is None:
             best[self.index[i]] = 0
-        elif self.target.start == source.start:
+        elif self.alone and self.target.start == source.start:
             best[0] = 0
         links = []
         for column in best.topk(min(top, len(best))).indices[: int((best > 0).sum())].tolist():

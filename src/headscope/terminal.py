@@ -133,7 +133,7 @@ def _by_pair(links: Iterable[Link]) -> list[list[Link]]:
 
 
 def _away(words: int) -> Text:
-    return Text(f"{-words} back" if words < 0 else f"{words} ahead", style="dim")
+    return Text(f"{-words} back" if words < 0 else f"{words} ahead" if words else "itself", style="dim")
 
 
 def _shares(row: Sequence[Link], view: View) -> Text:
