@@ -52,3 +52,10 @@ class TreebankError(HeadscopeError):
 
 class AtlasError(HeadscopeError):
     """An atlas that cannot be read, merged, or asked for what it does not hold."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice: torch on the CPU raises a plain RuntimeError for it."""
+    told = str(error).lower()
+    known = ("out of memory", "can't allocate", "cannot allocate", "not enough memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(text in told for text in known))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from importlib import resources
@@ -17,7 +18,7 @@ from headscope import corpus, models, terminal, terminal_heads
 from headscope.atlas import HeadAtlas
 from headscope.errors import AtlasError, HeadscopeError
 from headscope.files import check_writable
-from headscope.training.processes import rank
+from headscope.training.processes import processes, rank
 
 __all__ = ["add_heads"]
 
@@ -136,6 +137,10 @@ def _measure(
     from headscope.relations.treebank import read_conllu
     from headscope.survey import Plan, profile
 
+    if Path("-") in texts and processes() > 1:
+        raise AtlasError(
+            f"{processes()} processes cannot read one pipe: put the text into a file, and give --text FILE."
+        )
     piped = sys.stdin.read() if Path("-") in texts else None
     files = [path for path in texts if path != Path("-")]
     documents = corpus.documents_of(files, text=piped) if texts else None
@@ -146,14 +151,30 @@ def _measure(
     loaded = models.load(model)
     plan = Plan(length=length, pieces=pieces, worth=Plan.worth if worth else 0)
     parts = None if out is None else out.with_name(out.name + ".parts")
+    if parts is not None:
+        (parts / f"done-{rank()}").unlink(missing_ok=True)
     with terminal.running("measuring heads", shown=rank() == 0) as tell:
         found = profile(loaded, documents, examples=examples, plan=plan, parts=parts, on_part=tell)
-    if out is not None and rank() == 0:
-        found.save(out)
-        if parts is not None:
-            shutil.rmtree(parts, ignore_errors=True)
-        terminal.print_line(f"Atlas: {out}")
+    if out is not None and parts is not None:
+        if rank() == 0:
+            found.save(out)
+            _remove(parts)
+            terminal.print_line(f"Atlas: {out}")
+        else:
+            (parts / f"done-{rank()}").touch()
     return found
+
+
+def _remove(parts: Path, patience: float = 60.0) -> None:
+    """Remove finished parts when no other process reads them any more; leave them, and say so, after a minute."""
+    until = time.monotonic() + patience
+    waiting = [parts / f"done-{number}" for number in range(1, processes())]
+    while not all(path.exists() for path in waiting):
+        if time.monotonic() > until:
+            terminal.print_line(f"Some processes are still at work: {parts} stays. Remove it when they have ended.")
+            return
+        time.sleep(0.1)
+    shutil.rmtree(parts, ignore_errors=True)
 
 
 def _one_head(atlas: HeadAtlas, head: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from headscope.corpus import Batch, Piece, batches
 from headscope.effects import output_sum
+from headscope.errors import is_out_of_memory
 from headscope.masks import Mask
 from headscope.masks.codec import encode
 from headscope.measures import Column, Measure, Page, Ratio, Visibility, take
@@ -86,8 +87,8 @@ def measure(
         batch = work.pop(0)
         try:
             part = _measure_batch(loaded, batch, measures, layers)
-        except (MemoryError, torch.OutOfMemoryError):
-            if len(batch.pieces) == 1:
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or len(batch.pieces) == 1:
                 raise
             half = len(batch.pieces) // 2
             smaller = [p for part in (batch.pieces[:half], batch.pieces[half:]) for p in batches(part, tokens=1 << 62)]

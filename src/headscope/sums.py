@@ -61,9 +61,10 @@ class Sums:
         held = self.values.get(column)
         if held is None:
             held = self.values[column] = torch.zeros(len(found), 2, layers, found.shape[-1], dtype=torch.float64)
-        if found.shape[-1] > held.shape[-1]:  # layers may differ in heads
-            wider = torch.zeros(*held.shape[:-1], found.shape[-1], dtype=torch.float64)
-            wider[..., : held.shape[-1]] = held
+        if layers > held.shape[2] or found.shape[-1] > held.shape[-1]:  # more than the config says; more heads
+            heads = max(held.shape[-1], found.shape[-1])
+            wider = torch.zeros(*held.shape[:2], max(layers, held.shape[2]), heads, dtype=torch.float64)
+            wider[:, :, : held.shape[2], : held.shape[-1]] = held
             held = self.values[column] = wider
         held[:, :, layer, : found.shape[-1]] += found
 

@@ -100,14 +100,18 @@ class _Survey:
         pieces: list[Piece] = []
         for number, document in enumerate(self.documents[start : start + _DOCUMENTS], start):
             half = number % 2
-            most = self.plan.pieces or None
-            found = corpus.cut(self.loaded, document, half, length=self.plan.length, most=most)
+            most = self.plan.pieces or 1 << 62
+            found = corpus.cut(self.loaded, document, half, length=self.plan.length, most=most + 1)
             if not found:
                 part.measured.notes.append(f"{document.name} has fewer than two tokens: left out.")
                 continue
-            if len(found) > 1:
+            if len(found) > 1 < most:
                 told = f"Texts longer than {self.plan.length} tokens are read in pieces, each after a start token."
                 part.measured.notes.append(told)
+            if len(found) > most:
+                found = found[:most]
+                told = f"Of longer texts only the beginning was read, {most} times {self.plan.length} tokens at most; "
+                part.measured.notes.append(told + "--pieces 0 reads all.")
             pieces += found
             part.info["documents"][document.name] = half
             part.info["texts"][document.name] = corpus.digest([document])
@@ -189,8 +193,19 @@ def profile(
     second = works.run(survey.second(), 0)
     atlas = _together([*first, *second], survey.info)
     atlas.info["examples"] = {name: [e.language, len(e_s)] for name, e_s in chosen.items() for e in e_s[:1]}
-    atlas.measured.notes = list(dict.fromkeys(atlas.measured.notes + refused))
+    atlas.measured.notes = list(dict.fromkeys(atlas.measured.notes + refused + _too_few(atlas)))
     return atlas
+
+
+def _too_few(atlas: HeadAtlas) -> list[str]:
+    """A note where no role can come from the texts: heads are picked on one half, and reported on two of the other."""
+    halves = [half for name, half in atlas.info["documents"].items() if not name.startswith("repeat:")]
+    if not halves or (0 in halves and halves.count(1) > 1):
+        return []
+    return [
+        f"{len(halves)} {'text is' if len(halves) == 1 else 'texts are'} too few for roles that come from texts "
+        "(previous token, rest, broad …): every second one picks heads, and two others must confirm them. Give four."
+    ]
 
 
 def _readable(loaded: Loaded, examples: dict[str, list[Example]]) -> tuple[dict[str, list[Example]], list[str]]:
@@ -236,14 +251,28 @@ class _Parts:
         for number, name in enumerate(sorted(work)):
             if self.folder is None:
                 here[name] = work[name]()
-            elif number % self.count == self.rank and self._load(name) is None:
-                self._save(name, work[name]())
+            elif number % self.count == self.rank:
+                held = self._load(name)
+                if held is None:
+                    self._save(name, work[name]())
+                else:
+                    self._check_texts(held)
             self.done += 1
             if self.on_part is not None:
                 self.on_part(self.done, of, name.partition("-")[0])
         if self.folder is None:
             return [here[name] for name in sorted(here)]
         return list(self._gather(sorted(work)))
+
+    def _check_texts(self, part: HeadAtlas) -> None:
+        """Raise AtlasError if a text has changed since its part was finished."""
+        for document in self.survey.documents if part.info["texts"] else ():
+            held = part.info["texts"].get(document.name)
+            if held is not None and held != corpus.digest([document]):
+                raise AtlasError(
+                    f"{self.folder} holds what was measured on another text named {document.name!r}: remove it, "
+                    "or give another --out."
+                )
 
     def _gather(self, names: Sequence[str]) -> Iterator[HeadAtlas]:
         """Everybody's parts; waits for those that another process is still at."""

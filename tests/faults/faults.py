@@ -20,6 +20,41 @@ class Fault:
 
 FAULTS = [
     Fault(
+        "a mask is not moved with the window that a cache holds",
+        "multihead.py",
+        "near & shifted(seen, keys, k.shape[2])",
+        "near & seen",
+        "test_multihead.py::test_a_mask_counts_from_the_first_key_though_a_window_has_dropped_it",
+    ),
+    Fault(
+        "a rejected draft leaves every row the first one's mask",
+        "recording/site.py",
+        "part.mask.block(slice(0, batch), slice(0, heads), own",
+        "part.mask.block(slice(0, 1), slice(0, heads), own",
+        "test_recording.py::test_a_rejected_draft_leaves_each_row_and_head_its_own_mask",
+    ),
+    Fault(
+        "groups added one by one forget the blocks before",
+        "reductions/groups.py",
+        "[..., groups] += sums",
+        "[..., groups] = sums",
+        "test_matrix.py::test_groups_that_are_too_many_for_an_indicator",
+    ),
+    Fault(
+        "a value is rounded to half-precision queries",
+        "matrix.py",
+        "scores = self._scores.at_least(value.dtype)",
+        "scores = self._scores",
+        "test_matrix.py::test_a_value_is_not_rounded_to_half_precision_queries",
+    ),
+    Fault(
+        "a changed text is taken for the one that was measured",
+        "survey.py",
+        "held != corpus.digest([document])",
+        "not held",
+        "test_atlas.py::test_a_text_that_changed_since_its_part_was_finished_is_refused",
+    ),
+    Fault(
         "a rounded recording keeps its proof",
         "recording/file.py",
         "exact=self.dtype in (None, scores.query.dtype)",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from headscope.effects.answers import ask, options
-from headscope.errors import EditError, HeadscopeError
+from headscope.errors import EditError, HeadscopeError, is_out_of_memory
 from headscope.seam import AttentionCall, Forward, invisible, watch, with_output
 
 __all__ = ["Change", "Rows", "Site", "Survey", "Target", "survey"]
@@ -25,7 +25,6 @@ Change = Callable[[AttentionCall, int], Tensor]
 """A call and the number of its site → the head outputs that changed heads should have, [B, H, L, Dv]."""
 
 _CLOSE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
-_NO_MEMORY = ("out of memory", "can't allocate", "cannot allocate", "not enough memory")
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ class Rows:
                 self._replicate(str(error))
                 continue
             except (RuntimeError, MemoryError) as error:
-                if _is_memory(error):
+                if is_out_of_memory(error):
                     if len(group) == 1:
                         raise
                     self._most = len(group) // 2
@@ -262,7 +261,3 @@ def _same(row: Tensor, plain: Tensor) -> bool:
         return False
     size = plain.float().abs().max().clamp(min=1e-12)
     return bool((row.float() - plain.float()).abs().max() <= _CLOSE.get(plain.dtype, 1e-4) * size)
-
-
-def _is_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in _NO_MEMORY)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headscope.corpus import by_length
-from headscope.errors import HeadscopeError
+from headscope.errors import HeadscopeError, is_out_of_memory
 from headscope.models import Loaded, reader
 from headscope.recording import record
 from headscope.reductions import Pool
@@ -204,8 +204,8 @@ def count_relations(
         try:
             if asked:
                 counts.merge(_count_batch(loaded, asked))
-        except (MemoryError, torch.OutOfMemoryError):
-            if len(asked) == 1:
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or len(asked) == 1:
                 raise
             work[:0] = [asked[: len(asked) // 2], asked[len(asked) // 2 :]]
             done += len(batch) - len(asked)

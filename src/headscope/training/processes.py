@@ -11,12 +11,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Processes", "joined", "rank"]
+__all__ = ["Processes", "joined", "processes", "rank"]
 
 
 def rank() -> int:
     """This process's number under torchrun, from 0; 0 where there is only one."""
     return int(os.environ.get("RANK", "0"))
+
+
+def processes() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True)
