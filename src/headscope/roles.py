@@ -119,7 +119,7 @@ def _of_measure(role: Role, sums: Sums, null: Sums, on_text: Tensor | None, halv
     low, high = sums.interval(role.column)
     repeated = role.column in ("induction", "duplicate")
     documents = [name for name, half in halves.items() if half == 1 and name.startswith("repeat:") == repeated]
-    if len(documents) < 2:  # one document has no interval
+    if halves and len(documents) < 2:  # one document has no interval
         return []
     holds = (picked >= role.threshold) & (score >= role.threshold)
     holds &= (low > even) | role.is_null
