@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from headscope import ablate, edit, knock_out, patch, record
+from headscope import KVCache, MultiHeadAttention, ablate, edit, knock_out, masks, patch, positions, record
 from headscope.edits import freeze
 from headscope.errors import EditError
 from tests.tiny import bart, ids, llama, mistral
@@ -292,3 +292,24 @@ def test_a_recording_that_does_not_fit_cannot_freeze() -> None:
             edit(model, freeze(from_=part)),
         ):
             model(TEXT)
+
+
+def test_a_patched_head_keeps_alibi_as_its_slopes() -> None:
+    """One head attends as it did in another text, also where the calls are parts of a longer one."""
+    torch.manual_seed(0)
+    layer = MultiHeadAttention(12, 3, position=positions.alibi([0.5, 0.25, 0.125]))
+    x, other = torch.randn(1, 7, 12), torch.randn(1, 9, 12)
+    theirs, ours = (layer.matrix(text, mask=masks.causal()).dense() for text in (other, x))
+    for sizes in ([7], [4, 1, 2]):
+        cache = KVCache(7)
+        with torch.no_grad(), record(layer) as long:
+            layer(other[:, : 7 if sizes == [7] else 9], mask=masks.causal())
+        with torch.no_grad(), edit(layer, patch(0, 1, from_=long)), record(layer) as edited:
+            for part in x.split(sizes, 1):
+                layer(part, mask=masks.causal(), cache=cache)
+        assert isinstance(edited[0].operands.bias, positions.Alibi)
+        for call, stop in zip(edited.calls, torch.tensor(sizes).cumsum(0).tolist(), strict=True):
+            rows = slice(stop - call.shape[2], stop)
+            got = call.matrix().dense()
+            torch.testing.assert_close(got[:, 1], theirs[:, 1, rows, :stop])
+            torch.testing.assert_close(got[:, [0, 2]], ours[:, [0, 2], rows, :stop])

@@ -32,6 +32,7 @@ from headscope.profiling import columns_of, measure
 from headscope.recording import record
 from headscope.relations import Example, count_relations, reads
 from headscope.seam import AttentionCall
+from headscope.training.processes import processes, rank
 
 __all__ = ["Plan", "profile", "weights_hash"]
 
@@ -178,7 +179,7 @@ def profile(
         AtlasError: The folder holds the parts of other work, or several processes have no folder.
         TextError: A document cannot be read.
     """
-    rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    count = processes()
     if count > 1 and parts is None:
         raise AtlasError(f"{count} processes share work through a folder: give parts=, or --out on the command line.")
     given = corpus.default_documents() if documents is None else list(documents)
@@ -187,7 +188,7 @@ def profile(
     taken = tuple(measures) if measures is not None else standard()
     survey = _Survey(loaded, given, chosen, taken, plan, {}, _head_counts(loaded))
     survey.info = _info(survey)
-    works = _Parts(survey, parts, rank, count, on_part)
+    works = _Parts(survey, parts, rank(), count, on_part)
     first = works.run(survey.first(), len(survey.second()))
     survey.means = _means(first)
     second = works.run(survey.second(), 0)
@@ -226,6 +227,7 @@ class _Parts:
     def __init__(self, survey: _Survey, folder: Path | None, rank: int, count: int, on_part: Told | None) -> None:
         self.survey, self.folder, self.rank, self.count, self.on_part = survey, folder, rank, count, on_part
         self.done = 0
+        self._named = {document.name: document for document in survey.documents}
         if folder is not None:
             self._claim(folder)
 
@@ -266,11 +268,10 @@ class _Parts:
 
     def _check_texts(self, part: HeadAtlas) -> None:
         """Raise AtlasError if a text has changed since its part was finished."""
-        for document in self.survey.documents if part.info["texts"] else ():
-            held = part.info["texts"].get(document.name)
-            if held is not None and held != corpus.digest([document]):
+        for name, held in part.info["texts"].items():
+            if held != corpus.digest([self._named[name]]):
                 raise AtlasError(
-                    f"{self.folder} holds what was measured on another text named {document.name!r}: remove it, "
+                    f"{self.folder} holds what was measured on another text named {name!r}: remove it, "
                     "or give another --out."
                 )
 

@@ -260,7 +260,6 @@ class Transformer(nn.Module):
                 f"temperature {temperature}, top_p {top_p}, max_new_tokens {max_new_tokens}: they must be at least 0, "
                 "above 0 up to 1, and at least 1."
             )
-        self._check_source(source)
         memory = None if source is None else self.encode(source, source_mask)
         cache = self.new_cache(tokens.shape[1] + max_new_tokens)
         done = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)

@@ -50,7 +50,7 @@ FAULTS = [
     Fault(
         "a changed text is taken for the one that was measured",
         "survey.py",
-        "held != corpus.digest([document])",
+        "held != corpus.digest([self._named[name]])",
         "not held",
         "test_atlas.py::test_a_text_that_changed_since_its_part_was_finished_is_refused",
     ),

@@ -29,12 +29,13 @@ class Groups(Reduction):
     def update(self, state: Tensor, block: Block) -> None:
         """Multiply by the groups' indicator, only those that occur in the block; add one by one if they are many."""
         ids = _ids_of(self.ids, block.batch, block.keys, block.weights.device)
-        if _are_many(ids):
+        indicator = _indicator(ids, block.weights)
+        if indicator is None:
             for b, own in _each(ids):
                 groups, sums = _summed(block.weights[b], own, 3)
                 state[block.at][b][..., groups] += sums
             return
-        low, chosen = _indicator(ids, block.weights)
+        low, chosen = indicator
         if chosen.shape[-1]:
             part = state[(*block.at, slice(low, low + chosen.shape[-1]))]
             part += block.product(chosen.transpose(-1, -2).unsqueeze(1))
@@ -71,11 +72,11 @@ class Pool(Reduction):
             return
         col_ids = _ids_of(state["cols"], block.batch, block.keys, block.weights.device)
         row_ids = _ids_of(state["rows"], block.batch, block.rows, block.weights.device)
-        if _are_many(col_ids) or _are_many(row_ids):
+        of_cols, of_rows = _indicator(col_ids, block.weights), _indicator(row_ids, block.weights)
+        if of_cols is None or of_rows is None:
             _add_cells(state["out"][block.batch, block.heads], row_ids, col_ids, block.weights)
             return
-        low_c, cols = _indicator(col_ids, block.weights)
-        low_r, rows = _indicator(row_ids, block.weights)
+        (low_c, cols), (low_r, rows) = of_cols, of_rows
         if cols.shape[-1] and rows.shape[-1]:
             summed = rows.unsqueeze(1).transpose(-1, -2) @ block.product(cols.transpose(-1, -2).unsqueeze(1))
             at = slice(low_r, low_r + rows.shape[-1]), slice(low_c, low_c + cols.shape[-1])
@@ -146,22 +147,16 @@ def _ids_of(ids: Tensor, batch: slice, span: slice, device: torch.device) -> Ten
     return (ids[batch] if len(ids) > 1 else ids)[:, span].to(device)
 
 
-def _extent(ids: Tensor) -> tuple[int, int]:
-    """The lowest group, and how many there are from it to the highest."""
+def _indicator(ids: Tensor, like: Tensor) -> tuple[int, Tensor] | None:
+    """The lowest group of some positions, and 1 where position and group (from it) belong together, [1|b, c, N].
+
+    None where that would outweigh the block.
+    """
     members = ids[ids >= 0]
-    low = int(members.min()) if members.numel() else 0
-    return low, int(members.max()) - low + 1 if members.numel() else 0
-
-
-def _are_many(ids: Tensor) -> bool:
-    """Whether an indicator of these groups would outweigh the block."""
-    return ids.numel() * _extent(ids)[1] > _INDICATOR
-
-
-def _indicator(ids: Tensor, like: Tensor) -> tuple[int, Tensor]:
-    """The lowest group of some positions, and 1 where position and group (from it) belong together, [1|b, c, N]."""
-    low, count = _extent(ids)
-    groups = torch.arange(low, low + count, device=like.device)
+    low, high = (int(members.min()), int(members.max())) if members.numel() else (0, -1)
+    if ids.numel() * (high - low + 1) > _INDICATOR:
+        return None
+    groups = torch.arange(low, high + 1, device=like.device)
     return low, (ids.unsqueeze(-1) == groups).to(like.dtype)
 
 

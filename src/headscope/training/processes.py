@@ -69,7 +69,7 @@ def joined(device: str = "auto") -> Iterator[Processes]:
         RuntimeError: another process cannot be reached.
     """
     chosen = _device(device)
-    own = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+    own = processes() > 1 and not dist.is_initialized()
     if own:
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
