@@ -302,6 +302,25 @@ def test_the_gradient_in_parts_is_the_same_and_parameters_keep_theirs() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_the_gradient_goes_on_with_fewer_texts_where_memory_does_not_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
+    from headscope.effects import heads as module
+
+    inner = module.gate_gradients
+
+    def small(model: Any, ids: torch.Tensor, *rest: Any) -> Any:
+        return torch.empty(1 << 60) if len(ids) > 1 else inner(model, ids, *rest)  # as it fails on a CPU
+
+    model = llama()
+    whole = head_effects(model, TEXT, method="gradient")
+    monkeypatch.setattr(module, "gate_gradients", small)
+    found = head_effects(model, TEXT, method="gradient")
+    torch.testing.assert_close(found.per_example, whole.per_example, atol=1e-6, rtol=1e-5)
+    assert found.notes == (f"out of memory with {len(TEXT)} texts at a time: went on with {len(TEXT) // 2}",)
+    monkeypatch.setattr(module, "gate_gradients", lambda *given: torch.empty(1 << 60))
+    with pytest.raises(RuntimeError, match="memory"):
+        head_effects(model, TEXT, method="gradient")
+
+
 def test_the_gradient_works_where_parameters_are_frozen_and_gradients_off() -> None:
     model = llama().requires_grad_(False)
     with torch.no_grad():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from headscope.edits import edit, knock_out
 from headscope.recording import Recording, record
 from tests.tiny import bart, ids, llama, mistral
 from tests.zoo.reference import eager_maps
@@ -195,6 +196,63 @@ def test_an_encoder_decoder(make: Any, cache: str | None) -> None:
         difference = (matrix.dense() - whole).abs().amax((1, 3))
         rows = mask.bool() if whole.shape[2] == 7 else torch.ones(difference.shape, dtype=torch.bool)
         assert difference[rows].max() < 1e-5
+
+
+def drafting(noise: float = 0.05) -> tuple[nn.Module, nn.Module]:
+    """An encoder–decoder, and one like it whose drafts it often rejects."""
+    model, helper = bart(), bart()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in helper.parameters():
+            parameter.add_(noise * torch.randn(parameter.shape))
+    return model, helper
+
+
+def test_rejected_drafts_leave_no_rows_of_cross_attention() -> None:
+    model, helper = drafting()
+    text, rows, mask = ids(1, 9), [], torch.ones(1, 9, dtype=torch.long)
+    mask[0, 6:] = 0
+    attention = model.model.decoder.layers[1].encoder_attn
+    handle = attention.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
+    recording, tokens = generated(model, text, attention_mask=mask, assistant_model=helper, max_new_tokens=12)
+    handle.remove()
+    keep = tokens.shape[1] - 1
+    assert sum(rows) // 2 > keep  # more was computed than was kept
+    assert len({tuple(site.shape[2:3]) for site in recording.sites if "decoder" in site.name}) == 1
+    wanted = eager_maps(model, {"input_ids": text, "attention_mask": mask, "decoder_input_ids": tokens[:, :-1]})
+    assert len(recording) == len(wanted)
+    for name, matrix, whole in zip((site.name for site in recording.sites), recording, wanted, strict=True):
+        text_rows = slice(0, 6) if "encoder.layers" in name else slice(0, whole.shape[2])
+        found = matrix.dense()[:, :, : whole.shape[2], : whole.shape[3]]
+        assert (found - whole)[:, :, text_rows].abs().max() < 1e-4
+
+
+def test_a_link_of_cross_attention_is_knocked_out_where_it_stands_in_spite_of_rejected_drafts() -> None:
+    model, helper = drafting(0.3)
+    name = "model.decoder.layers.1.encoder_attn"
+    with edit(model, knock_out(10, 2, layers=name)), record(model) as recording:
+        tokens = model.generate(
+            ids(1, 9), assistant_model=helper, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    weights = recording[name].dense()[0, :, : tokens.shape[1] - 1, 2]
+    hidden = (weights == 0).all(0).nonzero().flatten().tolist()
+    assert hidden == [10]
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_steps_of_cross_attention_alone_are_one_run(drafts: bool) -> None:
+    model, helper = drafting()
+    text = ids(1, 9)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    with record(model, layers=["model.decoder.layers.1.encoder_attn"]) as recording:
+        tokens = model.generate(text, **options, **({"assistant_model": helper} if drafts else {}))
+    (matrix,) = recording
+    *_, whole = eager_maps(model, {"input_ids": text, "decoder_input_ids": tokens[:, :-1]})
+    assert (matrix.dense()[:, :, : whole.shape[2]] - whole).abs().max() < 1e-5
+    with record(model, layers=["model.decoder.layers.1.encoder_attn"]) as recording:
+        for _ in range(2):
+            model(input_ids=text, decoder_input_ids=tokens[:, :4])
+    assert [run[0].shape[2] for run in recording.runs] == [4, 4]  # not one text
 
 
 def test_a_model_of_speech() -> None:

@@ -77,6 +77,7 @@ def by_definition(page: Page) -> dict[str, Tensor]:
             add("confidence_raw", a.amax(-1))
             add("distance", (kept * (index - i).abs()).sum(-1))
             add("distance_raw", (a * (index - i).abs()).sum(-1))
+            add("text", (a * text[b]).sum(-1))
             add("sink", (a * (page.batch.sinks & page.batch.valid)[b]).sum(-1))
             add("first", a[:, 0])
             add("delimiter", (a * page.batch.delimiters[b]).sum(-1))
@@ -213,6 +214,39 @@ def test_a_head_that_gives_text_almost_nothing_has_no_role_from_it() -> None:
     matrix = AttentionMatrix(query, key, mask=masks.causal(), scale=1.0)
     (twice,) = batches([piece(41, end=False, period=20)])
     assert roles_of(matrix, batch_of(length), matrix, twice) == [{"rest"}]
+
+
+def test_a_head_that_rests_on_a_learned_sink_has_no_role_from_what_little_is_left() -> None:
+    """It looks at the token before with 4 % of its weight; the rest goes to a logit that no token has."""
+    length = 41
+    key = torch.eye(length).expand(1, 1, -1, -1)
+    query = torch.zeros(1, 1, length, length)
+    for i in range(2, length):
+        query[0, 0, i, i - 1] = 30.0
+    for sink, wanted in ((-math.inf, {"previous token"}), (30.0 + math.log(24), set())):
+        matrix = AttentionMatrix(query, key, mask=masks.causal(), scale=1.0, sinks=torch.tensor([sink]))
+        (twice,) = batches([piece(41, end=False, period=20)])
+        assert roles_of(matrix, batch_of(length), matrix, twice) == [wanted]
+        seen = Visibility(batch_of(length), masks.causal(), 1)
+        found = values(take(standard(), Page(matrix, seen)))
+        assert float(found["text"]) == pytest.approx(0.04 if sink > 0 else 1, abs=1e-5)
+
+
+def test_evidence_says_how_many_rows_could_choose() -> None:
+    """38 of 41 rows see two text keys or more; of repeats it is the 20 rows of the second copy. Three texts report."""
+    length, period = 41, 20
+    (twice,) = batches([piece(length, end=False, period=period)])
+    before = made([[max(0, i - 1) for i in range(length)]], length)
+    again = made([[i - period + 1 if i > period else 0 for i in range(length)]], length)
+    sums, null = Sums(), Sums()
+    for number in range(6):
+        for weights, batch in ((before, batch_of(length)), (again, twice)):
+            seen = Visibility(batch, masks.causal(), 1)
+            asked = [measure for measure in standard() if measure.reads(batch)]
+            given = weights_of([(f"{number}", number % 2)])
+            for into, page in ((sums, Page(weights, seen)), (null, Page(seen.uniform, seen))):
+                into.add(take(asked, page), 0, 1, given)
+    assert {row.role: row.examples for row in find_roles(sums, null)} == {"previous token": 3 * 39, "induction": 3 * 20}
 
 
 def test_a_head_is_reported_on_the_half_that_did_not_pick_it() -> None:

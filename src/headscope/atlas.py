@@ -20,9 +20,7 @@ from headscope.relations.score import RelationScore, scores
 from headscope.roles import Evidence, find_roles
 from headscope.statistics import cluster_bootstrap
 
-__all__ = ["FORMAT", "HeadAtlas", "Worth"]
-
-FORMAT = 1  # of the file and of the parts
+__all__ = ["HeadAtlas", "Worth"]
 
 
 @dataclass(eq=False)
@@ -199,7 +197,7 @@ class HeadAtlas:
         tensors |= {f"worth/{method}": value.contiguous() for method, value in self.worth.values.items()}
         tensors["worth_clean"] = self.worth.clean.contiguous()
         data = {
-            "format": FORMAT,
+            "format": atlas_file.FORMAT,
             "info": self.info,
             "relations": told,
             "rows": self.measured.sums.documents,
@@ -211,11 +209,7 @@ class HeadAtlas:
     @classmethod
     def from_parts(cls, tensors: dict[str, Tensor], data: dict[str, Any], where: str) -> HeadAtlas:
         """The atlas that :meth:`to_parts` took apart. Raises AtlasError when it was another version's."""
-        if data.get("format") != FORMAT:
-            raise AtlasError(
-                f"{where} is an atlas of format {data.get('format')!r}; this version reads format {FORMAT}. "
-                "Make it again with headscope heads, or use the version that wrote it."
-            )
+        atlas_file.check_format(data, where)
         try:
             measured = Measured()
             for name, sums in (("sums", measured.sums), ("null", measured.null)):
@@ -247,6 +241,7 @@ class HeadAtlas:
 
         Raises:
             AtlasError: Another model, other definitions, or a document that both have: it would count twice.
+                Collections of sentences and random tokens that both read count once.
         """
         for name, ours, theirs in (
             ("types", self.info["model"]["type"], other.info["model"]["type"]),
@@ -255,16 +250,15 @@ class HeadAtlas:
         ):
             if ours != theirs:
                 raise AtlasError(f"two atlases of different {name} cannot be merged: {self.name} and {other.name}.")
-        both = sorted(set(self.info["texts"]) & set(other.info["texts"]))
+        ours, known = self.info["texts"], set(self.info["texts"].values())
+        both = sorted(name for name, text in other.info["texts"].items() if name in ours or text in known)
         if both:
             raise AtlasError(f"both atlases hold {both[0]!r} and {len(both) - 1} more: they would be counted twice.")
         merged = HeadAtlas(self.info)
         merged.measured.merge(self.measured)
         merged.measured.merge(self._new_in(other))
         merged.relations.merge(self.relations)
-        if other.info["examples"] != self.info["examples"]:
-            self._check_examples(other)
-            merged.relations.merge(other.relations)
+        merged.relations.merge(self._new_relations(other))
         for part in (self, other):
             merged.worth.merge(part.worth)
         for name in ("documents", "examples", "texts"):
@@ -286,12 +280,22 @@ class HeadAtlas:
         new.notes, new.outputs = other.measured.notes, other.measured.outputs
         return new
 
-    def _check_examples(self, other: HeadAtlas) -> None:
-        both = sorted(set(self.info["examples"]) & set(other.info["examples"]))
+    def _new_relations(self, other: HeadAtlas) -> RelationCounts:
+        """The other atlas' counts without those of collections that both read."""
+        ours, theirs = self.info["examples"], other.info["examples"]
+        known = {held["sha256"] for held in ours.values()}
+        new = {name: held for name, held in theirs.items() if held["sha256"] not in known}
+        for name in sorted(set(new) & set(ours)):
+            raise AtlasError(f"both atlases hold sentences named {name!r}, and these differ: rename one of the files.")
+        again = {cluster for name, held in theirs.items() if name not in new for cluster in held["clusters"]}
+        here = again.union(*(held["clusters"] for held in ours.values()))
+        both = sorted(here & {cluster for held in new.values() for cluster in held["clusters"]})
         if both:
-            raise AtlasError(
-                f"both atlases hold the sentences {both[0]!r}, and others besides: they would count twice."
-            )
+            raise AtlasError(f"both atlases hold sentences of {both[0]!r}, in collections that differ.")
+        counts = other.relations.without(again)
+        counts.examples = sum(held["read"] for held in new.values())
+        counts.skipped = sum(held["too_long"] for held in new.values())
+        return counts
 
     @property
     def name(self) -> str:

@@ -5,6 +5,7 @@ docs/atlas.md says what lies where. Nothing is pickled: the sums are a safetenso
 
 from __future__ import annotations
 
+import base64
 import json
 import zlib
 from collections.abc import Mapping, Sequence
@@ -22,10 +23,13 @@ from headscope.files import whole_file
 if TYPE_CHECKING:
     from pyarrow import Table as Table
 
-__all__ = ["read", "table", "write"]
+__all__ = ["FORMAT", "check_format", "read", "table", "write"]
 
+FORMAT = 2  # of the file, and of the parts that it is made of
 _INFO, _STATE = b"headscope.atlas", b"headscope.sums"
-_MOST = 1 << 30  # bytes of sums that a file may unfold to
+_MOST = 1 << 32  # bytes of sums that a file may unfold to
+_TEXT = (1 << 31) - 1  # bytes of one entry in Parquet's metadata
+_LIMITS = {"thrift_string_size_limit": _TEXT, "thrift_container_size_limit": _TEXT}  # pyarrow's own stop at 100 MB
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -39,12 +43,30 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def write(path: Path, shown: Table, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
-    """Write the Parquet file, whole or not at all. Raises HeadscopeError when it cannot be written."""
+    """Write the Parquet file, whole or not at all.
+
+    Metadata is text in Parquet, hence base64; and the schema is left out of it, which would hold all of it again.
+
+    Raises:
+        AtlasError: The sums are more than such a file may hold.
+        HeadscopeError: It cannot be written.
+    """
     from pyarrow import parquet
 
-    metadata = {_INFO: json.dumps(data, ensure_ascii=False).encode(), _STATE: zlib.compress(save_tensors(tensors), 6)}
-    with whole_file(path) as scratch:
-        parquet.write_table(shown.replace_schema_metadata(metadata), scratch, compression="zstd")
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    packed = base64.b64encode(zlib.compress(save_tensors(tensors), 6)) if size <= _MOST else b""
+    if size > _MOST or len(packed) > _TEXT:
+        raise AtlasError(
+            f"{path} would hold {size >> 20} MB of sums, more than such a file can: profile the treebanks one by one, "
+            "each with an --out of its own."
+        )
+    metadata = {_INFO: json.dumps(data, ensure_ascii=False).encode(), _STATE: packed}
+    with (
+        whole_file(path) as scratch,
+        parquet.ParquetWriter(scratch, shown.schema, compression="zstd", store_schema=False) as writer,
+    ):
+        writer.write_table(shown)
+        writer.add_key_value_metadata(metadata)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -58,17 +80,28 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise AtlasError(f"There is no file {path}. headscope heads --out {path.name} makes one.")
     try:
-        metadata = parquet.read_schema(path).metadata or {}
+        with parquet.ParquetFile(path, **_LIMITS) as file:
+            metadata = file.metadata.metadata or {}
     except (ArrowException, OSError) as error:
         raise AtlasError(f"{path} is no Parquet file, or is cut short: {str(error).splitlines()[0]}") from None
     if _INFO not in metadata or _STATE not in metadata:
         raise AtlasError(f"{path} is a Parquet file, but not an atlas of heads: it has no {_INFO.decode()!r}.")
     try:
         data = json.loads(metadata[_INFO])
+        check_format(data, path)
         unfold = zlib.decompressobj()
-        packed = unfold.decompress(metadata[_STATE], _MOST)
+        packed = unfold.decompress(base64.b64decode(metadata[_STATE], validate=True), _MOST + (1 << 20))
         if unfold.unconsumed_tail:
             raise AtlasError(f"{path} unfolds to more than {_MOST >> 20} MB of sums: it is not one of ours.")
         return load_tensors(packed), data
     except (ValueError, zlib.error, safetensors.SafetensorError) as error:
         raise AtlasError(f"{path} is damaged: {error}") from None
+
+
+def check_format(data: Mapping[str, Any], where: object) -> None:
+    """Raises AtlasError when another version wrote this."""
+    if data.get("format") != FORMAT:
+        raise AtlasError(
+            f"{where} is an atlas of format {data.get('format')!r}; this version reads format {FORMAT}. "
+            "Make it again with headscope heads, or use the version that wrote it."
+        )

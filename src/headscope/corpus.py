@@ -20,7 +20,20 @@ from torch import Tensor
 from headscope.errors import TextError
 from headscope.models import Loaded
 
-__all__ = ["Batch", "Document", "Piece", "batches", "by_length", "cut", "default_documents", "documents_of", "repeats"]
+__all__ = [
+    "Batch",
+    "Document",
+    "Piece",
+    "batches",
+    "by_length",
+    "check_different",
+    "check_names",
+    "cut",
+    "default_documents",
+    "digest",
+    "documents_of",
+    "repeats",
+]
 
 _MODULES = [
     "argparse",
@@ -190,14 +203,32 @@ def _licence(package: str) -> str:
         return ""
 
 
-def digest(documents: Iterable[Document]) -> str:
-    """A hash of names and texts: the same corpus, the same hash."""
-    found = hashlib.sha256()
+def digest(document: Document) -> str:
+    """The sha256 of a document's text in UTF-8, whatever its name."""
+    return hashlib.sha256(document.read().encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def check_different(documents: Sequence[Document]) -> None:
+    """Read all documents: each must be a text of its own, or heads would be confirmed on what picked them.
+
+    Raises:
+        TextError: Two have one name or one text, or one cannot be read.
+    """
+    check_names(documents)
+    names: dict[str, str] = {}
     for document in documents:
-        text = document.read().encode("utf-8", "surrogatepass")
-        found.update(f"{document.name}\0{len(text)}\0".encode())
-        found.update(text)
-    return found.hexdigest()
+        other = names.setdefault(digest(document), document.name)
+        if other != document.name:
+            raise TextError(f"{other} and {document.name} hold the same text: give it once, it would count twice.")
+
+
+def check_names(documents: Sequence[Document]) -> None:
+    """Raises TextError when two documents have one name."""
+    names: set[str] = set()
+    for document in documents:
+        if document.name in names:
+            raise TextError(f"{document.name} is given twice: give it once, it would count twice.")
+        names.add(document.name)
 
 
 def cut(loaded: Loaded, document: Document, half: int, *, length: int = 512, most: int | None = None) -> list[Piece]:

@@ -6,9 +6,10 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, suppress
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +17,10 @@ import typer
 
 from headscope import corpus, models, terminal, terminal_heads
 from headscope.atlas import HeadAtlas
-from headscope.errors import AtlasError, HeadscopeError
+from headscope.errors import AtlasError, HeadscopeError, TextError, TreebankError
 from headscope.files import check_writable
+from headscope.relations import Example
+from headscope.survey import Plan
 from headscope.training.processes import processes, rank
 
 __all__ = ["add_heads"]
@@ -98,8 +101,9 @@ def add_heads(app: typer.Typer, reported: Reported, fetch: Callable[[str], None]
             for path in (out, figure):
                 if path is not None:
                     check_writable(path)
-            fresh = bool(text or treebank or again or out)
-            found = _held(model, atlas, fresh)
+            asked = {"--text": text, "--treebank": treebank, "--out": out, "--again": again, "--no-worth": not worth}
+            asked |= {"--length": length != Plan.length, "--pieces": pieces != Plan.pieces}
+            found = _held(model, atlas, [option for option, given in asked.items() if given])
             if found is None:
                 fetch(model)
                 found = _measure(model, text or [], treebank or [], out, worth=worth, length=length, pieces=pieces)
@@ -116,11 +120,15 @@ def add_heads(app: typer.Typer, reported: Reported, fetch: Callable[[str], None]
                 terminal.print_line(f"Figure: {figure}")
 
 
-def _held(model: str, given: Path | None, fresh: bool) -> HeadAtlas | None:
-    """The atlas of a file, or the one in the package; None if it has to be measured."""
+def _held(model: str, given: Path | None, asked: list[str]) -> HeadAtlas | None:
+    """The atlas of a file, or the one in the package; None if it has to be measured, as some options say."""
+    if given is not None and asked:
+        raise AtlasError(
+            f"--atlas shows what was measured, and {', '.join(asked)} would measure: leave one of them out."
+        )
     if given is not None:
         return HeadAtlas.load(given)
-    if fresh:
+    if asked:
         return None
     inside = resources.files("headscope") / "atlases" / f"{model}.parquet"
     if not re.fullmatch(r"[\w-]+", model) or not inside.is_file():
@@ -133,9 +141,8 @@ def _measure(
     model: str, texts: list[Path], treebanks: list[Path], out: Path | None, *, worth: bool, length: int, pieces: int
 ) -> HeadAtlas:
     """Profile the model; with several processes each does its share."""
-    from headscope.relations import chinese, english
     from headscope.relations.treebank import read_conllu
-    from headscope.survey import Plan, profile
+    from headscope.survey import profile
 
     if Path("-") in texts and processes() > 1:
         raise AtlasError(
@@ -144,10 +151,8 @@ def _measure(
     piped = sys.stdin.read() if Path("-") in texts else None
     files = [path for path in texts if path != Path("-")]
     documents = corpus.documents_of(files, text=piped) if texts else None
-    for document in documents or []:
-        document.read()  # so that what cannot be read is said before the work
-    examples = {"English frames": english(), "Chinese frames": chinese()}
-    examples |= {str(path): read_conllu(path) for path in treebanks}
+    corpus.check_different(documents or [])  # what cannot be used is said before the work
+    examples = _frames() | {str(path): read_conllu(path) for path in treebanks}
     loaded = models.load(model)
     plan = Plan(length=length, pieces=pieces, worth=Plan.worth if worth else 0)
     parts = None if out is None else out.with_name(out.name + ".parts")
@@ -157,7 +162,7 @@ def _measure(
         found = profile(loaded, documents, examples=examples, plan=plan, parts=parts, on_part=tell)
     if out is not None and parts is not None:
         if rank() == 0:
-            found.save(out)
+            HeadAtlas.load(found.save(out))  # can it be read? only then may what it was made of go
             _remove(parts)
             terminal.print_line(f"Atlas: {out}")
         else:
@@ -197,18 +202,50 @@ def _one_head(atlas: HeadAtlas, head: str) -> None:
     _examples(atlas, loaded, layer, number)
 
 
-def _examples(atlas: HeadAtlas, loaded: models.Loaded, layer: int, head: int) -> None:
-    from headscope.examples import pair_looks, token_looks
+def _frames() -> dict[str, list[Example]]:
+    """The sentences that come with the package."""
     from headscope.relations import chinese, english
 
+    return {"English frames": english(), "Chinese frames": chinese()}
+
+
+def _examples(atlas: HeadAtlas, loaded: models.Loaded, layer: int, head: int) -> None:
+    """Examples from the texts and sentences that the atlas was made of, as far as they are still here."""
+    from headscope.examples import pair_looks, token_looks
+
     with terminal.running("reading examples") as _:
-        best, worst = token_looks(loaded, corpus.default_documents(), layer, head)
+        documents = list(islice(_texts_of(atlas), 4))
+        if not documents:
+            terminal.print_line(
+                "The atlas' texts are not here, or have changed: examples are from texts of this machine."
+            )
+        best, worst = token_looks(loaded, documents or corpus.default_documents(), layer, head)
     terminal_heads.print_examples(best, worst)
     scored = [row for row in atlas.relation_scores() if (row.layer, row.head) == (layer, head) and not row.too_fixed]
     for row in sorted(scored, key=lambda row: row.baseline - row.accuracy)[:1]:
-        given = [
-            e for e in [*english(), *chinese()] if e.half == 1 and any(p.relation == row.relation for p in e.pairs)
-        ]
+        given = [e for e in _sentences_of(atlas) if e.half == 1 and any(p.relation == row.relation for p in e.pairs)]
         looks = pair_looks(loaded, given[::3][:24], row.relation, layer, head, reverse=row.direction != row.relation)
         if looks:
             terminal_heads.print_pairs(looks, row.direction)
+
+
+def _texts_of(atlas: HeadAtlas) -> Iterator[corpus.Document]:
+    """Those of the atlas' texts that can be read again, and are as they were."""
+    known = {document.name: document for document in corpus.default_documents()}
+    for name, held in atlas.info["texts"].items():
+        document = known.get(name) or corpus.documents_of([Path(name)])[0]
+        with suppress(TextError):
+            if corpus.digest(document) == held:
+                yield document
+
+
+def _sentences_of(atlas: HeadAtlas) -> list[Example]:
+    """The sentences of the atlas' collections; of treebanks, those whose files are still here."""
+    from headscope.relations.treebank import read_conllu
+
+    frames = _frames()
+    found: list[Example] = []
+    for name in atlas.info["examples"]:
+        with suppress(TreebankError):
+            found += frames[name] if name in frames else read_conllu(name)
+    return found

@@ -32,6 +32,7 @@ class Role:
         about: What such a head does.
         over_text: Whether the measure leaves sinks out.
         is_null: Whether it is what an even head does, so that there is nothing for it to be better than.
+        counted: The column whose denominator is the number of rows behind the measure; its own if empty.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Role:
     about: str
     over_text: bool = False
     is_null: bool = False
+    counted: str = ""
 
 
 ROLES: tuple[Role, ...] = (
@@ -50,8 +52,16 @@ ROLES: tuple[Role, ...] = (
     Role("induction", "induction", 0.4, "ours", "finds what came after the same token before (arXiv 2209.11895)"),
     Role("duplicate", "duplicate", 0.4, "ours", "finds the same token before"),
     Role("rest", "first", 0.3, "arXiv 2410.10781", "rests on the first position: a sink"),
-    Role("broad", "entropy_share", 0.8, "ours", "looks at everything nearly evenly", is_null=True),
-    Role("delimiter", "delimiter", 0.5, "ours", "looks at punctuation and line ends (arXiv 1906.04341)", True),
+    Role("broad", "entropy_share", 0.8, "ours", "looks at everything nearly evenly", is_null=True, counted="entropy"),
+    Role(
+        "delimiter",
+        "delimiter",
+        0.5,
+        "ours",
+        "looks at punctuation and line ends (arXiv 1906.04341)",
+        over_text=True,
+        counted="delimiter_raw",
+    ),
 )
 
 
@@ -70,7 +80,7 @@ class Evidence:
         high: Its upper end.
         picked: The measure on the half that chose it.
         p: For a relation, after Holm's correction over all heads and both directions; NaN otherwise.
-        examples: Rows of text, or pairs, behind the score.
+        examples: Rows that could choose, or pairs, behind the score; of repeats the rows of the second copy.
         documents: From how many documents, or frames.
     """
 
@@ -109,8 +119,8 @@ def find_roles(
 
 
 def _on_text(sums: Sums) -> Tensor | None:
-    """What each head gives to text: 1 minus what rests on sinks."""
-    return 1 - sums.value("sink") if "sink" in sums.values else None
+    """What each head gives to text: the rest lies on special tokens, or on a sink that the model learned."""
+    return sums.value("text") if "text" in sums.values else None
 
 
 def _of_measure(role: Role, sums: Sums, null: Sums, on_text: Tensor | None, halves: dict[str, int]) -> list[Evidence]:
@@ -125,6 +135,7 @@ def _of_measure(role: Role, sums: Sums, null: Sums, on_text: Tensor | None, halv
     holds &= (low > even) | role.is_null
     if role.over_text and on_text is not None:
         holds &= on_text >= LEAST_TEXT
+    behind = sums.values[role.counted or role.column][1, 1]
     rows = [
         Evidence(
             role=role.name,
@@ -136,7 +147,7 @@ def _of_measure(role: Role, sums: Sums, null: Sums, on_text: Tensor | None, halv
             high=float(high[layer, head]),
             picked=float(picked[layer, head]),
             p=math.nan,
-            examples=sum(sums.documents.get(name, 0) for name in documents),
+            examples=round(float(behind[layer, head])),
             documents=len(documents),
         )
         for layer, head in holds.nonzero().tolist()

@@ -1,43 +1,39 @@
-"""profile(): all measures, relations and effects of a model over a corpus, in parts that are saved and never lost.
+"""profile(): all measures, relations and effects of a model over a corpus.
 
-The work is cut into parts that do not depend on who does them. Each is written whole or not at all; processes take
-turns (part i belongs to process i modulo their number), a run that was killed does only what is not there yet, and
-parts are added up in the order of their names, so that any number of processes gives the same sums.
+The work is cut into parts that do not depend on who does them, and which are added up in the order of their names:
+any number of processes, and a run that was killed and begun again, give the same sums.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headscope import corpus
-from headscope.atlas import FORMAT, HeadAtlas, Worth
+from headscope.atlas import HeadAtlas, Worth
 from headscope.corpus import Document, Piece
 from headscope.effects import head_effects
 from headscope.errors import AtlasError
 from headscope.measures import Measure, standard
 from headscope.models import Loaded, reader
+from headscope.parts import Parts, Told
 from headscope.profiling import columns_of, measure
 from headscope.recording import record
 from headscope.relations import Example, count_relations, reads
 from headscope.seam import AttentionCall
-from headscope.training.processes import processes, rank
+from headscope.training.processes import processes
 
 __all__ = ["Plan", "profile", "weights_hash"]
 
 _DOCUMENTS, _EXAMPLES = 4, 200  # of texts and sentences in one part
-Told = Callable[[int, int, str], None]
+_LEVEL, _PICKERS = 0.05, 3  # a role's level, and the fewest clusters whose agreement reaches it on the half that picks
 
 
 @dataclass(frozen=True)
@@ -87,8 +83,9 @@ class _Survey:
             work["repeats-00000000"] = self._repeats
         for name, examples in self.examples.items():
             for start in range(0, len(examples), _EXAMPLES):
-                part = examples[start : start + _EXAMPLES]
-                work[f"relations-{_short(name)}-{start:08d}"] = lambda part=part: self._relations(part)  # type: ignore[misc]
+                given = examples[start : start + _EXAMPLES]
+                part = f"relations-{hashlib.sha256(name.encode()).hexdigest()[:12]}-{start:08d}"
+                work[part] = lambda name=name, given=given: self._relations(name, given)  # type: ignore[misc]
         return work
 
     def second(self) -> dict[str, Callable[[], HeadAtlas]]:
@@ -115,7 +112,7 @@ class _Survey:
                 part.measured.notes.append(told + "--pieces 0 reads all.")
             pieces += found
             part.info["documents"][document.name] = half
-            part.info["texts"][document.name] = corpus.digest([document])
+            part.info["texts"][document.name] = corpus.digest(document)
         notes = part.measured.notes
         part.measured = measure(self.loaded, pieces, self.measures, tokens=self.plan.tokens)
         part.measured.notes = list(dict.fromkeys(notes + part.measured.notes))
@@ -129,24 +126,29 @@ class _Survey:
         part.measured = measure(self.loaded, pieces, self.measures, tokens=plan.tokens)
         return part
 
-    def _relations(self, examples: Sequence[Example]) -> HeadAtlas:
+    def _relations(self, name: str, examples: Sequence[Example]) -> HeadAtlas:
         part = HeadAtlas(self.info | {"documents": {}, "texts": {}, "examples": {}})
         note = part.measured.notes.append
         part.relations = count_relations(self.loaded, examples, batch_tokens=self.plan.tokens, on_note=note)
+        part.info["examples"][name] = {"read": part.relations.examples, "too_long": part.relations.skipped}
         return part
 
     def _worth(self, number: int) -> HeadAtlas:
         part = HeadAtlas(self.info | {"documents": {}, "texts": {}, "examples": {}})
         document = self.documents[number]
         pieces = corpus.cut(self.loaded, document, 0, length=self.plan.worth_tokens, most=1)
-        if not pieces or self.means is None:
+        if not pieces:
             return part
         ids = torch.tensor([pieces[0].ids], device=self.loaded.model.device)
         entry, _ = reader(self.loaded.model)  # the heads that were measured: of two sides, the encoder's
         values: dict[str, Tensor] = {}
         zero = head_effects(entry, ids)
         values["ablation_zero"] = zero.per_example.double()
-        values["ablation_mean"] = head_effects(entry, ids, to=self.means).per_example.double()
+        if self.means is None:
+            told = "Ablation to the mean is left out: the heads' outputs are not of one shape in all layers."
+            part.measured.notes.append(told)
+        else:
+            values["ablation_mean"] = head_effects(entry, ids, to=self.means).per_example.double()
         if zero.unit != "1 - cosine":  # whose derivative is zero at the clean run
             values["gradient"] = head_effects(entry, ids, method="gradient").per_example.double()
         part.worth = Worth(values, zero.clean.double(), [document.name], zero.unit)
@@ -176,26 +178,71 @@ def profile(
         on_part: Told after each part how many are done, of how many, and what it was.
 
     Raises:
-        AtlasError: The folder holds the parts of other work, or several processes have no folder.
-        TextError: A document cannot be read.
+        AtlasError: The folder holds the parts of other work, or several processes have no folder; two documents or
+            two collections are the same.
+        TextError: A document cannot be read, or two have one name.
     """
     count = processes()
     if count > 1 and parts is None:
         raise AtlasError(f"{count} processes share work through a folder: give parts=, or --out on the command line.")
     given = corpus.default_documents() if documents is None else list(documents)
+    corpus.check_names(given)
     chosen, refused = _readable(loaded, examples or {})
+    collections = _collections(chosen)
     plan = plan or Plan()
     taken = tuple(measures) if measures is not None else standard()
     survey = _Survey(loaded, given, chosen, taken, plan, {}, _head_counts(loaded))
     survey.info = _info(survey)
-    works = _Parts(survey, parts, rank(), count, on_part)
+    told = {"info": survey.info, "documents": [d.name for d in given], "examples": collections}
+    works = Parts(parts, told, given, on_part)
     first = works.run(survey.first(), len(survey.second()))
     survey.means = _means(first)
     second = works.run(survey.second(), 0)
-    atlas = _together([*first, *second], survey.info)
-    atlas.info["examples"] = {name: [e.language, len(e_s)] for name, e_s in chosen.items() for e in e_s[:1]}
-    atlas.measured.notes = list(dict.fromkeys(atlas.measured.notes + refused + _too_few(atlas)))
+    atlas = _together([*first, *second], survey.info | {"examples": collections})
+    notes = refused + _too_long(atlas) + _too_few(atlas) + _too_few_clusters(atlas, chosen)
+    atlas.measured.notes = list(dict.fromkeys(atlas.measured.notes + notes))
     return atlas
+
+
+def _collections(examples: dict[str, list[Example]]) -> dict[str, dict[str, Any]]:
+    """What an atlas keeps of each collection, so that none counts twice where two atlases are merged."""
+    found: dict[str, dict[str, Any]] = {}
+    names: dict[str, str] = {}
+    for name, given in examples.items():
+        same = hashlib.sha256(repr(given).encode("utf-8", "surrogatepass")).hexdigest()
+        if names.setdefault(same, name) != name:
+            raise AtlasError(f"{names[same]} and {name} hold the same sentences: give them once.")
+        clusters = sorted({example.cluster for example in given})
+        found[name] = {"language": given[0].language, "sha256": same, "clusters": clusters}
+    return found
+
+
+def _too_long(atlas: HeadAtlas) -> list[str]:
+    """A note for each collection with sentences that the model cannot read."""
+    return [
+        f"{name}: {held['too_long']} of {held['read'] + held['too_long']} sentences are longer than the model reads, "
+        "and were left out."
+        for name, held in atlas.info["examples"].items()
+        if held["too_long"]
+    ]
+
+
+def _too_few_clusters(atlas: HeadAtlas, examples: dict[str, list[Example]]) -> list[str]:
+    """A note for each collection in which even a head that is always right cannot get a role.
+
+    All of C clusters agreeing is T = √C (see statistics.cluster_score_test), and Holm's correction multiplies its
+    p by the number of heads and of directions.
+    """
+    fewest = next(c for c in range(1, 1000) if math.erfc((c / 2) ** 0.5) * len(atlas) < _LEVEL)
+    notes = []
+    for name, given in examples.items():
+        halves = [len({example.cluster for example in given if example.half == half}) for half in (0, 1)]
+        if halves[0] < _PICKERS or halves[1] < fewest:
+            notes.append(
+                f"{name} has {sum(halves)} documents ({halves[0]} to pick heads, {halves[1]} to confirm them): too few "
+                f"for roles that come from it, which with {len(atlas)} heads take {_PICKERS} and {fewest}."
+            )
+    return notes
 
 
 def _too_few(atlas: HeadAtlas) -> list[str]:
@@ -221,104 +268,23 @@ def _readable(loaded: Loaded, examples: dict[str, list[Example]]) -> tuple[dict[
     return chosen, refused
 
 
-class _Parts:
-    """Does the parts that are this process's and are not there yet; gives all, in the order of their names."""
-
-    def __init__(self, survey: _Survey, folder: Path | None, rank: int, count: int, on_part: Told | None) -> None:
-        self.survey, self.folder, self.rank, self.count, self.on_part = survey, folder, rank, count, on_part
-        self.done = 0
-        self._named = {document.name: document for document in survey.documents}
-        if folder is not None:
-            self._claim(folder)
-
-    def _claim(self, folder: Path) -> None:
-        """Make the folder, or see that it is this work's."""
-        folder.mkdir(parents=True, exist_ok=True)
-        mine = json.dumps({"format": FORMAT, "work": _fingerprint(self.survey)}, sort_keys=True)
-        path = folder / "work.json"
-        if not path.exists():
-            scratch = folder / f".work-{self.rank}-{os.getpid()}"
-            scratch.write_text(mine, "utf-8")
-            os.replace(scratch, path)
-        if path.read_text("utf-8") != mine:
-            raise AtlasError(
-                f"{folder} holds the finished parts of other work (another model, text, plan or version). "
-                "Remove the folder, or give another --out."
-            )
-
-    def run(self, work: dict[str, Callable[[], HeadAtlas]], later: int) -> list[HeadAtlas]:
-        """Do one round of parts."""
-        of = self.done + len(work) + later
-        here: dict[str, HeadAtlas] = {}
-        for number, name in enumerate(sorted(work)):
-            if self.folder is None:
-                here[name] = work[name]()
-            elif number % self.count == self.rank:
-                held = self._load(name)
-                if held is None:
-                    self._save(name, work[name]())
-                else:
-                    self._check_texts(held)
-            self.done += 1
-            if self.on_part is not None:
-                self.on_part(self.done, of, name.partition("-")[0])
-        if self.folder is None:
-            return [here[name] for name in sorted(here)]
-        return list(self._gather(sorted(work)))
-
-    def _check_texts(self, part: HeadAtlas) -> None:
-        """Raise AtlasError if a text has changed since its part was finished."""
-        for name, held in part.info["texts"].items():
-            if held != corpus.digest([self._named[name]]):
-                raise AtlasError(
-                    f"{self.folder} holds what was measured on another text named {name!r}: remove it, "
-                    "or give another --out."
-                )
-
-    def _gather(self, names: Sequence[str]) -> Iterator[HeadAtlas]:
-        """Everybody's parts; waits for those that another process is still at."""
-        for name in names:
-            part = self._load(name)
-            while part is None:
-                time.sleep(0.5)
-                part = self._load(name)
-            yield part
-
-    def _path(self, name: str) -> Path:
-        assert self.folder is not None  # asked only where there is one
-        return self.folder / f"{name}.safetensors"
-
-    def _save(self, name: str, part: HeadAtlas) -> None:
-        tensors, data = part.to_parts()
-        tensors |= {f"outputs/{key}": value for key, value in part.measured.outputs.items()}
-        scratch = self._path(name).with_suffix(f".{self.rank}-{os.getpid()}.tmp")
-        save_file(tensors, scratch, metadata={"headscope": json.dumps(data)})
-        os.replace(scratch, self._path(name))
-
-    def _load(self, name: str) -> HeadAtlas | None:
-        path = self._path(name)
-        if not path.exists():
-            return None
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                data = json.loads(file.metadata()["headscope"])
-            tensors = load_file(path)
-        except (safetensors.SafetensorError, KeyError, ValueError) as error:
-            raise AtlasError(f"{path} is damaged ({error}): remove it, and give the same command again.") from None
-        part = HeadAtlas.from_parts(tensors, data, str(path))
-        part.measured.outputs = {n.removeprefix("outputs/"): t for n, t in tensors.items() if n.startswith("outputs/")}
-        return part
-
-
 def _together(parts: Sequence[HeadAtlas], info: dict[str, Any]) -> HeadAtlas:
     """All parts as one atlas: added up in the order given."""
-    atlas = HeadAtlas(info | {"documents": {}, "texts": {}, "examples": {}})
+    atlas = HeadAtlas(info | {"documents": {}, "texts": {}})
+    names: dict[str, str] = {}
     for part in parts:
         atlas.measured.merge(part.measured)
         atlas.relations.merge(part.relations)
         atlas.worth.merge(part.worth)
-        for name in ("documents", "texts"):
-            atlas.info[name] |= part.info[name]
+        for name, half in part.info["documents"].items():
+            atlas.info["documents"][name] = half
+        for name, text in part.info["texts"].items():
+            if names.setdefault(text, name) != name:
+                raise AtlasError(f"{names[text]} and {name} hold the same text: give it once, it would count twice.")
+            atlas.info["texts"][name] = text
+        for name, counted in part.info["examples"].items():
+            held = atlas.info["examples"][name]
+            held |= {key: held.get(key, 0) + number for key, number in counted.items()}
     atlas.worth = atlas.worth.sorted()
     return atlas
 
@@ -374,16 +340,3 @@ def _info(survey: _Survey) -> dict[str, Any]:
         "plan": vars(survey.plan) | {},
         "versions": {name: version(name) for name in ("headscope", "torch", "transformers")},
     }
-
-
-def _fingerprint(survey: _Survey) -> str:
-    told = {
-        "info": survey.info,
-        "documents": [document.name for document in survey.documents],
-        "examples": {name: _short(repr(given)) for name, given in survey.examples.items()},
-    }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]

@@ -20,6 +20,34 @@ class Fault:
 
 FAULTS = [
     Fault(
+        "rows of rejected drafts stay in cross-attention",
+        "recording/record.py",
+        "joined.add(call, kind, shared, max(cut, default=0))",
+        "joined.add(call, kind, shared)",
+        "test_generate.py::test_rejected_drafts_leave_no_rows_of_cross_attention",
+    ),
+    Fault(
+        "rows of rejected drafts move a link that is knocked out",
+        "recording/place.py",
+        " - (gone - self._rejected.get(site, 0))",
+        "",
+        "test_generate.py::test_a_link_of_cross_attention_is_knocked_out_where_it_stands_in_spite_of_rejected_drafts",
+    ),
+    Fault(
+        "sentences that both atlases read count twice",
+        "atlas.py",
+        "counts = other.relations.without(again)",
+        "counts = other.relations.without(())",
+        "test_atlas.py::test_atlases_that_share_sentences_count_them_once",
+    ),
+    Fault(
+        "what rests on a learned sink counts as text",
+        "roles.py",
+        'return sums.value("text") if "text" in sums.values else None',
+        'return 1 - sums.value("sink") if "sink" in sums.values else None',
+        "test_measures.py::test_a_head_that_rests_on_a_learned_sink_has_no_role_from_what_little_is_left",
+    ),
+    Fault(
         "a mask is not moved with the window that a cache holds",
         "multihead.py",
         "near & shifted(seen, keys, k.shape[2])",
@@ -49,8 +77,8 @@ FAULTS = [
     ),
     Fault(
         "a changed text is taken for the one that was measured",
-        "survey.py",
-        "held != corpus.digest([self._named[name]])",
+        "parts.py",
+        "held != corpus.digest(self._named[name])",
         "not held",
         "test_atlas.py::test_a_text_that_changed_since_its_part_was_finished_is_refused",
     ),

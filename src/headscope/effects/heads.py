@@ -12,7 +12,7 @@ from headscope.effects.answers import Metric, away_from, next_token_loss, option
 from headscope.effects.gradient import gate_gradients
 from headscope.effects.rows import Change, Rows, Site, Survey, Target, survey
 from headscope.effects.table import HeadEffects
-from headscope.errors import EditError
+from headscope.errors import EditError, is_out_of_memory
 from headscope.seam import AttentionCall
 
 __all__ = ["head_effects"]
@@ -169,21 +169,29 @@ def _by_gradient(question: _Question, batch_bytes: int, on_progress: Callable[[i
         )
     metric, unit = question.metric_for(plain)
     targets = question.chosen(plain.sites)
-    step = max(1, batch_bytes // (plain.row_bytes * (4 + len(plain.sites))))
-    tables, clean = [], []
-    for start in range(0, ids.shape[0], step):
+    step = min(ids.shape[0], max(1, batch_bytes // (plain.row_bytes * (4 + len(plain.sites)))))
+    tables, clean, notes, start = [], [], [], 0
+    while start < ids.shape[0]:
         part = slice(start, start + step)
         mask = None if question.attention_mask is None else question.text[part]
-        table, values = gate_gradients(model, ids[part], mask, question.text[part], metric, extra)
+        try:
+            table, values = gate_gradients(model, ids[part], mask, question.text[part], metric, extra)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or step == 1:
+                raise
+            notes.append(f"out of memory with {step} texts at a time: went on with {step // 2}")
+            step //= 2
+            continue
         tables.append(table.abs())
         clean.append(values)
+        start = min(start + step, ids.shape[0])
         if on_progress is not None:
-            on_progress(len(targets) * min(start + step, ids.shape[0]), len(targets) * ids.shape[0])
+            on_progress(len(targets) * start, len(targets) * ids.shape[0])
     wanted = torch.zeros(tables[0].shape[1:], dtype=torch.bool)
     for target in targets:
         wanted[target.layer, target.heads[0]] = True
     per_example = torch.cat(tables).masked_fill(~wanted, torch.nan)
-    return HeadEffects(per_example.mean(0), per_example, torch.cat(clean), unit, "gradient")
+    return HeadEffects(per_example.mean(0), per_example, torch.cat(clean), unit, "gradient", tuple(notes))
 
 
 def _writes(to: Tensor | None) -> Change:

@@ -133,6 +133,7 @@ class Sinks(Measure):
     """What rests on positions that mean nothing, or little."""
 
     columns = (
+        Column("text", "weight on text: neither special tokens nor a sink that the model learned", "share", _GU),
         Column("sink", "weight on the start token and other special tokens", "share", _GU),
         Column("first", "weight on the first position alone", "share", _GU, evidence=True),
         Column("delimiter", "weight on punctuation and line ends ÷ weight on text", "share", _CLARK, True, True),
@@ -147,6 +148,7 @@ class Sinks(Measure):
         """Each mass over rows; delimiters also over the weight on text."""
         _, sink, first, delimiter = page.over_rows(page.answers["mass"]).unbind(-1)
         return {
+            "text": Ratio(_on_text(page), page.count),
             "sink": Ratio(sink, page.count),
             "first": Ratio(first, page.count),
             "delimiter": Ratio(delimiter, _on_text(page)),

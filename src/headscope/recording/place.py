@@ -26,6 +26,7 @@ class Tracker:
 
     def __init__(self) -> None:
         self._held: dict[tuple[int, str, int], tuple[Tensor, Place, int]] = {}
+        self._rejected: dict[tuple[int, str, int], int] = {}  # rows of rejected drafts at each site, so far
 
     def place(self, call: AttentionCall) -> Place:
         """Where this call stands. Self-attention's queries are the last of its keys; a cross-attention's begin at 0."""
@@ -38,9 +39,12 @@ class Tracker:
             if before is None or how is None:
                 place = Place(0 if call.is_cross else max(0, keys - rows), 0)
             elif how[0] == "cross":
-                place = Place(before[1].first_row + before[2], 0)
+                gone = max((n for (thread, *_), n in self._rejected.items() if thread == site[0]), default=0)
+                place = Place(before[1].first_row + before[2] - (gone - self._rejected.get(site, 0)), 0)
+                self._rejected[site] = gone
             elif how[0] == "cut":
                 place = Place(keys - rows, 0)
+                self._rejected[site] = self._rejected.get(site, 0) + before[0].shape[2] - how[1]
             else:
                 first_key = before[1].first_key + before[0].shape[2] - how[1]
                 place = Place(first_key + how[1], first_key)

@@ -77,6 +77,7 @@ class Run(Sequence[AttentionMatrix]):
     def __init__(self, sites: Iterable[SiteCalls] = (), valid: Tensor | None = None) -> None:
         self.calls_of_sites = list(sites)
         self.valid = valid
+        self.witness: SiteCalls | None = None  # a self-attention that nobody asked for, where only cross-attention is
         self._matrices: dict[int, tuple[torch.Size, AttentionMatrix]] = {}
 
     def __len__(self) -> int:
@@ -109,8 +110,8 @@ class Run(Sequence[AttentionMatrix]):
         listed = ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
         raise RecordingError(f"no attention site is called {name!r}; there are {len(names)}: {listed}")
 
-    def join(self, calls: list[Captured], valid: Tensor | None) -> bool:
-        """Take a forward's calls if they go on where this run is; otherwise leave it as it is."""
+    def join(self, calls: list[Captured], valid: Tensor | None, witness: Captured | None = None) -> bool:
+        """Take a forward's calls if they, or its witness, go on where this run is; otherwise leave it as it is."""
         known = {(site.name, site.occurrence): site for site in self.calls_of_sites}
         plans: list[tuple[SiteCalls | None, Captured, tuple[str, int]]] = []
         for call in calls:
@@ -122,14 +123,20 @@ class Run(Sequence[AttentionMatrix]):
                 plans.append((site, call, how))
             else:
                 plans.append((None, call, ("new", 0)))
+        if witness is not None and self.witness is not None:
+            how = self.witness.continues(witness)
+            if how is None:
+                return False
+            plans.append((self.witness, witness, how))
         kinds = {how[0] for _, _, how in plans}
         if not kinds & {"grow", "cut", "new"}:
             return False
+        cut = [site.rejected(shared) for site, _, (kind, shared) in plans if site is not None and kind == "cut"]
         for joined, call, (kind, shared) in plans:
             if joined is None:
                 self.calls_of_sites.append(SiteCalls.of(call))
             else:
-                joined.add(call, kind, shared)
+                joined.add(call, kind, shared, max(cut, default=0))
         self.valid = valid if valid is not None else self.valid
         return True
 
@@ -247,6 +254,7 @@ class _Recorder:
         self.forwards = 0
         self._lock = threading.Lock()
         self._pending: dict[int, list[Captured]] = {}
+        self._witness: dict[int, Captured] = {}
         self._current: dict[int, Run] = {}
 
     def saw(self, call: AttentionCall, forward: Forward) -> None:
@@ -260,6 +268,9 @@ class _Recorder:
                 with invisible() if self.detach else torch.enable_grad():
                     captured = capture(call, self.keep, self.detach)
                 self._pending.setdefault(id(forward), []).append(captured)
+        elif self.reduce is None and not call.is_cross and id(forward) not in self._witness:
+            with invisible():
+                self._witness[id(forward)] = capture(call, ("query", "key"), True)
         if self.on_call is not None:
             self.on_call(call)
 
@@ -275,7 +286,7 @@ class _Recorder:
     def ended(self, forward: Forward) -> None:
         """A forward is over: it continues this thread's run, or begins another. One that failed is no run."""
         with self._lock, invisible():
-            calls = self._pending.pop(id(forward), [])
+            calls, witness = self._pending.pop(id(forward), []), self._witness.pop(id(forward), None)
             if forward.failed:
                 return
             self.forwards += 1
@@ -283,8 +294,11 @@ class _Recorder:
             if not calls:
                 return
             current = self._current.get(threading.get_ident())
-            if current is None or not current.join(calls, forward.valid):
+            if not all(call.is_cross for call in calls):
+                witness = None
+            if current is None or not current.join(calls, forward.valid, witness):
                 current = Run([SiteCalls.of(call) for call in calls], forward.valid)
+                current.witness = None if witness is None else SiteCalls.of(witness)
                 self._current[threading.get_ident()] = current
                 self.recording.runs.append(current)
 
@@ -328,8 +342,7 @@ def record(
     Args:
         model: a torch module: transformers, torch.nn, or any code that calls scaled_dot_product_attention.
         tokens: kept with the recording, so that answers can be given in words.
-        layers: only these sites, by number in the order of calls or by module name. With sites of cross-attention
-            alone each step of a generation is a run of its own: their keys do not tell that it goes on.
+        layers: only these sites, by number in the order of calls or by module name.
         keep: "query" and "key", and if wanted "value" and "output" (P @ V).
         reduce: answer these reductions (or call this function) at each call and keep nothing else; the answers
             are in ``recording.answers``.

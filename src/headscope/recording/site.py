@@ -30,6 +30,7 @@ class Captured:
     proof: float | None
     dropout_p: float
     edited: bool
+    is_cross: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,16 @@ def capture(call: AttentionCall, keep: Sequence[str], detach: bool) -> Captured:
     value = hold(call.value[:, :, : scores.shape[3]]) if "value" in keep else None
     output = hold(call.head_outputs()) if "output" in keep else None
     return Captured(
-        call.name, call.occurrence, call.way, scores, value, output, call.proof, call.dropout_p, call.edited
+        call.name,
+        call.occurrence,
+        call.way,
+        scores,
+        value,
+        output,
+        call.proof,
+        call.dropout_p,
+        call.edited,
+        call.is_cross,
     )
 
 
@@ -174,12 +184,20 @@ class SiteCalls:
         again = how is not None and how[0] == "cross" and _same(call.scores.query, self.queries[-1])
         return None if again else how  # the same queries once more: a forward of its own
 
-    def add(self, call: Captured, how: str, shared: int) -> None:
-        """Join a call that continues this site."""
+    def rejected(self, keep: int) -> int:
+        """How many rows are forgotten when only the first ``keep`` keys are kept: those of rejected drafts."""
+        return self.shape[3] - keep
+
+    def add(self, call: Captured, how: str, shared: int, rejected: int = 0) -> None:
+        """Join a call that continues this site; of a cross-attention the last ``rejected`` rows are forgotten."""
         scores = call.scores
         _, _, rows, keys = scores.shape
         if how == "cut":
-            self._cut(shared)
+            self._cut(self.shape[2] - self.rejected(shared))
+            self.key = self.key[:, :, :shared]
+            self.values = None if self.values is None else self.values[:, :, :shared]
+        elif how == "cross" and rejected:
+            self._cut(self.shape[2] - rejected, cross=True)
         first_row = self.shape[2]
         if how == "grow" and shared < self.key.shape[2]:
             dropped = self.key.shape[2] - shared
@@ -195,20 +213,16 @@ class SiteCalls:
         self.dropout_p = max(self.dropout_p, call.dropout_p)
         self.edited = self.edited or call.edited
 
-    def _cut(self, keep: int) -> None:
-        """Forget the rows at and after position ``keep``: their tokens were rejected."""
-        first = self.shape[3] - self.shape[2]
-        rows = keep - first
+    def _cut(self, rows: int, cross: bool = False) -> None:
+        """Keep the first rows: the tokens of the others were rejected."""
         query = torch.cat(self.queries, 2)[:, :, :rows]
+        batch, heads = self.shape[:2]
         parts = []
         for part in self.parts:
             left = min(part.num_rows, rows - part.first_row)
             if left > 0:
-                parts.append(_shortened(part, left, *self.shape[:2]))
+                parts.append(_shortened(part, left, batch, heads, cross))
         self.queries, self.parts = [query], parts
-        self.key = self.key[:, :, :keep]
-        if self.values is not None:
-            self.values = self.values[:, :, :keep]
 
     def scores(self) -> Scores:
         """The joined operands."""
@@ -296,11 +310,11 @@ def _is_causal_part(part: Part, first: int) -> bool:
     return (part.mask is None and part.num_rows == 1) or (part.mask is not None and part.mask.is_causal)
 
 
-def _shortened(part: Part, rows: int, batch: int, heads: int) -> Part:
-    """A call without its last rows, and without the keys that only they brought."""
+def _shortened(part: Part, rows: int, batch: int, heads: int, cross: bool) -> Part:
+    """A call without its last rows, and without the keys that only they brought; a cross-attention's are not theirs."""
     if rows == part.num_rows:
         return part
-    keys = part.num_keys - (part.num_rows - rows)
+    keys = part.num_keys - (0 if cross else part.num_rows - rows)
     seen = None
     if part.mask is not None and not part.mask.is_causal:
         own = slice(part.num_keys - part.num_rows, part.num_keys - part.num_rows + rows)

@@ -5,7 +5,7 @@ Counts of parts of a corpus, of ranks or machines, add up to the counts of the w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,12 +115,9 @@ class RelationCounts:
         Raises:
             ValueError: The other counts are of a model with other heads.
         """
-        if not other.heads and not other._rows:
-            self.skipped += other.skipped
-            return
         if not self.heads and not self._rows:
             self.heads = other.heads
-        if self.heads != other.heads:
+        if self.heads != other.heads and (other.heads or other._rows):
             raise ValueError(
                 f"merge got counts of {len(other.heads)} layers with {sorted(set(other.heads))} heads, and has "
                 f"{len(self.heads)} layers with {sorted(set(self.heads))}: wanted counts of the same model."
@@ -131,6 +128,15 @@ class RelationCounts:
             for cluster, theirs in rows.items():
                 for mine, added in zip(self._row(key, cluster), theirs, strict=True):
                     mine.add_(added)
+
+    def without(self, clusters: Collection[str]) -> RelationCounts:
+        """The counts of all other clusters; how many examples these came from is not known, and 0."""
+        rest = RelationCounts(self.heads)
+        for key, rows in self._rows.items():
+            kept = {cluster: sums for cluster, sums in rows.items() if cluster not in clusters}
+            if kept:
+                rest._rows[key] = kept
+        return rest
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The counts as tensors, for a safetensors file, and the names that go with them, for JSON."""
