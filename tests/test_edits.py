@@ -313,3 +313,50 @@ def test_a_patched_head_keeps_alibi_as_its_slopes() -> None:
             got = call.matrix().dense()
             torch.testing.assert_close(got[:, 1], theirs[:, 1, rows, :stop])
             torch.testing.assert_close(got[:, [0, 2]], ours[:, [0, 2], rows, :stop])
+
+
+def test_the_same_text_once_more_is_edited_as_the_first_time() -> None:
+    model, text = llama(), ids(1, 10)
+    with torch.no_grad(), record(model) as other:
+        model(ids(1, 14, seed=1))
+    for given in (knock_out(8, 1), knock_out(8, 1, layers=0), patch(0, 2, from_=other), freeze(from_=other)):
+        with torch.no_grad(), edit(model, given), record(model) as recording:
+            first, second, third = (model(text).logits for _ in range(3))
+        assert not torch.equal(first, model(text).logits)
+        assert torch.equal(first, second)
+        assert torch.equal(first, third)
+        assert len(recording.runs) == 3
+
+
+def test_other_queries_of_the_same_memory_are_a_text_of_their_own() -> None:
+    torch.manual_seed(0)
+    attention = torch.nn.MultiheadAttention(16, 4, batch_first=True).eval()
+    memory = torch.randn(2, 6, 16)
+    with torch.no_grad(), edit(attention, knock_out(0, 1)), record(attention) as recording:
+        for _ in range(2):
+            attention(torch.randn(2, 3, 16), memory, memory)
+    for run in recording.runs:
+        dense = run[0].dense()
+        assert (dense[:, :, 0, 1] == 0).all()
+        assert (dense[:, :, 1:, 1] > 0).all()
+
+
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("training", [True, False])  # torch's slow path and its fast one
+def test_torchs_module_returns_the_edited_weights(average: bool, batched: bool, training: bool) -> None:
+    torch.manual_seed(0)
+    attention = torch.nn.MultiheadAttention(16, 4, batch_first=True).train(training)
+    x = torch.randn(2, 6, 16) if batched else torch.randn(6, 16)
+    options = {"need_weights": True, "average_attn_weights": average}
+    with torch.no_grad():
+        plain = attention(x, x, x, **options)[1]
+        with edit(attention, knock_out(2, 1, heads=3)), record(attention) as recording:
+            weights = attention(x, x, x, **options)[1]
+        with edit(attention, knock_out(2, 1)):
+            assert attention(x, x, x, need_weights=False)[1] is None
+    assert weights.shape == plain.shape
+    wanted = recording[0].dense()
+    wanted = wanted.mean(1) if average else wanted
+    torch.testing.assert_close(weights, wanted if batched else wanted[0])
+    assert (weights - plain).abs().amax() > 1e-3

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from headscope.edits import edit, knock_out
+from headscope.edits import ablate, edit, knock_out
 from headscope.recording import Recording, record
 from tests.tiny import bart, ids, llama, mistral
 from tests.zoo.reference import eager_maps
@@ -70,8 +70,10 @@ def test_a_sliding_window_keeps_its_positions(cache: str | None, window: int) ->
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("cache", [None, "static"])
-def test_a_padded_batch(side: str, cache: str | None) -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_padded_batch(side: str, cache: str | None, attention: str) -> None:
     model, text = llama(), ids(2, 7)
+    model.set_attn_implementation(attention)
     mask = torch.ones(2, 7, dtype=torch.long)
     mask[0, slice(None, 3) if side == "left" else slice(-3, None)] = 0
     positions: list[Tensor] = []
@@ -84,9 +86,8 @@ def test_a_padded_batch(side: str, cache: str | None) -> None:
     given = torch.cat(positions[NEW:], 1)
     inputs = {"input_ids": tokens[:, :-1], "attention_mask": whole, "position_ids": given}
     assert_same_as_eager(recording, model, inputs, rows=whole.bool())
-    if cache is None:  # with a static cache, generate() gives the model its own 4-D mask
-        assert recording.valid is not None
-        assert torch.equal(recording.valid, whole.bool())
+    assert recording.valid is not None  # with a static cache, generate() gives the model its own 4-D mask
+    assert torch.equal(recording.valid, whole.bool())
     assert recording[0].dense()[0, :, -1][:, ~whole[0].bool()].eq(0).all()
 
 
@@ -196,6 +197,34 @@ def test_an_encoder_decoder(make: Any, cache: str | None) -> None:
         difference = (matrix.dense() - whole).abs().amax((1, 3))
         rows = mask.bool() if whole.shape[2] == 7 else torch.ones(difference.shape, dtype=torch.bool)
         assert difference[rows].max() < 1e-5
+
+
+def test_layers_count_as_the_recording_does_though_the_encoder_runs_alone() -> None:
+    model, text = t5(), ids(1, 7)
+    whole, _ = generated(model, text)
+    names = [site.name for site in whole.sites]
+    assert len(names) == 6
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for number, name in enumerate(names):
+        with record(model, layers=number) as recording:
+            model.generate(text, **options)
+        assert [site.name for site in recording.sites] == [name]
+        with edit(model, ablate(number, 0)), record(model) as recording:
+            model.generate(text, **options)
+        assert [site.name for site in recording.sites if site.edited] == [name]
+
+
+def test_continuations_of_one_prefix_are_runs_of_their_own() -> None:
+    model, prefix = llama(), ids(1, 8)
+    with torch.no_grad():
+        held = model(prefix).past_key_values
+        with record(model) as recording:
+            for number in range(3):
+                model(ids(1, 3) + number, past_key_values=copy.deepcopy(held))
+    assert [[tuple(matrix.shape) for matrix in run] for run in recording.runs] == [[(1, 6, 3, 11)] * 2] * 3
+    for number, run in enumerate(recording.runs):
+        whole = eager_maps(model, {"input_ids": torch.cat([prefix, ids(1, 3) + number], 1)})
+        assert (run[1].dense() - whole[1][:, :, 8:]).abs().max() < 1e-5
 
 
 def drafting(noise: float = 0.05) -> tuple[nn.Module, nn.Module]:

@@ -277,3 +277,38 @@ def test_a_gguf_header_text_is_found(tmp_path: Path) -> None:
     path.write_bytes(b"GGUF" + size + key + value + b"rest")
     assert models._gguf_text(path, "tokenizer.ggml.pre") == "smollm"
     assert models._gguf_text(path, "tokenizer.ggml.model") is None
+
+
+def test_files_that_are_no_whole_model_are_told(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(vocab_size=7, n_embd=10, n_layer=2, n_head=2, n_positions=11)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "mute")
+    with pytest.raises(ModelNotFound, match="has a model and no tokenizer"):
+        models.load(tmp_path / "mute")
+    inner = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    shutil.copytree(tmp_path / "mute", tmp_path / "cut")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    (tmp_path / "empty.gguf").touch()
+    for name in ("cut", "cut.gguf", "empty.gguf"):
+        with pytest.raises(ModelNotFound, match=f"{name} cannot be read: .* Is it whole") as caught:
+            models.load(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers asks for each file, and each again, with a line for every time: half a minute where it is away."""
+    import huggingface_hub
+
+    asked = []
+
+    def away(client: object, name: str, **options: object) -> None:
+        asked.append(name)
+        raise ConnectionError("no way there")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", away)
+    monkeypatch.setattr(models, "_read", lambda *given: pytest.fail("transformers was asked"))
+    with pytest.raises(ModelNotFound, match=r"cannot be reached \(ConnectionError: no way there\)"):
+        models.load("someone/some-model")
+    assert asked == ["someone/some-model"]

@@ -352,3 +352,76 @@ def test_alibi_across_two_texts_is_written_out_where_calls_are_joined() -> None:
             layer(part, source, cache=cache)
     joined = torch.cat([call.matrix().dense() for call in recording.calls], 2)
     torch.testing.assert_close(joined, torch.cat(calls, 2))
+
+
+class Ring(nn.Module):
+    """Its keys are the first text's own tensor, into which the next tokens are written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])
+        self.held: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (2, 8)).transpose(1, 2) for layer in self.maps)
+        if self.held:
+            self.held[0][:, :, :1], self.held[1][:, :, :1] = k, v
+        else:
+            self.held = [k, v]
+        return F.scaled_dot_product_attention(q, *self.held)
+
+
+def test_what_is_written_into_after_its_call_is_refused() -> None:
+    model = Ring().eval()
+    with torch.no_grad(), record(model) as recording:
+        model(torch.randn(1, 6, 16))
+        assert recording[0].dense().sum() == pytest.approx(12)
+        model(torch.randn(1, 1, 16))
+    with pytest.raises(RecordingError, match="wrote in place into recorded queries, keys or values"):
+        recording.calls[0].matrix()
+    assert recording.calls[1].matrix().dense().sum() == pytest.approx(2)
+
+
+def test_layers_that_are_not_there_are_told_which_are() -> None:
+    model = llama()
+    for wrong in (7, "nope", ["model.layers.0.self_attn", 2]):
+        with (
+            pytest.raises(RecordingError, match=r"no attention site has the number or name .*model.layers.0.self_attn"),
+            torch.no_grad(),
+            record(model, layers=wrong),
+        ):
+            model(ids(1, 5))
+    for right in (1, "model.layers.1.self_attn", [1]):
+        with torch.no_grad(), record(model, layers=right) as recording:
+            model(ids(1, 5))
+        assert [site.name for site in recording.sites] == ["model.layers.1.self_attn"]
+
+
+def test_answers_alone_are_not_saved_as_nothing(tmp_path: Path) -> None:
+    with torch.no_grad(), record(llama(), reduce=Entropy()) as recording:
+        pass
+    recording.save(tmp_path / "nothing ran")
+    model = llama()
+    with torch.no_grad(), record(model, reduce=Entropy()) as recording:
+        model(ids(1, 5))
+    with pytest.raises(RecordingError, match="holds answers of reduce= and no queries or keys"):
+        recording.save(tmp_path / "answers")
+
+
+def test_one_call_of_many_steps_is_asked_without_joining_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading a file asks each call: with a join each, 400 tokens took half a minute."""
+    from headscope.recording.site import SiteCalls
+
+    model = llama()
+    with torch.no_grad(), record(model) as recording:
+        model.generate(ids(1, 4), max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    whole = recording[0].dense()
+
+    def never(site: SiteCalls) -> None:
+        raise AssertionError("all steps were joined")
+
+    monkeypatch.setattr(SiteCalls, "_joined_mask", never)
+    calls = [call.matrix().dense() for call in recording.calls if call.name == recording.calls[0].name]
+    assert [tuple(call.shape[2:]) for call in calls] == [(4, 4), (1, 5), (1, 6), (1, 7), (1, 8)]
+    for row, call in enumerate(calls[1:], 4):
+        torch.testing.assert_close(call[:, :, 0], whole[:, :, row, : row + 1])

@@ -135,6 +135,9 @@ def altered(tmp_path: Path, change: Any) -> Path:
     header, body = split(saved(tmp_path))
     data = json.loads(header["__metadata__"]["recording"])
     change(data)
+    for name in ("value.99", "output.99", "valid.99"):  # of no shape that fits anything
+        header[name] = {"dtype": "F32", "shape": [1, 2, 3], "data_offsets": [len(body), len(body) + 24]}
+        body += bytes(24)
     header["__metadata__"]["recording"] = json.dumps(data)
     return join(tmp_path / "bad", header, body)
 
@@ -196,6 +199,13 @@ def test_hostile_names_are_refused(tmp_path: Path) -> None:
         lambda d: d["runs"][0]["sites"][0].update(query="key.1"),
         lambda d: d["runs"][0]["sites"][0].update(key=None),
         lambda d: d["runs"][0]["sites"][0].update(scale="nan"),
+        lambda d: d["runs"][0]["sites"][0].update(scale=float("nan")),
+        lambda d: d["runs"][0]["sites"][0]["parts"][0].update(proof=float("nan")),
+        lambda d: d["runs"][0]["sites"][0]["parts"][0].update(mask={"window": [float("inf"), 0]}),
+        lambda d: d["runs"][0]["sites"][0].update(value="value.99"),
+        lambda d: d["runs"][0]["sites"][0]["parts"][0].update(output="output.99"),
+        lambda d: d["runs"][0].update(valid="valid.99"),
+        lambda d: d["runs"].append({"valid": None, "sites": []}),
         lambda d: d["runs"][0]["sites"][0].update(parts=[]),
         lambda d: d["runs"][0]["sites"][0]["parts"][0].update(rows=[0, 6]),
         lambda d: d["runs"][0]["sites"][0]["parts"][0].update(keys=[1, 7]),

@@ -977,3 +977,33 @@ def test_a_block_in_which_nothing_runs_is_not_an_error() -> None:
     with record(NanoGPT()) as recording:
         pass
     assert len(recording) == 0
+
+
+class Asked(nn.Module):
+    def forward(self, *operands: Tensor, mask: Tensor | None = None) -> Tensor:
+        return F.scaled_dot_product_attention(*operands, attn_mask=mask)
+
+
+@pytest.mark.parametrize("shape", [(6, 1), (2, 1, 6, 1), (1, 1), (2, 4, 1, 1)])
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_masks_that_are_stretched_over_the_keys(shape: tuple[int, ...], kind: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 8)
+    hidden = torch.zeros(shape, dtype=torch.bool)
+    hidden.view(-1)[0] = True
+    mask = ~hidden if kind == torch.bool else torch.zeros(shape).masked_fill(hidden, -torch.inf)
+    model = Asked()
+    with torch.no_grad(), record(model) as recording:
+        output = model(q, k, v, mask=mask)
+    assert torch.equal(output, model(q, k, v, mask=mask))
+    sums = recording[0].dense().sum(-1)
+    torch.testing.assert_close(sums, (~hidden).expand(2, 4, 6, 9)[..., 0].float())
+
+
+def test_a_call_in_which_nobody_looks_is_let_through() -> None:
+    model = Asked()
+    k = torch.randn(2, 4, 9, 8)
+    with torch.no_grad(), record(model) as recording:
+        assert model(k[:, :, :0], k, k).shape == (2, 4, 0, 8)
+        model(k, k, k)
+    assert [tuple(call.shape) for call in recording.calls] == [(2, 4, 9, 9)]

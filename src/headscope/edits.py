@@ -28,7 +28,7 @@ Layers = int | str | Iterable[int | str] | None
 
 @dataclass(frozen=True)
 class Edit:
-    """One change to some attention sites; ``layers`` by number in the order of calls, or by module name."""
+    """One change to some attention sites; ``layers`` by number in the order of first calls, or by module name."""
 
     layers: tuple[int | str, ...] | None
 
@@ -150,7 +150,7 @@ def ablate(layer: Layers, head: int | Iterable[int], *, to: Tensor | None = None
     """Take away what a head writes before the output projection: ``ablate(13, 8)``; several: ``ablate(13, [2, 8])``.
 
     Args:
-        layer: number in the order of calls, module name, several of them, or None for all.
+        layer: number in the order of first calls (that of ``recording[i]``), module name, several, or None for all.
         head: which heads, counted from 0.
         to: None writes zeros. A tensor of mean head outputs, [H, Dv] for this site or [layers, H, Dv] for all of
             them (``head_means``), writes the head's own row at every position: mean ablation, which takes away
@@ -255,11 +255,11 @@ def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
     order = sorted(range(len(edits)), key=lambda number: not isinstance(edits[number], Freeze))
 
     def change(call: AttentionCall, forward: Forward) -> AttentionCall:
-        place = tracker.place(call)
+        place = tracker.place(call, forward)
         for number in order:
             given = edits[number]
-            if given.applies(forward.calls, call):
-                edited = given.at(forward.calls).apply(call, place)
+            if given.applies(forward.number, call):
+                edited = given.at(forward.number).apply(call, place)
                 if edited is not call:
                     used.add(number)
                 call = edited

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from headscope import store as _store
 from headscope.errors import ModelNotFound
 from headscope.store import ModelEntry, available, cache_dir, remove
@@ -87,7 +89,8 @@ def load(
         attn_implementation: "eager", "sdpa", …; None for the library's choice.
 
     Raises:
-        ModelNotFound: No such model is here, and the hub does not have it or cannot be reached.
+        ModelNotFound: No such model is here, and the hub does not have it or cannot be reached; or its files are
+            damaged, or not those of a model.
     """
     name = os.fspath(name_or_path)
     where, gguf = _resolve(name)
@@ -96,8 +99,10 @@ def load(
         options["attn_implementation"] = attn_implementation
     with _quiet():
         try:
+            if not Path(where).is_dir():
+                _reach(where)
             model, tokenizer, decoder = _read(where, gguf, dtype, options)
-        except OSError as error:
+        except (OSError, ValueError, KeyError, struct.error, SafetensorError) as error:
             raise ModelNotFound(_not_loaded(name, where, error)) from error
     if device is not None:
         model = model.to(device)
@@ -141,6 +146,11 @@ def _resolve(name: str) -> tuple[str, str | None]:
                 f"The folder {name} has no config.json, so it is no model in Hugging Face layout. "
                 "Give the folder that has one, or a .gguf file."
             )
+        if not _has_tokenizer(path):
+            raise ModelNotFound(
+                f"The folder {name} has a model and no tokenizer (tokenizer.json, vocab.txt …), so it can be given no "
+                "text. Save its tokenizer there, too: tokenizer.save_pretrained(folder)."
+            )
         return str(path), None
     if path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf":
         raise ModelNotFound(f"There is no file or folder {name}. {_what_is_here()}")
@@ -155,15 +165,34 @@ def _resolve(name: str) -> tuple[str, str | None]:
     return name, None
 
 
+def _reach(name: str) -> None:
+    """Ask the hub once for a model that is not in its cache; transformers would ask for each file, and again."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(name, timeout=20)
+    except Exception as error:  # of whatever library carries the question
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds anything that a tokenizer is made from; without it transformers makes an empty one."""
+    names = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "tekken")
+    endings = (".model", ".tiktoken", ".spm", ".bpe")
+    return any(file.name.startswith(names) or file.suffix in endings for file in folder.iterdir())
+
+
 def _what_is_here() -> str:
     told = [f"{e.name} ({'here' if e.path else 'can be pulled'})" for e in available()]
     return f"There are: {', '.join(told)}."
 
 
-def _not_loaded(name: str, where: str, error: OSError) -> str:
+def _not_loaded(name: str, where: str, error: Exception) -> str:
     reason = " ".join(str(error).split())[:300]
     if Path(where).is_dir():
-        return f"The model in {where} cannot be read: {reason}"
+        return f"The model {name} cannot be read: {reason.rstrip('.')}. Is it whole?"
     return (
         f"{name!r} is not here, and the hub does not have it or cannot be reached ({reason}) "
         f"Check the name and the connection, or give a folder. {_what_is_here()}"
@@ -279,13 +308,18 @@ def _context(config: Any, tokenizer: Any) -> int | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars of transformers; they are as they were afterwards."""
+    """Without the progress bars of transformers, nor what its hub client warns of; as they were afterwards."""
+    from logging import ERROR, getLogger
+
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    client = getLogger("huggingface_hub")
+    shown, level = logging.is_progress_bar_enabled(), client.level
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    client.setLevel(ERROR)
     try:
         yield
     finally:
+        client.setLevel(level)
         if shown:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -40,11 +40,11 @@ def head_sums(model: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
             if text is None or tuple(text.shape) != (call.shape[0], call.shape[2]):
                 text = torch.ones(call.shape[0], call.shape[2], dtype=torch.bool)
             here = output_sum(call, text)
-            if forward.calls == len(sums):
+            if forward.number == len(sums):
                 sums.append(torch.zeros_like(here))
                 counts.append(0.0)
-            sums[forward.calls] += here
-            counts[forward.calls] += float(text.sum())
+            sums[forward.number] += here
+            counts[forward.number] += float(text.sum())
 
     extra = options(model, use_cache=False)
     with torch.no_grad(), watch(model, add):

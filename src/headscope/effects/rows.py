@@ -177,10 +177,10 @@ class Rows:
             added[target.layer] = added.get(target.layer, 0) + 1
 
         def change(call: AttentionCall, forward: Forward) -> AttentionCall:
-            if forward.calls not in own:
+            if forward.number not in own:
                 return call
-            rows, heads = (list(part) for part in zip(*own[forward.calls], strict=True))
-            new = self.change(call, forward.calls)
+            rows, heads = (list(part) for part in zip(*own[forward.number], strict=True))
+            new = self.change(call, forward.number)
             outputs = call.head_outputs().clone()
             outputs[rows, heads] = new[rows, heads].to(outputs.dtype)
             return with_output(call, outputs)

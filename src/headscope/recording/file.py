@@ -134,14 +134,23 @@ def load(path: Path) -> Contents:
             wrong = [name for name in names if not _TENSOR_NAME.fullmatch(name)]
             if wrong:
                 raise RecordingError(f"{path} holds a tensor of a name that no recording has: {wrong[0][:40]!r}.")
-            header = json.loads(metadata["recording"])
+            header = json.loads(metadata["recording"], parse_constant=_no_number)
             tensors = {name: file.get_tensor(name) for name in names}
         return _Reader(tensors).contents(header)
     except SafetensorError as error:
         raise RecordingError(f"{path} is damaged or not a recording: {error}. Record again.") from error
     except OSError as error:
         raise RecordingError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, RuntimeError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        RuntimeError,
+    ) as error:
         raise RecordingError(
             f"{path} says things of itself that do not fit together ({type(error).__name__}: {str(error)[:200]}). "
             "It was damaged or not written by Headscope."
@@ -194,8 +203,17 @@ class _Reader:
 
     def contents(self, header: Any) -> Contents:
         """The whole."""
-        runs = [([self.site(s) for s in run["sites"]], self.get("valid", run["valid"])) for run in header["runs"]]
+        runs = [([self.site(s) for s in run["sites"]], self.valid(run["valid"])) for run in header["runs"]]
+        if any(not sites for sites, _ in runs):
+            raise ValueError("a run without attention sites")
         return Contents(runs, _tokens_in(header["tokens"]), tuple(_text(name) for name in header["unseen"]))
+
+    def valid(self, name: Any) -> Tensor | None:
+        """Which positions are text."""
+        found = self.get("valid", name)
+        if found is not None and (found.dim() != 2 or found.dtype != torch.bool):
+            raise ValueError(f"valid is {tuple(found.shape)} of {found.dtype}, not [B, S] bool")
+        return found
 
     def site(self, data: Any) -> SiteCalls:
         """A site, whose joined scores must be consistent."""
@@ -220,6 +238,7 @@ class _Reader:
         site.scores()
         for index in range(len(parts)):
             site.call_matrix(index)
+        _check_kept(site)
         return site
 
     def bias(self, data: Any) -> Tensor | Alibi | None:
@@ -248,6 +267,21 @@ def _check_parts(site: SiteCalls) -> None:
         row += part.num_rows
     if row != query.shape[2]:
         raise ValueError(f"calls with {row} rows, but {query.shape[2]} queries")
+
+
+def _check_kept(site: SiteCalls) -> None:
+    """What was kept beside queries and keys has their shape."""
+    value, key = site.value(), site.key
+    if value is not None and (value.dim() != 4 or value.shape[:3] != key.shape[:3]):
+        raise ValueError(f"values {tuple(value.shape)} for keys {tuple(key.shape)}")
+    for part in site.parts:
+        kept, wanted = part.output, (*site.shape[:2], part.num_rows)
+        if kept is not None and (kept.dim() != 4 or tuple(kept.shape[:3]) != wanted):
+            raise ValueError(f"an output {tuple(kept.shape)} of {wanted} rows")
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
 
 
 def _text(value: Any) -> str:
@@ -280,6 +314,8 @@ def _tokens_in(data: Any) -> Tokens | None:
         raise ValueError("tokens whose lists have different lengths")
     if any(not 0 <= i < count for word in words for i in word.tokens):
         raise ValueError("a word of tokens that are not there")
+    if any(not 0 <= word.start <= word.end <= len(data["text"]) for word in words):
+        raise ValueError("a word that is not in the text")
     return Tokens(
         text=str(data["text"]),
         ids=tuple(int(i) for i in data["ids"]),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from headscope.recording.site import follows, without_blank_cache
-from headscope.seam import AttentionCall, invisible
+from headscope.seam import AttentionCall, Forward, invisible
 
 __all__ = ["Place", "Tracker"]
 
@@ -26,17 +27,23 @@ class Tracker:
 
     def __init__(self) -> None:
         self._held: dict[tuple[int, str, int], tuple[Tensor, Place, int]] = {}
+        self._going: weakref.WeakSet[Forward] = weakref.WeakSet()  # forwards that go on with a text, by its new keys
         self._rejected: dict[tuple[int, str, int], int] = {}  # rows of rejected drafts at each site, so far
 
-    def place(self, call: AttentionCall) -> Place:
-        """Where this call stands. Self-attention's queries are the last of its keys; a cross-attention's begin at 0."""
+    def place(self, call: AttentionCall, forward: Forward) -> Place:
+        """Where this call stands. Self-attention's queries are the last of its keys; a cross-attention's begin at 0.
+
+        A cross-attention goes on, with more rows for the same keys, in a forward in which some self-attention did;
+        otherwise the same keys are the same text once more.
+        """
         site = (threading.get_ident(), call.name, call.occurrence)
         with invisible():
             scores = without_blank_cache(call.scores)
             _, _, rows, keys = scores.shape
             before = self._held.get(site)
             how = None if before is None else follows(before[0], before[1].first_key > 0, scores)
-            if before is None or how is None:
+            if before is None or how is None or (how[0] == "cross" and forward not in self._going):
+                self._rejected.pop(site, None)
                 place = Place(0 if call.is_cross else max(0, keys - rows), 0)
             elif how[0] == "cross":
                 gone = max((n for (thread, *_), n in self._rejected.items() if thread == site[0]), default=0)
@@ -48,5 +55,7 @@ class Tracker:
             else:
                 first_key = before[1].first_key + before[0].shape[2] - how[1]
                 place = Place(first_key + how[1], first_key)
+            if how is not None and how[0] != "cross":
+                self._going.add(forward)
             self._held[site] = (scores.key.detach().clone(), place, rows)
         return place

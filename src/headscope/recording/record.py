@@ -6,7 +6,6 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from headscope.errors import NothingSeen, RecordingError
 from headscope.matrix import AttentionMatrix
 from headscope.recording.file import Contents, load, save
+from headscope.recording.run import Answer, Call, Run, Site
 from headscope.recording.site import Captured, SiteCalls, capture
 from headscope.reductions import Reduction
 from headscope.seam import AttentionCall, Forward, invisible, watch
@@ -24,121 +24,6 @@ __all__ = ["Answer", "Call", "Recording", "Run", "Site", "record"]
 
 _KEEP = ("query", "key", "value", "output")
 _LIKE_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Site:
-    """An attention site: the n-th call of a module within one forward, over all the forwards of its run."""
-
-    name: str
-    occurrence: int
-    way: str
-    proof: float | None  # how far P @ V, rebuilt, was from what the model returned; None: unproved
-    shape: torch.Size  # (B, H, L, S)
-    edited: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One raw attention call."""
-
-    site: SiteCalls
-    index: int
-
-    @property
-    def name(self) -> str:
-        """The module's name."""
-        return self.site.name
-
-    @property
-    def shape(self) -> torch.Size:
-        """(B, H, L, S) of this call."""
-        part = self.site.parts[self.index]
-        return torch.Size((*self.site.shape[:2], part.num_rows, part.num_keys))
-
-    def matrix(self) -> AttentionMatrix:
-        """Its attention weights."""
-        return self.site.call_matrix(self.index)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What ``reduce=`` gave for one call."""
-
-    name: str
-    occurrence: int
-    shape: torch.Size
-    values: Any
-
-
-class Run(Sequence[AttentionMatrix]):
-    """One forward, or the steps of one generation: attention sites in the order of their first calls."""
-
-    def __init__(self, sites: Iterable[SiteCalls] = (), valid: Tensor | None = None) -> None:
-        self.calls_of_sites = list(sites)
-        self.valid = valid
-        self.witness: SiteCalls | None = None  # a self-attention that nobody asked for, where only cross-attention is
-        self._matrices: dict[int, tuple[torch.Size, AttentionMatrix]] = {}
-
-    def __len__(self) -> int:
-        return len(self.calls_of_sites)
-
-    def __getitem__(self, which: Any) -> Any:
-        if isinstance(which, slice):
-            return [self[i] for i in range(len(self))[which]]
-        index = self._find(which) if isinstance(which, str) else range(len(self))[which]
-        site = self.calls_of_sites[index]
-        held = self._matrices.get(index)
-        if held is None or held[0] != site.shape:
-            self._matrices[index] = held = (site.shape, site.matrix())
-        return held[1]
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """Names, ways in, shapes and proofs."""
-        return tuple(Site(s.name, s.occurrence, s.way, s.proof, s.shape, s.edited) for s in self.calls_of_sites)
-
-    def _find(self, name: str) -> int:
-        found = [i for i, site in enumerate(self.calls_of_sites) if site.name == name]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise RecordingError(
-                f"{name!r} was called {len(found)} times in a forward: use one of the numbers {found}."
-            )
-        names = [site.name for site in self.calls_of_sites]
-        listed = ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
-        raise RecordingError(f"no attention site is called {name!r}; there are {len(names)}: {listed}")
-
-    def join(self, calls: list[Captured], valid: Tensor | None, witness: Captured | None = None) -> bool:
-        """Take a forward's calls if they, or its witness, go on where this run is; otherwise leave it as it is."""
-        known = {(site.name, site.occurrence): site for site in self.calls_of_sites}
-        plans: list[tuple[SiteCalls | None, Captured, tuple[str, int]]] = []
-        for call in calls:
-            site = known.get((call.name, call.occurrence))
-            if site is not None:
-                how = site.continues(call)
-                if how is None:
-                    return False
-                plans.append((site, call, how))
-            else:
-                plans.append((None, call, ("new", 0)))
-        if witness is not None and self.witness is not None:
-            how = self.witness.continues(witness)
-            if how is None:
-                return False
-            plans.append((self.witness, witness, how))
-        kinds = {how[0] for _, _, how in plans}
-        if not kinds & {"grow", "cut", "new"}:
-            return False
-        cut = [site.rejected(shared) for site, _, (kind, shared) in plans if site is not None and kind == "cut"]
-        for joined, call, (kind, shared) in plans:
-            if joined is None:
-                self.calls_of_sites.append(SiteCalls.of(call))
-            else:
-                joined.add(call, kind, shared, max(cut, default=0))
-        self.valid = valid if valid is not None else self.valid
-        return True
 
 
 class Recording:
@@ -211,8 +96,14 @@ class Recording:
         is then off by about a thousandth of its score's size. What is rounded is unproved.
 
         Raises:
-            RecordingError: nowhere to write, or a number too large for ``dtype``. ValueError: no floating dtype.
+            RecordingError: nowhere to write, a number too large for ``dtype``, or nothing but answers of ``reduce=``.
+            ValueError: no floating dtype.
         """
+        if self.answers and not self.runs:
+            raise RecordingError(
+                "this recording holds answers of reduce= and no queries or keys, and a recording's file keeps these: "
+                "save the answers' values (torch.save, a table), or record without reduce=."
+            )
         contents = Contents([(r.calls_of_sites, r.valid) for r in self.runs], self.tokens, self.unseen)
         save(contents, Path(path), dtype)
 
@@ -250,7 +141,8 @@ class _Recorder:
         self.recording, self.layers, self.keep = recording, layers, keep
         self.reduce, self.detach, self.on_call = reduce, detach, on_call
         self.ran: set[str] = set()
-        self.called: set[str] = set()
+        self.called: dict[str, None] = {}  # names of sites, in order
+        self.met: set[int | str] = set()  # those of the wanted layers that there were
         self.forwards = 0
         self._lock = threading.Lock()
         self._pending: dict[int, list[Captured]] = {}
@@ -260,8 +152,10 @@ class _Recorder:
     def saw(self, call: AttentionCall, forward: Forward) -> None:
         """A call of a forward that is still running."""
         with self._lock:
-            self.called.add(call.name)
-        if self.layers is None or any(_is(layer, forward.calls, call.name) for layer in self.layers):
+            self.called[call.name] = None
+        meant = {layer for layer in self.layers or () if layer in (forward.number, call.name)}
+        self.met |= meant
+        if self.layers is None or meant:
             if self.reduce is not None:
                 self._answer(call)
             else:
@@ -315,6 +209,13 @@ class _Recorder:
                 "seen: transformers' attention functions, torch's scaled_dot_product_attention, torch.nn's modules."
                 + looks
             )
+        missing = [layer for layer in self.layers or () if layer not in self.met]
+        if missing and self.called:
+            listed = ", ".join(list(self.called)[:4]) + (" …" if len(self.called) > 4 else "")
+            raise RecordingError(
+                f"record(layers=…): no attention site has the number or name {missing[0]!r}. There were "
+                f"{len(self.called)} modules that attend: {listed}. Numbers count from 0 in the order of first calls."
+            )
         self.recording.unseen = tuple(n for n in leaves if not any(_related(n, c) for c in self.called))
 
 
@@ -322,16 +223,12 @@ def _related(name: str, called: str) -> bool:
     return name == called or called.startswith(name + ".") or name.startswith(called + ".")
 
 
-def _is(layer: int | str, index: int, name: str) -> bool:
-    return layer == index if isinstance(layer, int) else layer == name
-
-
 @contextmanager
 def record(
     model: nn.Module,
     *,
     tokens: Any = None,
-    layers: Iterable[int | str] | None = None,
+    layers: int | str | Iterable[int | str] | None = None,
     keep: Iterable[str] = ("query", "key"),
     reduce: Reduction | Iterable[Reduction] | Callable[[AttentionCall], Any] | None = None,
     detach: bool = True,
@@ -342,7 +239,7 @@ def record(
     Args:
         model: a torch module: transformers, torch.nn, or any code that calls scaled_dot_product_attention.
         tokens: kept with the recording, so that answers can be given in words.
-        layers: only these sites, by number in the order of calls or by module name.
+        layers: only these sites, by number in the order of first calls or by module name; one or several.
         keep: "query" and "key", and if wanted "value" and "output" (P @ V).
         reduce: answer these reductions (or call this function) at each call and keep nothing else; the answers
             are in ``recording.answers``.
@@ -351,6 +248,11 @@ def record(
 
     Raises:
         NothingSeen, UnsupportedAttention, ProofError: see :mod:`headscope.errors`.
+        RecordingError: ``layers`` names a site that there was not; what was recorded was written into afterwards.
+
+    The steps of a generation are one run, told by their keys: a call that begins with a site's first keys, and no more
+    of them, is taken for drafts that were rejected. So record continuations of one text in blocks of their own, if the
+    text itself is read inside the block.
 
     Example:
         >>> import torch
@@ -368,7 +270,7 @@ def record(
     if questions is not None and not callable(questions):
         questions = tuple(questions)
     recording = Recording(tokens=tokens)
-    chosen = None if layers is None else tuple(layers)
+    chosen = None if layers is None else (layers,) if isinstance(layers, int | str) else tuple(layers)
     recorder = _Recorder(recording, chosen, kept, questions, detach, on_call)
     with watch(model, recorder.saw, on_end=recorder.ended):
         yield recording

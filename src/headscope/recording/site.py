@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from headscope.errors import RecordingError
 from headscope.masks import Mask, Step, causal, compact, stacked
 from headscope.matrix import AttentionMatrix
 from headscope.positions import Alibi
@@ -31,6 +32,7 @@ class Captured:
     dropout_p: float
     edited: bool
     is_cross: bool
+    versions: tuple[int | None, ...]  # of query, key and value, as they were
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +64,9 @@ def capture(call: AttentionCall, keep: Sequence[str], detach: bool) -> Captured:
         scores.origin,
     )
     value = hold(call.value[:, :, : scores.shape[3]]) if "value" in keep else None
-    output = hold(call.head_outputs()) if "output" in keep else None
+    output = None
+    if "output" in keep:  # what the model does with it next may be done in place
+        output = call.head_outputs().detach().clone() if detach else call.head_outputs()
     return Captured(
         call.name,
         call.occurrence,
@@ -74,11 +78,17 @@ def capture(call: AttentionCall, keep: Sequence[str], detach: bool) -> Captured:
         call.dropout_p,
         call.edited,
         call.is_cross,
+        tuple(_version(tensor) for tensor in (scores.query, scores.key, value)),
     )
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    """How often a tensor was written into; what was made in inference mode does not say, and was copied."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _held(tensor: Tensor) -> Tensor:
@@ -89,15 +99,21 @@ def _held(tensor: Tensor) -> Tensor:
 
 
 def without_blank_cache(scores: Scores) -> Scores:
-    """Without the keys of a preallocated cache that nothing was written to yet: hidden, and exactly zero."""
+    """Without the keys of a preallocated cache that nothing was written to yet: hidden, and exactly zero.
+
+    A row that is hidden whole by a finite number is even over all keys: it does not count as one that sees them.
+    """
     batch, heads, queries, keys = scores.shape
     if scores.mask is None or queries >= keys:
         return scores
     every_b, every_h, rows = slice(0, batch), slice(0, heads), slice(0, queries)
+    bias = scores.bias_tensor
+    whole = None if bias is None else (bias <= torch.finfo(torch.float32).min / 2).all(-1, keepdim=True)
     stop = keys
     while stop > queries:
         part = slice(max(queries, stop - 64), stop)
-        used = scores.visible(every_b, every_h, rows, part).flatten(0, 2).any(0)
+        visible = scores.visible(every_b, every_h, rows, part)
+        used = (visible if whole is None else visible & ~whole).flatten(0, 2).any(0)
         if bool(used.any()):
             stop = part.start + int(used.nonzero()[-1]) + 1
             break
@@ -106,7 +122,6 @@ def without_blank_cache(scores: Scores) -> Scores:
         return scores
     seen = scores.visible(every_b, every_h, rows, slice(0, stop))
     seen = seen.expand(-1, -1, queries, -1)
-    bias = scores.bias_tensor
     if bias is not None and bias.shape[3] > 1:
         bias = bias[..., :stop]
     mask = compact(seen, batch)
@@ -131,6 +146,7 @@ class SiteCalls:
     edited: bool = False
     gone: list[Tensor] = field(default_factory=list)  # keys that a sliding cache has dropped
     gone_values: list[Tensor] = field(default_factory=list)
+    versions: list[int | None] = field(default_factory=list)  # of the queries, then the key, then the values
 
     @classmethod
     def of(cls, call: Captured) -> SiteCalls:
@@ -151,6 +167,7 @@ class SiteCalls:
             [part],
             call.dropout_p,
             call.edited,
+            versions=list(call.versions),
         )
 
     @property
@@ -181,8 +198,11 @@ class SiteCalls:
         if call.scores.query.shape[1] != self.shape[1]:
             return None
         how = follows(self.key, bool(self.gone), call.scores)
-        again = how is not None and how[0] == "cross" and _same(call.scores.query, self.queries[-1])
-        return None if again else how  # the same queries once more: a forward of its own
+        if how is None:
+            return None
+        again = how[0] == "cross" and _same(call.scores.query, self.queries[-1])  # a forward of its own
+        nothing_left = how[0] == "cut" and self.rejected(how[1]) >= self.shape[2]  # another text after one prefix
+        return None if again or nothing_left else how
 
     def rejected(self, keep: int) -> int:
         """How many rows are forgotten when only the first ``keep`` keys are kept: those of rejected drafts."""
@@ -207,7 +227,9 @@ class SiteCalls:
         if how != "cross":
             self.key = scores.key
             self.values = call.value if self.values is not None else None
+            self.versions[-2:] = call.versions[1:]
         first_key = 0 if how == "cross" else self.num_gone
+        self.versions.insert(len(self.queries), call.versions[0])
         self.queries.append(scores.query)
         self.parts.append(Part(first_row, rows, first_key, keys, scores.mask, scores.bias, call.proof, call.output))
         self.dropout_p = max(self.dropout_p, call.dropout_p)
@@ -223,9 +245,21 @@ class SiteCalls:
             if left > 0:
                 parts.append(_shortened(part, left, batch, heads, cross))
         self.queries, self.parts = [query], parts
+        self.versions[:-2] = [None]
+
+    def check_unchanged(self) -> None:
+        """Raises RecordingError when somebody wrote into what was recorded: what it was is gone."""
+        held = [*self.queries, self.key, self.values]
+        for tensor, version in zip(held, self.versions, strict=False):  # of what was read from a file none is known
+            if version is not None and tensor is not None and tensor._version != version:
+                raise RecordingError(
+                    f"the model wrote in place into recorded queries, keys or values of {self.name!r} after their "
+                    "call: its weights can no longer be rebuilt. Ask while it runs: record(reduce=…)."
+                )
 
     def scores(self) -> Scores:
         """The joined operands."""
+        self.check_unchanged()
         key = torch.cat([*self.gone, self.key], 2) if self.gone else self.key
         query = self.queries[0] if len(self.queries) == 1 else torch.cat(self.queries, 2)
         first = self.parts[0]
@@ -240,11 +274,21 @@ class SiteCalls:
 
     def call_matrix(self, index: int) -> AttentionMatrix:
         """One of its calls alone."""
+        self.check_unchanged()
         part = self.parts[index]
-        whole = self.scores()
-        query = whole.query[:, :, part.first_row : part.first_row + part.num_rows]
-        key = whole.key[:, :, part.first_key : part.first_key + part.num_keys]
+        query = self._rows(part.first_row, part.num_rows)
+        key = torch.cat([*self.gone, self.key], 2) if self.gone else self.key
+        key = key[:, :, part.first_key : part.first_key + part.num_keys]
         return matrix_of(make_scores(query, key, part.mask, part.bias, self.scale, self.softcap, self.sinks))
+
+    def _rows(self, first: int, count: int) -> Tensor:
+        """Some queries, without joining all."""
+        at = 0
+        for query in self.queries:
+            if at <= first and first + count <= at + query.shape[2]:
+                return query[:, :, first - at : first - at + count]
+            at += query.shape[2]
+        return torch.cat(self.queries, 2)[:, :, first : first + count]
 
     def _joined_mask(self) -> Mask | None:
         _, _, rows, keys = self.shape

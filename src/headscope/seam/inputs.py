@@ -26,7 +26,7 @@ def read_mask(mask: Any, shape: tuple[int, int, int, int]) -> Read:
         raise UnsupportedAttention(f"an attention function was given a mask of kind {got}; 2 to 4 axes can be read.")
     mask = mask[(None,) * (4 - mask.dim())][..., : shape[3]]
     if mask.dtype == torch.bool or not mask.is_floating_point():
-        return compact(mask.bool(), shape[0]), None
+        return compact(mask.bool().expand(*mask.shape[:3], shape[3]), shape[0]), None
     return _from_additive(mask, shape)
 
 
@@ -41,6 +41,7 @@ def _from_additive(mask: Tensor, shape: tuple[int, int, int, int]) -> Read:
     hidden = mask <= lowest
     if not bool((seen | hidden).all()):
         return None, mask
+    seen = seen.expand(*mask.shape[:3], shape[3])
     blank = ~seen.any(-1, keepdim=True)
     uniform = blank & (mask > -torch.inf).all(-1, keepdim=True)
     if not bool(uniform.any()):

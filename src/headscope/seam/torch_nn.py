@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from headscope.errors import UnsupportedAttention
 from headscope.masks import padding
 from headscope.scores import Scores, make_scores
-from headscope.seam.call import Output
+from headscope.seam.call import AttentionCall, Output
 from headscope.seam.inputs import Read, combine, read_mask
 from headscope.seam.sdpa import causal_from_the_top, resumed, suspended
 from headscope.seam.watching import (
@@ -29,6 +29,7 @@ from headscope.seam.watching import (
     active,
     autocast_operands,
     inside,
+    invisible,
     is_plain_layer,
     seen,
     unnoticed,
@@ -186,9 +187,20 @@ def _saw_slow(result: Any, *args: Any, **kwargs: Any) -> Any:
     output = Output(result[0], finish, lambda b, r: returned[r, b], write)
     dropout = float(given.dropout_p) if given.training else 0.0
     valid = _valid(given.key_padding_mask, shape)
-    call = seen(_module(), "torch.nn", candidates, v, output, dropout, valid=valid)
-    edited = call.output.raw
-    return result if edited is result[0] else (edited, *result[1:])
+    return _edited(seen(_module(), "torch.nn", candidates, v, output, dropout, valid=valid), result)
+
+
+def _edited(call: AttentionCall, result: Any) -> Any:
+    """What the function returns: as it was, or with the output, and the weights if asked for, that an edit made."""
+    if call.output.raw is result[0]:
+        return result
+    weights = result[1]
+    if isinstance(weights, Tensor) and weights.numel():
+        with invisible():
+            maps = call.matrix().dense(limit=1 << 62).to(weights.dtype)  # torch built it, too
+        maps = maps if maps.numel() == weights.numel() else maps.mean(1)
+        weights = maps.view_as(weights)
+    return call.output.raw, weights
 
 
 def _project(given: SimpleNamespace, flat: bool) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -246,8 +258,7 @@ def _saw_native(
         return F.linear(heads.flatten(-2), proj_weight, proj_bias)
 
     projected = (query, qkv_weight, qkv_bias, num_heads)
-    edited = _saw_fast(result[0], projected, (mask, mask_type), finish)
-    return result if edited is result[0] else (edited, *result[1:])
+    return _edited(_saw_fast(result[0], projected, (mask, mask_type), finish), result)
 
 
 def _saw_layer(
@@ -297,7 +308,7 @@ def _saw_layer(
     into = norm1(whole) if norm_first else whole
     lengths = _padded(src)[1]
     projected = (into, qkv_weight, qkv_bias, num_heads)
-    return _saw_fast(result, projected, (mask, mask_type), finish, lengths, ".self_attn")
+    return _saw_fast(result, projected, (mask, mask_type), finish, lengths, ".self_attn").output.raw
 
 
 def _saw_fast(
@@ -307,7 +318,7 @@ def _saw_fast(
     finish: Callable[[Tensor, Tensor, Tensor], Tensor],
     lengths: Tensor | None = None,
     suffix: str = "",
-) -> Tensor:
+) -> AttentionCall:
     x, weight, bias, num_heads = projected
     if x.is_nested:
         x, lengths = _padded(x)
@@ -333,7 +344,7 @@ def _saw_fast(
     if masked[1] == 1 and masked[0] is not None:
         valid = ~masked[0].bool()
     output = Output(returned, finish, lambda b, r: outputs[b, r], write)
-    return seen(_module(), "torch.nn", candidates, v, output, suffix=suffix, valid=valid).output.raw
+    return seen(_module(), "torch.nn", candidates, v, output, suffix=suffix, valid=valid)
 
 
 def _padded(tensor: Tensor) -> tuple[Tensor, Tensor | None]:

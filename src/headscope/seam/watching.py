@@ -32,7 +32,7 @@ class Forward:
     stack: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     masks: dict[Any, Any] = field(default_factory=dict)  # masks already read in this forward
-    calls: int = 0
+    number: int = 0  # of the site whose call is handed out, in the order in which the watch saw sites first
     failed: bool = False  # it ended by an exception
     handling: BaseException | None = field(default_factory=sys.exception)  # what was being handled when it began
 
@@ -54,6 +54,8 @@ class Watch:
         self.names = {id(module): name for name, module in model.named_modules(remove_duplicate=True)}
         self._local = threading.local()
         self._handles: list[Any] = []
+        self._numbers: dict[tuple[str, int], int] = {}
+        self._lock = threading.Lock()
 
     @property
     def forward(self) -> Forward | None:
@@ -120,6 +122,11 @@ class Watch:
             ways_leave()
             if self.on_end is not None:
                 self.on_end(forward)
+
+    def number_of(self, name: str, occurrence: int) -> int:
+        """A site's number in the order of first calls, over all forwards: an encoder's come before its decoder's."""
+        with self._lock:
+            return self._numbers.setdefault((name, occurrence), len(self._numbers))
 
     def name_of(self, module: nn.Module | None) -> str:
         """The module's name in the watched model, or that of the innermost module running."""
@@ -252,6 +259,7 @@ def seen(
             own = (watch.name_of(module) + suffix).removeprefix(".")
             occurrence = forward.counts.get(own, 0)
             forward.counts[own] = occurrence + 1
+            forward.number = watch.number_of(own, occurrence)
             if watch.edit is not None:
                 call = watch.edit(call.at(own, occurrence), forward)
         for watch, forward in zip(watches, forwards, strict=True):
@@ -259,7 +267,6 @@ def seen(
             own = (watch.name_of(module) + suffix).removeprefix(".")
             if watch.on_call is not None:
                 watch.on_call(call.at(own, forward.counts[own] - 1), forward)
-            forward.calls += 1
     return call
 
 
@@ -280,13 +287,21 @@ def autocast_operands(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def read_valid(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """Which positions are text, [B, S], if the outermost module was told in a 2-D attention_mask."""
+    """Which positions are text, [B, S], if the outermost module was told in an attention_mask.
+
+    Of a 4-D one (generate() makes it for a static cache): what some query may see, without the room behind the last.
+    """
     mask = kwargs.get("attention_mask")
     if mask is None and args:
         names = inspect.signature(module.forward).parameters  # of what is wrapped, if it is wrapped
         mask = dict(zip(names, args, strict=False)).get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask.detach().bool()
+    if isinstance(mask, Tensor) and mask.dim() == 4 and not (mask.is_floating_point() and bool((mask > 0).any())):
+        seen = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
+        keys = seen.detach().flatten(1, 2).any(1)
+        used = keys.any(0).nonzero()
+        return keys[:, : int(used[-1]) + 1] if len(used) else None
     return None
 
 
