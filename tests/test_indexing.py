@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headscope import AttentionMatrix, indexing, masks
+from headscope.indexing import PartReader
 from tests import reference
 from tests.options import one_thread, unchecked  # noqa: F401
 from tests.reference import operands
@@ -171,3 +172,16 @@ def test_parts_read_in_inference_mode_and_after_it() -> None:
     with torch.inference_mode():
         first = matrix[0, 0, 0]
     torch.testing.assert_close(torch.stack([first, matrix[0, 0, 5]]), matrix.dense()[0, 0, [0, 5]])
+
+
+def test_rows_that_follow_each_other_are_cut_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two heads, many rows: two blocks, not a block a row."""
+    query = torch.randn(1, 3, 40, 4, generator=torch.Generator().manual_seed(0))
+    matrix = AttentionMatrix(query, query, mask=masks.causal())
+    dense, blocks = matrix.dense(), []
+    inner = PartReader._weights
+    monkeypatch.setattr(PartReader, "_weights", lambda reader, *given: blocks.append(1) or inner(reader, *given))
+    for index in ((0, [2, 0], slice(5, 30)), (0, [2, 0], slice(5, 30), slice(3, 20, 2)), (0, 1, [4, 5, 6, 9, 9, 8])):
+        blocks.clear()
+        torch.testing.assert_close(matrix[index], dense[index])
+        assert len(blocks) == (4 if isinstance(index[2], list) else 2)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from headscope import AttentionMatrix, blockwise, indexing, kernels, masks, reductions, rowwise
+from headscope import AttentionMatrix, blockwise, indexing, kernels, masks, record, reductions, rowwise
 from headscope.masks import Mask
 from headscope.reductions import Block, Entropy, Groups, Mass, Max, Offsets, Pool, Received, Reduction, TopK
 from tests import reference
@@ -762,3 +762,30 @@ def test_scores_that_overflow_are_refused() -> None:
             ask(matrix)
     wide = AttentionMatrix(matrix.operands.query.double(), matrix.operands.key.double())
     torch.testing.assert_close(wide.max().values, torch.full((1, 2, 3), 0.2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("question", "said"),
+    [(Entropy, r"ask one, Entropy\(…\)"), ("entropy", "'entropy' is no question")],
+)
+def test_what_is_no_question_is_told(question: Any, said: str) -> None:
+    query = torch.randn(1, 2, 3, 4)
+    with pytest.raises(TypeError, match=said):
+        AttentionMatrix(query, query).reduce(question)
+    with pytest.raises(TypeError, match=said), record(torch.nn.Identity(), reduce=question):
+        pass
+
+
+def test_masks_and_tensors_are_not_mixed_up() -> None:
+    for combined in (lambda seen: masks.causal() & seen, lambda seen: masks.causal() | seen):
+        with pytest.raises(TypeError, match=r"wanted another mask; masks.dense\(tensor\)"):
+            combined(torch.ones(3, 3).bool())
+
+
+def test_autocast_does_not_round_what_is_asked() -> None:
+    query, value = torch.randn(2, 1, 2, 6, 8, generator=torch.Generator().manual_seed(0))
+    matrix = AttentionMatrix(query, query)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, sums = matrix @ value, matrix.T @ value
+    torch.testing.assert_close(found, matrix.dense() @ value)
+    torch.testing.assert_close(sums, matrix.dense().mT @ value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -99,9 +99,10 @@ class PartReader:
         out = self.scores.query.new_zeros((b.numel(), width), dtype=self.scores.dtype)
         if out.numel():
             self._learn_rows(b, h, q)
-            for i, (bi, hi, qi) in enumerate(zip(b.tolist(), h.tolist(), q.tolist(), strict=True)):
-                row = self._cut([bi, hi, qi, keys])
-                out[i] = row
+            for start, stop in _neighbours(torch.stack([b, h, q], 1)):
+                first = int(q[start])
+                rows = slice(first, first + stop - start, 1)
+                out[start:stop] = self._cut([int(b[start]), int(h[start]), rows, keys])
         return out.view(*shape, width)
 
     def _points(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -133,9 +134,7 @@ class PartReader:
         rows = torch.stack([b, h, q], 1).unique(dim=0)
         if not len(rows):
             return
-        new = (rows[1:, :2] != rows[:-1, :2]).any(1) | (rows[1:, 2] != rows[:-1, 2] + 1)
-        starts = [0, *(new.nonzero().flatten() + 1).tolist(), len(rows)]
-        for start, stop in pairwise(starts):
+        for start, stop in _neighbours(rows):
             bi, hi, first = rows[start].tolist()
             last = int(rows[stop - 1, 2])
             self._learn(slice(bi, bi + 1), slice(hi, hi + 1), slice(first, last + 1))
@@ -151,6 +150,12 @@ class PartReader:
         _, found = stream(self.scores.narrow(b, h, rows), [])
         self.known.top[b, h, rows] = found.top
         self.known.log_total[b, h, rows] = found.log_total
+
+
+def _neighbours(rows: Tensor) -> Iterator[tuple[int, int]]:
+    """Where rows (b, h, q), [N, 3], stand in a row: spans of N in which only q grows, one by one."""
+    new = (rows[1:, :2] != rows[:-1, :2]).any(1) | (rows[1:, 2] != rows[:-1, 2] + 1)
+    return pairwise([0, *(new.nonzero().flatten() + 1).tolist(), len(rows)])
 
 
 def _normalised(x: Tensor, known: Normalizer, at: tuple[slice, slice, slice]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from html import escape
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ from headscope.reductions import (
     TopK,
     TransposedProduct,
     WeightsAt,
+    check_reductions,
 )
 from headscope.rowwise import by_rows
 from headscope.scores import Scores, make_scores
@@ -104,7 +106,7 @@ class AttentionMatrix:
         sinks: [H], an extra logit a head in the denominator; rows then sum to less than 1.
 
     Raises:
-        ValueError: operands that do not fit; at the first question, operands that are NaN or infinite.
+        ValueError: operands that do not fit; at the first question but ``P @ value``, NaN or infinite operands.
 
     Example:
         >>> import torch, headscope
@@ -153,15 +155,16 @@ class AttentionMatrix:
     def __matmul__(self, value: Tensor) -> Tensor:
         """P @ value → [B, H, L, N]; value is [S], [S, N], [B|1, 1|G|H, S, N]. Differentiable.
 
-        A value of more precision than a half-precision query is not rounded to it.
+        A value of more precision than a half-precision query is not rounded to it, nor by autocast.
         """
         scores = self._scores.at_least(value.dtype)
         flat = value.dim() == 1
         given = _as_value(value[:, None] if flat else value, scores, "P @ value")
-        if kernels.is_fused(scores) and self._normalizer is None:
-            output, self._normalizer = kernels.fused_with_normalizer(scores, given)
-        else:
-            output = kernels.product(scores, given)
+        with torch.autocast(self.device.type, enabled=False):
+            if kernels.is_fused(scores) and self._normalizer is None:
+                output, self._normalizer = kernels.fused_with_normalizer(scores, given)
+            else:
+                output = kernels.product(scores, given)
         return output.squeeze(-1) if flat else output
 
     @property
@@ -189,6 +192,7 @@ class AttentionMatrix:
         """Several answers from one pass over the weights, in the order asked; see headscope.reductions."""
         if not reductions:
             raise ValueError("reduce() got no questions: give it reductions, such as Entropy(), Max().")
+        check_reductions(reductions)
         self._check()
         answers, self._normalizer = stream(self._scores, reductions, self._normalizer)
         return tuple(answers)
@@ -275,7 +279,7 @@ class AttentionMatrix:
             "if it were built": _bytes(self._weight()),
             "holds": _bytes(self._scores.query.nbytes + self._scores.key.nbytes),
         }
-        cells = "".join(f"<tr><th>{k}</th><td>{_escape(v)}</td></tr>" for k, v in rows.items())
+        cells = "".join(f"<tr><th>{k}</th><td>{escape(str(v))}</td></tr>" for k, v in rows.items())
         return f"<table><caption>AttentionMatrix</caption>{cells}</table>"
 
     def _one(self, reduction: Reduction) -> Any:
@@ -389,7 +393,3 @@ def _bytes(count: int | float) -> str:
             return f"{count:.4g} {unit}"
         count /= 1024
     return f"{count:.4g} TiB"
-
-
-def _escape(value: object) -> str:
-    return str(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

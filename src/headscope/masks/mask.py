@@ -92,13 +92,22 @@ class Mask(ABC):
         yield from self._halve(b, q, middle, hi, step)
 
     def __and__(self, other: Mask) -> Mask:
-        return _Both(self, other) if isinstance(other, Mask) else NotImplemented
+        return _Both(self, _a_mask(other, "&"))
 
     def __or__(self, other: Mask) -> Mask:
-        return _Either(self, other) if isinstance(other, Mask) else NotImplemented
+        return _Either(self, _a_mask(other, "|"))
 
     def __invert__(self) -> Mask:
         return _Not(self)
+
+
+def _a_mask(other: object, sign: str) -> Mask:
+    if isinstance(other, Mask):
+        return other
+    what = type(other).__name__
+    raise TypeError(
+        f"mask {sign} {what}: wanted another mask; masks.dense(tensor) makes one of a bool tensor, True: see."
+    )
 
 
 class _Both(Mask):

@@ -17,7 +17,7 @@ from headscope.matrix import AttentionMatrix
 from headscope.recording.file import Contents, load, save
 from headscope.recording.run import Answer, Call, Run, Site
 from headscope.recording.site import Captured, SiteCalls, capture
-from headscope.reductions import Reduction
+from headscope.reductions import Reduction, check_reductions
 from headscope.seam import AttentionCall, Forward, invisible, watch
 
 __all__ = ["Answer", "Call", "Recording", "Run", "Site", "record"]
@@ -243,7 +243,7 @@ def record(
         keep: "query" and "key", and if wanted "value" and "output" (P @ V).
         reduce: answer these reductions (or call this function) at each call and keep nothing else; the answers
             are in ``recording.answers``.
-        detach: False keeps the graph, so that answers can be differentiated.
+        detach: False keeps the graph: ``P @ value``, ``P.T @ x`` and ``P.entropy()`` can be differentiated, as always.
         on_call: is told of each call as it happens, for progress.
 
     Raises:
@@ -266,9 +266,12 @@ def record(
     wrong = [name for name in kept if name not in _KEEP]
     if wrong or not {"query", "key"} <= set(kept):
         raise ValueError(f"keep got {kept}: wanted 'query' and 'key', and optionally 'value', 'output'.")
-    questions = (reduce,) if isinstance(reduce, Reduction) else reduce
+    questions: Any = (reduce,) if isinstance(reduce, Reduction | str | type) else reduce
     if questions is not None and not callable(questions):
         questions = tuple(questions)
+        check_reductions(questions)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"record() got {type(model).__name__}: wanted a torch module.")
     recording = Recording(tokens=tokens)
     chosen = None if layers is None else (layers,) if isinstance(layers, int | str) else tuple(layers)
     recorder = _Recorder(recording, chosen, kept, questions, detach, on_call)

@@ -13,7 +13,7 @@ Write your own by subclassing :class:`Reduction`::
 
 from headscope.reductions.columns import Received, TransposedProduct
 from headscope.reductions.groups import Groups, Pool
-from headscope.reductions.reduction import Block, Reduction
+from headscope.reductions.reduction import Block, Reduction, check_reductions
 from headscope.reductions.rows import Entropy, Mass, Max, Offsets, TopK, WeightsAt
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "TopK",
     "TransposedProduct",
     "WeightsAt",
+    "check_reductions",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,3 +103,13 @@ class Reduction(ABC):
     def finish(self, state: Any) -> Any:
         """The answer."""
         return state
+
+
+def check_reductions(given: Iterable[object]) -> None:
+    """Raises TypeError where something is not a question."""
+    for question in given:
+        if isinstance(question, Reduction):
+            continue
+        if isinstance(question, type):
+            raise TypeError(f"{question.__name__} is a class of questions: ask one, {question.__name__}(…).")
+        raise TypeError(f"{question!r} is no question: wanted reductions, such as Entropy() or Max().")
