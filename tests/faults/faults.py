@@ -20,8 +20,50 @@ class Fault:
 
 FAULTS = [
     Fault(
+        "the same text once more is taken for later rows of it",
+        "recording/place.py",
+        ' or (how[0] == "cross" and forward not in self._going)',
+        "",
+        "test_edits.py::test_the_same_text_once_more_is_edited_as_the_first_time",
+    ),
+    Fault(
+        "what is written into after its call is believed",
+        "recording/site.py",
+        "tensor._version != version",
+        "False",
+        "test_recording.py::test_what_is_written_into_after_its_call_is_refused",
+    ),
+    Fault(
+        "all layers have one number",
+        "seam/watching.py",
+        "self._numbers.setdefault((name, occurrence), len(self._numbers))",
+        "self._numbers.setdefault((name, occurrence), 0)",
+        "test_generate.py::test_layers_count_as_the_recording_does_though_the_encoder_runs_alone",
+    ),
+    Fault(
+        "torch's module returns weights as they were before an edit",
+        "seam/torch_nn.py",
+        "weights = maps.view_as(weights)",
+        "weights = weights.clone()",
+        "test_edits.py::test_torchs_module_returns_the_edited_weights",
+    ),
+    Fault(
+        "padding that is even over all keys keeps the room of a static cache",
+        "recording/site.py",
+        "(visible if whole is None else visible & ~whole)",
+        "(visible if whole is None else visible)",
+        "test_generate.py::test_a_padded_batch",
+    ),
+    Fault(
+        "the second text after one prefix is taken for a rejected draft's",
+        "recording/site.py",
+        "return None if again or nothing_left else how",
+        "return None if again else how",
+        "test_generate.py::test_continuations_of_one_prefix_are_runs_of_their_own",
+    ),
+    Fault(
         "rows of rejected drafts stay in cross-attention",
-        "recording/record.py",
+        "recording/run.py",
         "joined.add(call, kind, shared, max(cut, default=0))",
         "joined.add(call, kind, shared)",
         "test_generate.py::test_rejected_drafts_leave_no_rows_of_cross_attention",
@@ -478,8 +520,8 @@ FAULTS = [
     Fault(
         "the same text twice joined into one run",
         "recording/site.py",
-        "return None if again else how",
-        "return how",
+        "return None if again or nothing_left else how",
+        "return None if nothing_left else how",
         "test_recording.py::test_a_part_that_ran_before_the_whole_is_a_run_of_its_own",
     ),
     Fault(
