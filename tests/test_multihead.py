@@ -658,3 +658,37 @@ def test_weights_that_do_not_fit_change_nothing() -> None:
     with pytest.raises(ValueError, match=r"o weight has shape \(3, 3\)"):
         module.load_weights(wrong)
     assert all(torch.equal(part, before[name]) for name, part in module.state_dict().items())
+
+
+@pytest.mark.parametrize("position", [None, positions.rotary()])
+def test_torchs_way_to_write_self_attention_is_self_attention(position: positions.Rotary | None) -> None:
+    """layer(x, x, x) once kept the first token's keys as a source, and decoded from them for ever."""
+    torch.manual_seed(0)
+    layer, x = MultiHeadAttention(16, 4, position=position).eval(), torch.randn(2, 7, 16)
+    with torch.no_grad():
+        plain = layer(x, mask=masks.causal())
+        torch.testing.assert_close(layer(x, x, x, mask=masks.causal()), plain, atol=0, rtol=0)
+        torch.testing.assert_close(layer.matrix(x, x).dense(), layer.matrix(x).dense(), atol=0, rtol=0)
+    apart = [x[:, i : i + 1] for i in range(7)]
+    with torch.no_grad():
+        cache = KVCache(7)
+        wanted = [layer(part, cache=cache) for part in apart]
+        cache = KVCache(7)
+        found = [layer(part, part, part, cache=cache) for part in apart]
+    torch.testing.assert_close(torch.cat(found, 1), torch.cat(wanted, 1), atol=0, rtol=0)
+    torch.testing.assert_close(torch.cat(found, 1), plain, atol=1e-5, rtol=1e-5)
+    assert cache.length == 7
+
+
+def test_a_window_is_of_a_text_and_leaves_a_source_whole() -> None:
+    torch.manual_seed(0)
+    layer, x, source = MultiHeadAttention(16, 4).eval(), torch.randn(2, 3, 16), torch.randn(2, 9, 16)
+    cache = SlidingWindowCache(3)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, source, cache=cache), layer(x, source))
+
+
+def test_a_module_that_was_exported_computes_afterwards() -> None:
+    layer, x = MultiHeadAttention(16, 4, position=positions.rotary()).eval(), torch.randn(2, 7, 16)
+    torch.export.export(layer, (x,))
+    assert type(layer(x).detach()) is Tensor

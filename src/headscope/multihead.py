@@ -108,7 +108,7 @@ class MultiHeadAttention(nn.Module):
 
         Args:
             query: [B, L, E]
-            key: [B, S, kdim], of another sequence; None for self-attention.
+            key: [B, S, kdim], of another sequence; None (or the query itself) for self-attention.
             value: [B, S, vdim]; the key unless given.
             mask: who may see whom, see :mod:`headscope.masks`; True: may attend. Queries are the last L positions;
                 keys are counted from the first that was read, also where a cache no longer holds it.
@@ -117,12 +117,14 @@ class MultiHeadAttention(nn.Module):
         Raises:
             ValueError: shapes that do not fit; see :class:`headscope.KVCache` for the cache's.
         """
+        if key is query and (value is None or value is query):
+            key = value = None  # torch's way to write self-attention
         _check_inputs(self, query, key, value)
         before = 0 if cache is None else cache.length
         keys = before + query.shape[1] if key is None else key.shape[1]
         seen = checked_mask(mask, (query.shape[0], self.num_heads, query.shape[1], keys))
         q, k, v = self._heads(query, key, value, cache)
-        if cache is not None and cache.window is not None:
+        if key is None and cache is not None and cache.window is not None:
             near = sliding_window(cache.window - 1)
             seen = near if seen is None else near & shifted(seen, keys, k.shape[2])
         heads = kernels.product(self._scores(q, k, seen), v, self.dropout_p if self.training else 0.0)
@@ -140,6 +142,7 @@ class MultiHeadAttention(nn.Module):
         Raises:
             ValueError: shapes that do not fit.
         """
+        key = None if key is query else key
         _check_inputs(self, query, key, None if self.vdim != self.kdim else key, matrix=True)
         across = key is not None
         q = self._placed(self._queries(query), self.q_norm, across)

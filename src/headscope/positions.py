@@ -119,7 +119,8 @@ class Rotary:
                 positions = torch.arange(2 ** math.ceil(math.log2(max(length, 64))), dtype=torch.float64)
                 angles = torch.outer(positions, self.frequencies(x.shape[-1]))
                 held = angles.cos().to(x.device, x.dtype), angles.sin().to(x.device, x.dtype)
-            self._tables[kind] = held
+            if type(held[0]) is Tensor:  # not what stands for a tensor while a graph is exported
+                self._tables[kind] = held
         return held
 
     def __deepcopy__(self, memo: object) -> Rotary:

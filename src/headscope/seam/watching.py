@@ -271,10 +271,12 @@ def seen(
 
 
 def _is_cross(module: nn.Module | None, way: str, scores: Scores) -> bool:
-    """Queries and keys of different numbers in a module that is not causal."""
+    """What a module says of itself; or queries and keys of different numbers in a module that is not causal."""
+    if getattr(module, "is_cross", False):
+        return True
     if scores.shape[2] == scores.shape[3]:
         return False
-    return way == "torch.nn" or getattr(module, "is_causal", None) is False or getattr(module, "is_cross", False)
+    return way == "torch.nn" or getattr(module, "is_causal", None) is False
 
 
 def autocast_operands(*tensors: Tensor) -> tuple[Tensor, ...]:
