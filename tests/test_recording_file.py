@@ -89,7 +89,7 @@ def test_tokens_and_several_runs_come_back(tmp_path: Path, minilm: Any) -> None:
 
 def test_tensors_stay_on_disk(tmp_path: Path) -> None:
     """Loading 200 MB must not take 200 MB: the file is mapped."""
-    from headscope.recording.record import Run
+    from headscope.recording.run import Run
     from headscope.recording.site import Part, SiteCalls
 
     query, key = torch.zeros(1, 4, 100_000, 64), torch.zeros(1, 4, 100_000, 64)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from headscope.errors import TextError
+from headscope.errors import HeadscopeError, TextError
 from headscope.models import Loaded
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "by_length",
     "check_different",
     "check_names",
+    "check_texts",
     "cut",
     "default_documents",
     "digest",
@@ -215,11 +216,16 @@ def check_different(documents: Sequence[Document]) -> None:
         TextError: Two have one name or one text, or one cannot be read.
     """
     check_names(documents)
+    check_texts((document.name, digest(document)) for document in documents)
+
+
+def check_texts(texts: Iterable[tuple[str, str]], error: type[HeadscopeError] = TextError) -> None:
+    """Raises ``error`` when two names stand for one text, told by its digest."""
     names: dict[str, str] = {}
-    for document in documents:
-        other = names.setdefault(digest(document), document.name)
-        if other != document.name:
-            raise TextError(f"{other} and {document.name} hold the same text: give it once, it would count twice.")
+    for name, text in texts:
+        other = names.setdefault(text, name)
+        if other != name:
+            raise error(f"{other} and {name} hold the same text: give it once, it would count twice.")
 
 
 def check_names(documents: Sequence[Document]) -> None:

@@ -17,13 +17,11 @@ from headscope import kernels, masks
 from headscope.errors import EditError
 from headscope.masks import Mask
 from headscope.positions import Alibi
-from headscope.recording import Place, Recording, Tracker
+from headscope.recording import Layers, Place, Recording, Tracker, layers_of
 from headscope.scores import Scores, make_scores
 from headscope.seam import AttentionCall, Forward, watch, with_output
 
 __all__ = ["Ablate", "Edit", "Freeze", "KnockOut", "Patch", "ablate", "edit", "freeze", "knock_out", "patch"]
-
-Layers = int | str | Iterable[int | str] | None
 
 
 @dataclass(frozen=True)
@@ -161,7 +159,7 @@ def ablate(layer: Layers, head: int | Iterable[int], *, to: Tensor | None = None
     """
     if to is not None and to.dim() not in (2, 3):
         raise EditError(f"ablate: `to` is {tuple(to.shape)}; wanted means [H, Dv], or [layers, H, Dv].")
-    return Ablate(_layers(layer), _positions("head", head), to)
+    return Ablate(layers_of(layer), _positions("head", head), to)
 
 
 def knock_out(
@@ -183,7 +181,7 @@ def knock_out(
         heads: None means all heads.
     """
     chosen = None if heads is None else _positions("heads", heads)
-    return KnockOut(_layers(layers), _positions("query", query), _positions("key", key), chosen)
+    return KnockOut(layers_of(layers), _positions("query", query), _positions("key", key), chosen)
 
 
 def patch(layer: Layers, head: int | Iterable[int], *, from_: Recording) -> Patch:
@@ -192,7 +190,7 @@ def patch(layer: Layers, head: int | Iterable[int], *, from_: Recording) -> Patc
     Raises:
         EditError: inside the block, where the recording does not have this site or its shape.
     """
-    return Patch(_layers(layer), _positions("head", head), _patterns("patch", from_))
+    return Patch(layers_of(layer), _positions("head", head), _patterns("patch", from_))
 
 
 def freeze(*, from_: Recording, layers: Layers = None) -> Freeze:
@@ -221,7 +219,7 @@ def freeze(*, from_: Recording, layers: Layers = None) -> Freeze:
         >>> torch.allclose(before, after, atol=1e-5)
         True
     """
-    return Freeze(_layers(layers), _patterns("freeze", from_))
+    return Freeze(layers_of(layers), _patterns("freeze", from_))
 
 
 @contextmanager
@@ -355,12 +353,6 @@ def _refuse_dropout(edit: Edit, call: AttentionCall) -> None:
             f"{type(edit).__name__} changes a pattern, but {call.name} drops {call.dropout_p:.0%} of its weights "
             "at random: call model.eval() first."
         )
-
-
-def _layers(layers: Layers) -> tuple[int | str, ...] | None:
-    if layers is None or isinstance(layers, (int, str)):
-        return None if layers is None else (layers,)
-    return tuple(layers)
 
 
 def _positions(name: str, given: int | Iterable[int]) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from headscope.atlas import HeadAtlas
 from headscope.errors import AtlasError, HeadscopeError, TextError, TreebankError
 from headscope.files import check_writable
 from headscope.relations import Example
-from headscope.survey import Plan
+from headscope.survey import Plan, profile
 from headscope.training.processes import processes, rank
 
 __all__ = ["add_heads"]
@@ -142,7 +142,6 @@ def _measure(
 ) -> HeadAtlas:
     """Profile the model; with several processes each does its share."""
     from headscope.relations.treebank import read_conllu
-    from headscope.survey import profile
 
     if Path("-") in texts and processes() > 1:
         raise AtlasError(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["cluster_bootstrap", "cluster_score_test", "holm"]
+__all__ = ["cluster_bootstrap", "cluster_score_test", "fewest_clusters", "holm"]
 
 _AT_ONCE = 4_000_000  # replicates held at once
 
@@ -53,6 +53,15 @@ def cluster_score_test(differences: Tensor) -> Tensor:
     score = d.sum(-1) / torch.where(spread > 0, spread, 1)
     p = 0.5 * torch.erfc(score / 2**0.5)
     return torch.where(spread > 0, p, torch.ones_like(p))
+
+
+def fewest_clusters(tests: int, level: float) -> int:
+    """How many clusters it takes at least to be below ``level`` after Holm's correction, if all of them agree.
+
+    >>> fewest_clusters(1, 0.05), fewest_clusters(540, 0.05)
+    (3, 14)
+    """
+    return next(c for c in range(1, 10_000) if float(cluster_score_test(torch.ones(c))) * tests < level)
 
 
 def cluster_bootstrap(

@@ -7,7 +7,6 @@ any number of processes, and a run that was killed and begun again, give the sam
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +26,14 @@ from headscope.parts import Parts, Told
 from headscope.profiling import columns_of, measure
 from headscope.recording import record
 from headscope.relations import Example, count_relations, reads
+from headscope.relations.score import LEVEL
 from headscope.seam import AttentionCall
+from headscope.statistics import fewest_clusters
 from headscope.training.processes import processes
 
 __all__ = ["Plan", "profile", "weights_hash"]
 
 _DOCUMENTS, _EXAMPLES = 4, 200  # of texts and sentences in one part
-_LEVEL, _PICKERS = 0.05, 3  # a role's level, and the fewest clusters whose agreement reaches it on the half that picks
 
 
 @dataclass(frozen=True)
@@ -228,19 +228,15 @@ def _too_long(atlas: HeadAtlas) -> list[str]:
 
 
 def _too_few_clusters(atlas: HeadAtlas, examples: dict[str, list[Example]]) -> list[str]:
-    """A note for each collection in which even a head that is always right cannot get a role.
-
-    All of C clusters agreeing is T = √C (see statistics.cluster_score_test), and Holm's correction multiplies its
-    p by the number of heads and of directions.
-    """
-    fewest = next(c for c in range(1, 1000) if math.erfc((c / 2) ** 0.5) * len(atlas) < _LEVEL)
+    """A note for each collection in which even a head that is always right cannot get a role."""
+    pick, confirm = fewest_clusters(1, LEVEL), fewest_clusters(2 * len(atlas), LEVEL)  # all heads, both directions
     notes = []
     for name, given in examples.items():
         halves = [len({example.cluster for example in given if example.half == half}) for half in (0, 1)]
-        if halves[0] < _PICKERS or halves[1] < fewest:
+        if halves[0] < pick or halves[1] < confirm:
             notes.append(
                 f"{name} has {sum(halves)} documents ({halves[0]} to pick heads, {halves[1]} to confirm them): too few "
-                f"for roles that come from it, which with {len(atlas)} heads take {_PICKERS} and {fewest}."
+                f"for roles that come from it, which with {len(atlas)} heads take {pick} and {confirm}."
             )
     return notes
 
@@ -271,20 +267,16 @@ def _readable(loaded: Loaded, examples: dict[str, list[Example]]) -> tuple[dict[
 def _together(parts: Sequence[HeadAtlas], info: dict[str, Any]) -> HeadAtlas:
     """All parts as one atlas: added up in the order given."""
     atlas = HeadAtlas(info | {"documents": {}, "texts": {}})
-    names: dict[str, str] = {}
     for part in parts:
         atlas.measured.merge(part.measured)
         atlas.relations.merge(part.relations)
         atlas.worth.merge(part.worth)
-        for name, half in part.info["documents"].items():
-            atlas.info["documents"][name] = half
-        for name, text in part.info["texts"].items():
-            if names.setdefault(text, name) != name:
-                raise AtlasError(f"{names[text]} and {name} hold the same text: give it once, it would count twice.")
-            atlas.info["texts"][name] = text
+        for name in ("documents", "texts"):
+            atlas.info[name] |= part.info[name]
         for name, counted in part.info["examples"].items():
             held = atlas.info["examples"][name]
             held |= {key: held.get(key, 0) + number for key, number in counted.items()}
+    corpus.check_texts(atlas.info["texts"].items(), AtlasError)
     atlas.worth = atlas.worth.sorted()
     return atlas
 

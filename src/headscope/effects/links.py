@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from headscope.edits import KnockOut, Layers, edit, knock_out
+from headscope.edits import KnockOut, edit, knock_out
 from headscope.effects.answers import ask, options
 from headscope.effects.rows import Rows, Target, survey
 from headscope.errors import EditError
-from headscope.recording import Place
+from headscope.recording import Layers, Place
 from headscope.seam import AttentionCall
 
 __all__ = ["LinkEffect", "LinkEffects", "TokenChange", "link_effect", "link_effects"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from headscope.errors import NothingSeen, RecordingError
 from headscope.matrix import AttentionMatrix
 from headscope.recording.file import Contents, load, save
-from headscope.recording.run import Answer, Call, Run, Site
+from headscope.recording.run import Answer, Call, Layers, Run, Site, layers_of
 from headscope.recording.site import Captured, SiteCalls, capture
 from headscope.reductions import Reduction, check_reductions
 from headscope.seam import AttentionCall, Forward, invisible, watch
@@ -228,7 +228,7 @@ def record(
     model: nn.Module,
     *,
     tokens: Any = None,
-    layers: int | str | Iterable[int | str] | None = None,
+    layers: Layers = None,
     keep: Iterable[str] = ("query", "key"),
     reduce: Reduction | Iterable[Reduction] | Callable[[AttentionCall], Any] | None = None,
     detach: bool = True,
@@ -273,7 +273,7 @@ def record(
     if not isinstance(model, nn.Module):
         raise TypeError(f"record() got {type(model).__name__}: wanted a torch module.")
     recording = Recording(tokens=tokens)
-    chosen = None if layers is None else (layers,) if isinstance(layers, int | str) else tuple(layers)
+    chosen = layers_of(layers)
     recorder = _Recorder(recording, chosen, kept, questions, detach, on_call)
     with watch(model, recorder.saw, on_end=recorder.ended):
         yield recording

@@ -13,7 +13,17 @@ from headscope.errors import RecordingError
 from headscope.matrix import AttentionMatrix
 from headscope.recording.site import Captured, SiteCalls
 
-__all__ = ["Answer", "Call", "Run", "Site"]
+__all__ = ["Answer", "Call", "Layers", "Run", "Site", "layers_of"]
+
+Layers = int | str | Iterable[int | str] | None
+"""Attention sites by number in the order of first calls, or by module name; None: all."""
+
+
+def layers_of(layers: Layers) -> tuple[int | str, ...] | None:
+    """One or several sites as a tuple; None for all."""
+    if layers is None or isinstance(layers, (int, str)):
+        return None if layers is None else (layers,)
+    return tuple(layers)
 
 
 @dataclass(frozen=True)

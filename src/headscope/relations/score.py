@@ -16,9 +16,9 @@ from torch import Tensor
 from headscope.relations.counts import MAX_OFFSET, RelationCounts, Tally, direction_of
 from headscope.statistics import cluster_bootstrap, cluster_score_test, holm
 
-__all__ = ["RelationScore", "best_heads", "scores"]
+__all__ = ["LEVEL", "RelationScore", "best_heads", "scores"]
 
-_LEVEL = 0.05
+LEVEL = 0.05  # of a role, on either half
 _MOST_FIXED = 0.5  # a baseline above it says that the sentences hardly vary
 
 
@@ -67,7 +67,7 @@ class RelationScore:
     @property
     def role(self) -> bool:
         """Whether the head has this relation's role."""
-        good = self.picked_p < _LEVEL and self.p_holm < _LEVEL and self.accuracy > max(self.baseline, self.control)
+        good = self.picked_p < LEVEL and self.p_holm < LEVEL and self.accuracy > max(self.baseline, self.control)
         return good and not self.too_fixed
 
 
