@@ -93,7 +93,7 @@ def test_tensors_stay_on_disk(tmp_path: Path) -> None:
     from headscope.recording.site import Part, SiteCalls
 
     query, key = torch.zeros(1, 4, 100_000, 64), torch.zeros(1, 4, 100_000, 64)
-    part = Part(0, 100_000, 0, 100_000, None, None, 0.0, None)
+    part = Part(0, 100_000, 0, 100_000, None, None, 0.0, None, None)
     site = SiteCalls("attention", 0, "sdpa", 0.125, None, None, [query], key, None, [part])
     Recording([Run([site])]).save(tmp_path / "large")
     del query, key, site
@@ -154,7 +154,7 @@ def test_truncated_files_are_refused(tmp_path: Path) -> None:
 def test_a_newer_version_and_another_format_are_refused(tmp_path: Path) -> None:
     header, body = split(saved(tmp_path))
     header["__metadata__"]["version"] = "97"
-    with pytest.raises(RecordingError, match=r"version '97'.*reads version 1"):
+    with pytest.raises(RecordingError, match=r"version '97'.*reads version 2"):
         Recording.load(join(tmp_path / "newer", header, body))
     save_file({"query.0": torch.zeros(3)}, tmp_path / "other")
     with pytest.raises(RecordingError, match="not a recording"):

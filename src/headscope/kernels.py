@@ -8,19 +8,22 @@ This is the only file that knows torch's private ops.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 from headscope.blockwise import Normalizer
 from headscope.rowwise import by_rows
 from headscope.scores import Scores
 
-__all__ = ["by_strips", "fused", "fused_with_normalizer", "is_fused", "product"]
+__all__ = ["RowSums", "by_strips", "fused", "fused_with_normalizer", "is_fused", "product", "row_sums", "weighted"]
 
 _MASK_BLOCK = 1 << 22  # cells of a mask that may exist at once
 _ROWS = 256  # queries in a block, where the mask must be cut up
@@ -28,6 +31,9 @@ _KEPT = 1 << 24  # cells of masks that autograd may keep for the backward pass; 
 
 # A torch without it gives None: every answer still comes, by the public way.
 _flash_cpu: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_sdpa: Any = torch.ops.aten.scaled_dot_product_attention.default
+_EXACT = (torch.float32, torch.float64)  # the kernel's sums of half-precision scores are off by some 1e-5
+_NO_SUM = 1e30  # a row's sum of this size comes from a mask's finite numbers, and says nothing of its scores
 
 
 def is_fused(scores: Scores, dropout_p: float = 0.0) -> bool:
@@ -49,9 +55,58 @@ def by_strips(scores: Scores, value: Tensor, dropout_p: float = 0.0) -> Tensor:
 
 
 def _weighted(dropout_p: float, weights: Tensor, _: Tensor, rows: slice, value: Tensor) -> Tensor:
-    weights = F.dropout(weights, dropout_p) if dropout_p else weights
+    return weighted(F.dropout(weights, dropout_p) if dropout_p else weights, value)
+
+
+def weighted(weights: Tensor, value: Tensor) -> Tensor:
+    """Weights [B, H, L, S] times values [B, G, S, N], as [B, H, L, N]."""
     grouped = weights.unflatten(1, (value.shape[1], -1))
     return (grouped @ value.to(weights.dtype).unsqueeze(2)).flatten(1, 2)
+
+
+class RowSums(TorchDispatchMode):
+    """While it is on, it keeps the rows' log-sum-exp that the CPU's fused kernel gives beside its output."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._found: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call it unchanged."""
+        if func is _sdpa:  # in inference mode: its parts are called from here
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if _flash_cpu is not None and func is _flash_cpu.default and args[0].dtype in _EXACT:
+            self._found.append(result[1])
+        return result
+
+    def of(self, shape: Sequence[int]) -> Tensor | None:
+        """Those of one call of the kernel as [B, H, L], NaN where they don't tell; None if there was no such call."""
+        if len(self._found) != 1:
+            return None
+        sums = self._found[0]
+        packed = shape[2] == 1 and sums.numel() == shape[0] * shape[1]  # the heads of a group as rows of one head
+        if sums.shape != torch.Size(shape[:3]) and not packed:
+            return None
+        sums = sums.detach().reshape(*shape[:3])
+        return sums.masked_fill((sums == 0) | ~(sums.abs() < _NO_SUM), torch.nan)  # 0: of a row that sees nothing
+
+
+@contextmanager
+def row_sums(query: Tensor) -> Iterator[RowSums]:
+    """Listen to the fused kernel while a function that ends in it runs on ``query``; its output stays the same.
+
+    Not where a mode of somebody else listens already: it would see other ops than without us.
+    """
+    sums = RowSums()
+    with torch._C.DisableTorchFunction():
+        usual = query.device.type == "cpu" and not query.is_nested
+    if not usual or _get_current_dispatch_mode() is not None:
+        yield sums
+        return
+    with sums:
+        yield sums
 
 
 def fused(scores: Scores, value: Tensor) -> Tensor:
@@ -76,6 +131,7 @@ def _gives_lse(scores: Scores) -> bool:
     return (
         _flash_cpu is not None
         and q.device.type == "cpu"
+        and q.dtype in _EXACT
         and scores.bias is None
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and (q.requires_grad or scores.key.requires_grad))

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope import kernels
-from headscope.blockwise import Normalizer, stream, strips
+from headscope.blockwise import Normalizer, learned, stream, strips
 from headscope.indexing import PartReader
 from headscope.masks import Mask
 from headscope.positions import Alibi
@@ -179,9 +179,15 @@ class AttentionMatrix:
             ValueError: bool masks and None; IndexError: positions that do not exist.
         """
         self._check()
-        if self._reader is None:
-            self._reader = PartReader(self._scores, self._normalizer)
+        self._reader = self._reader or PartReader(self._scores, self._normalizer)
         return self._reader[index]
+
+    def learn(self, sums: Float[Tensor, "B H L"]) -> None:
+        """Take over the rows' log-sum-exp from a kernel that told it; NaN: unknown. It is not checked."""
+        if bool(sums.isnan().any()):
+            self._reader = PartReader(self._scores, learned(sums))
+        else:
+            self._normalizer = learned(sums)
 
     @property
     def logsumexp(self) -> Float[Tensor, "B H L"]:
@@ -251,8 +257,7 @@ class AttentionMatrix:
         """Which kernel and which blocks answer, and how much the mask lets them skip."""
         scores = self._scores
         batch, heads, queries, keys = self.shape
-        cells, count = 0, 0
-        largest = (0, 0)
+        cells, count, largest = 0, 0, (0, 0)
         for strip in strips(scores):
             rows, width = strip.rows.stop - strip.rows.start, sum(b - a for a, b, _ in strip.spans)
             many = strip.batch.stop - strip.batch.start

@@ -26,9 +26,9 @@ from headscope.tokens import Tokens, Word
 __all__ = ["FORMAT", "VERSION", "Contents", "load", "save"]
 
 FORMAT = "headscope-recording"
-VERSION = 1
+VERSION = 2
 _HEADER_LIMIT = 100 * 1024 * 1024
-_TENSOR_NAME = re.compile(r"(query|key|value|output|mask|bias|sinks|valid)\.\d{1,9}")
+_TENSOR_NAME = re.compile(r"(query|key|value|output|sums|mask|bias|sinks|valid)\.\d{1,9}")
 _ROUNDED = ("query", "key", "value", "output")
 _SAFE_TEXT = re.compile(r"[^\x00-\x1f\x7f-\x9f]{0,4096}")
 
@@ -118,6 +118,7 @@ class _Writer:
             "bias": self.bias(part.bias),
             "proof": part.proof if exact else None,
             "output": self.keep("output", part.output),
+            "sums": self.keep("sums", part.sums if exact else None),
         }
 
 
@@ -251,8 +252,8 @@ class _Reader:
         first_key, keys = (int(n) for n in data["keys"])
         mask = decode(data["mask"], lambda name: self.must("mask", name))
         proof = None if data["proof"] is None else float(data["proof"])
-        bias, output = self.bias(data["bias"]), self.get("output", data["output"])
-        return Part(first_row, rows, first_key, keys, mask, bias, proof, output)
+        output, sums = self.get("output", data["output"]), self.get("sums", data["sums"])
+        return Part(first_row, rows, first_key, keys, mask, self.bias(data["bias"]), proof, output, sums)
 
 
 def _check_parts(site: SiteCalls) -> None:
@@ -278,6 +279,11 @@ def _check_kept(site: SiteCalls) -> None:
         kept, wanted = part.output, (*site.shape[:2], part.num_rows)
         if kept is not None and (kept.dim() != 4 or tuple(kept.shape[:3]) != wanted):
             raise ValueError(f"an output {tuple(kept.shape)} of {wanted} rows")
+        sums = part.sums
+        if sums is None:
+            continue
+        if tuple(sums.shape) != wanted or sums.dtype != site.scores().dtype or bool(sums.isinf().any()):
+            raise ValueError(f"sums {tuple(sums.shape)} of {sums.dtype} for {wanted} rows, or infinite ones")
 
 
 def _no_number(text: str) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from headscope.recording.site import follows, without_blank_cache
+from headscope.recording.keys import follows, without_blank_cache
 from headscope.seam import AttentionCall, Forward, invisible
 
 __all__ = ["Place", "Tracker"]

@@ -12,10 +12,11 @@ from headscope.errors import RecordingError
 from headscope.masks import Mask, Step, causal, compact, stacked
 from headscope.matrix import AttentionMatrix
 from headscope.positions import Alibi
+from headscope.recording.keys import follows, same, without_blank_cache
 from headscope.scores import Scores, make_scores
 from headscope.seam import AttentionCall, matrix_of
 
-__all__ = ["Captured", "Part", "SiteCalls", "capture", "follows", "without_blank_cache"]
+__all__ = ["Captured", "Part", "SiteCalls", "capture"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,7 @@ class Captured:
     edited: bool
     is_cross: bool
     versions: tuple[int | None, ...]  # of query, key and value, as they were
+    sums: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +49,7 @@ class Part:
     bias: Tensor | Alibi | None
     proof: float | None
     output: Tensor | None
+    sums: Tensor | None  # [B, H, rows], the log-sum-exp of its rows where it is known
 
 
 def capture(call: AttentionCall, keep: Sequence[str], detach: bool) -> Captured:
@@ -79,6 +82,7 @@ def capture(call: AttentionCall, keep: Sequence[str], detach: bool) -> Captured:
         call.edited,
         call.is_cross,
         tuple(_version(tensor) for tensor in (scores.query, scores.key, value)),
+        call.sums,
     )
 
 
@@ -96,36 +100,6 @@ def _held(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     reused = tensor.is_inference() or tensor._version > 0
     return tensor.clone() if reused else tensor
-
-
-def without_blank_cache(scores: Scores) -> Scores:
-    """Without the keys of a preallocated cache that nothing was written to yet: hidden, and exactly zero.
-
-    A row that is hidden whole by a finite number is even over all keys: it does not count as one that sees them.
-    """
-    batch, heads, queries, keys = scores.shape
-    if scores.mask is None or queries >= keys:
-        return scores
-    every_b, every_h, rows = slice(0, batch), slice(0, heads), slice(0, queries)
-    bias = scores.bias_tensor
-    whole = None if bias is None else (bias <= torch.finfo(torch.float32).min / 2).all(-1, keepdim=True)
-    stop = keys
-    while stop > queries:
-        part = slice(max(queries, stop - 64), stop)
-        visible = scores.visible(every_b, every_h, rows, part)
-        used = (visible if whole is None else visible & ~whole).flatten(0, 2).any(0)
-        if bool(used.any()):
-            stop = part.start + int(used.nonzero()[-1]) + 1
-            break
-        stop = part.start
-    if stop == keys or bool(scores.key[:, :, stop:].any()):
-        return scores
-    seen = scores.visible(every_b, every_h, rows, slice(0, stop))
-    seen = seen.expand(-1, -1, queries, -1)
-    if bias is not None and bias.shape[3] > 1:
-        bias = bias[..., :stop]
-    mask = compact(seen, batch)
-    return make_scores(scores.query, scores.key[:, :, :stop], mask, bias, scores.scale, scores.softcap, scores.sinks)
 
 
 @dataclass(eq=False)
@@ -153,7 +127,7 @@ class SiteCalls:
         """A site that begins with this call."""
         scores = call.scores
         _, _, rows, keys = scores.shape
-        part = Part(0, rows, 0, keys, scores.mask, scores.bias, call.proof, call.output)
+        part = Part(0, rows, 0, keys, scores.mask, scores.bias, call.proof, call.output, call.sums)
         return cls(
             call.name,
             call.occurrence,
@@ -200,7 +174,7 @@ class SiteCalls:
         how = follows(self.key, bool(self.gone), call.scores)
         if how is None:
             return None
-        again = how[0] == "cross" and _same(call.scores.query, self.queries[-1])  # a forward of its own
+        again = how[0] == "cross" and same(call.scores.query, self.queries[-1])  # a forward of its own
         nothing_left = how[0] == "cut" and self.rejected(how[1]) >= self.shape[2]  # another text after one prefix
         return None if again or nothing_left else how
 
@@ -231,7 +205,8 @@ class SiteCalls:
         first_key = 0 if how == "cross" else self.num_gone
         self.versions.insert(len(self.queries), call.versions[0])
         self.queries.append(scores.query)
-        self.parts.append(Part(first_row, rows, first_key, keys, scores.mask, scores.bias, call.proof, call.output))
+        kept = (call.proof, call.output, call.sums)
+        self.parts.append(Part(first_row, rows, first_key, keys, scores.mask, scores.bias, *kept))
         self.dropout_p = max(self.dropout_p, call.dropout_p)
         self.edited = self.edited or call.edited
 
@@ -270,7 +245,7 @@ class SiteCalls:
 
     def matrix(self) -> AttentionMatrix:
         """All calls of the site as one matrix."""
-        return matrix_of(self.scores())
+        return matrix_of(self.scores(), self.sums())
 
     def call_matrix(self, index: int) -> AttentionMatrix:
         """One of its calls alone."""
@@ -279,7 +254,8 @@ class SiteCalls:
         query = self._rows(part.first_row, part.num_rows)
         key = torch.cat([*self.gone, self.key], 2) if self.gone else self.key
         key = key[:, :, part.first_key : part.first_key + part.num_keys]
-        return matrix_of(make_scores(query, key, part.mask, part.bias, self.scale, self.softcap, self.sinks))
+        scores = make_scores(query, key, part.mask, part.bias, self.scale, self.softcap, self.sinks)
+        return matrix_of(scores, part.sums)
 
     def _rows(self, first: int, count: int) -> Tensor:
         """Some queries, without joining all."""
@@ -328,6 +304,15 @@ class SiteCalls:
         apart = keys - rows + part.first_row - part.first_key == part.num_keys - part.num_rows
         return apart and isinstance(part.bias, Alibi) and torch.equal(part.bias.slopes, bias.slopes)
 
+    def sums(self) -> Tensor | None:
+        """The log-sum-exp of all rows, [B, H, L], NaN where it is not known; None if none is."""
+        told = next((part.sums for part in self.parts if part.sums is not None), None)
+        if told is None:
+            return None
+        shape = self.shape
+        blank = (told.new_full((*shape[:2], part.num_rows), torch.nan) for part in self.parts)
+        return torch.cat([b if part.sums is None else part.sums for part, b in zip(self.parts, blank, strict=True)], 2)
+
     def output(self) -> Tensor | None:
         """P @ V of all calls, [B, H, L, Dv], if it was kept."""
         kept = [part.output for part in self.parts if part.output is not None]
@@ -369,25 +354,5 @@ def _shortened(part: Part, rows: int, batch: int, heads: int, cross: bool) -> Pa
     if isinstance(bias, Tensor):
         bias = bias[:, :, :rows] if bias.shape[2] > 1 else bias
         bias = bias[..., :keys] if bias.shape[3] > 1 else bias
-    output = None if part.output is None else part.output[:, :, :rows]
-    return Part(part.first_row, rows, part.first_key, keys, mask, bias, part.proof, output)
-
-
-def follows(held: Tensor, slid: bool, scores: Scores) -> tuple[str, int] | None:
-    """How a call's keys go on from the keys held before it, see :meth:`SiteCalls.continues`."""
-    _, _, rows, keys = scores.shape
-    size = held.shape[2]
-    if scores.key.shape[:2] != held.shape[:2]:
-        return None
-    if keys == size and _same(scores.key, held):
-        return "cross", keys
-    shared = keys - rows
-    if 0 < shared <= size and _same(scores.key[:, :, :shared], held[:, :, size - shared :]):
-        return "grow", shared
-    if 0 < shared < size and not slid and _same(scores.key[:, :, :shared], held[:, :, :shared]):
-        return "cut", shared
-    return None
-
-
-def _same(first: Tensor, second: Tensor) -> bool:
-    return first.shape == second.shape and torch.equal(first, second)
+    output, sums = (None if kept is None else kept[:, :, :rows] for kept in (part.output, part.sums))
+    return Part(part.first_row, rows, part.first_key, keys, mask, bias, part.proof, output, sums)

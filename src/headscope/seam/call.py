@@ -46,6 +46,7 @@ class AttentionCall:
     proof: float | None = None  # relative difference of P @ V, rebuilt, from what was returned; None: unproved
     edited: bool = False
     is_cross: bool = False  # the module said that its queries are not the last of its keys
+    sums: Tensor | None = None  # [B, H, L], the log-sum-exp of each row, where the model's kernel told it; else NaN
 
     @property
     def query(self) -> Tensor:
@@ -64,7 +65,7 @@ class AttentionCall:
 
     def matrix(self) -> AttentionMatrix:
         """The attention weights of this call, as an operator."""
-        return matrix_of(self.scores)
+        return matrix_of(self.scores, self.sums)
 
     def head_outputs(self) -> Tensor:
         """P @ V, [B, H, L, Dv]: as returned, or rebuilt where the function returned something further on."""
@@ -77,9 +78,9 @@ class AttentionCall:
         return replace(self, name=name, occurrence=occurrence)
 
 
-def matrix_of(scores: Scores) -> AttentionMatrix:
-    """An AttentionMatrix of operands that were checked before."""
-    return AttentionMatrix(
+def matrix_of(scores: Scores, sums: Tensor | None = None) -> AttentionMatrix:
+    """An AttentionMatrix of operands that were checked before, and of what is known of its rows' log-sum-exp."""
+    matrix = AttentionMatrix(
         scores.query,
         scores.key,
         mask=scores.mask,
@@ -88,3 +89,6 @@ def matrix_of(scores: Scores) -> AttentionMatrix:
         softcap=scores.softcap,
         sinks=scores.sinks,
     )
+    if sums is not None:
+        matrix.learn(sums)
+    return matrix

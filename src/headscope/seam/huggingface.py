@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedAttention
+from headscope.kernels import RowSums, row_sums
 from headscope.masks import causal
 from headscope.scores import Scores, make_scores
 from headscope.seam.call import Output
@@ -57,16 +59,16 @@ def _watched(function: Callable[..., Any], implementation: str) -> Callable[...,
     def attention(*args: Any, **kwargs: Any) -> Any:
         if not active():
             return function(*args, **kwargs)
-        with inside():
-            result = function(*args, **kwargs)
         given = dict(zip(_OPERANDS, args, strict=False)) | kwargs
+        with inside(), row_sums(given["query"]) if implementation == "sdpa" else nullcontext() as sums:
+            result = function(*args, **kwargs)
         with unnoticed():
-            return _saw(implementation, result, given)
+            return _saw(implementation, result, given, sums)
 
     return attention
 
 
-def _saw(implementation: str, result: Any, given: dict[str, Any]) -> Any:
+def _saw(implementation: str, result: Any, given: dict[str, Any], sums: RowSums | None) -> Any:
     output, weights = result[0], result[1] if len(result) > 1 else None
     module: nn.Module = given["module"]
     if implementation not in ("eager", "sdpa") and any(given.get(k) is not None for k in _SPARSE):
@@ -85,7 +87,8 @@ def _saw(implementation: str, result: Any, given: dict[str, Any]) -> Any:
     dropout = float(given.get("dropout") or 0.0)
     if implementation == "eager" and not module.training:
         dropout = 0.0
-    call = seen(module, "huggingface", candidates, value, _output(output, shape, value), dropout)
+    told = None if sums is None else sums.of(shape)
+    call = seen(module, "huggingface", candidates, value, _output(output, shape, value), dropout, sums=told)
     if call.output.raw is output:
         return result
     if isinstance(weights, Tensor) and weights.shape == call.shape:

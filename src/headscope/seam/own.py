@@ -28,10 +28,12 @@ def install() -> None:
     def product(scores: Scores, value: Tensor, dropout_p: float = 0.0) -> Tensor:
         if not active():
             return original(scores, value, dropout_p)
-        with inside():
+        with inside(), kernels.row_sums(scores.query) as sums:
             output = original(scores, value, dropout_p)
         with unnoticed():
-            return seen(running(), "headscope", lambda _: [scores], value, direct(output), dropout_p).output.raw
+            told = sums.of(scores.shape)
+            call = seen(running(), "headscope", lambda _: [scores], value, direct(output), dropout_p, sums=told)
+            return call.output.raw
 
     kernels.product = product
 

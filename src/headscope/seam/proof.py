@@ -4,34 +4,57 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from headscope.blockwise import learned
 from headscope.errors import ProofError
-from headscope.kernels import by_strips
+from headscope.indexing import PartReader
+from headscope.kernels import by_strips, weighted
 from headscope.scores import Scores
 from headscope.seam.call import Output
 
-__all__ = ["TOLERANCE", "prove"]
+__all__ = ["TOLERANCE", "Proved", "prove"]
+
+
+@dataclass(frozen=True, eq=False)
+class Proved:
+    """A reading of a call, and how closely it explains the call's output; None: no row could be compared."""
+
+    scores: Scores
+    difference: float | None
+    sums: Tensor | None  # the rows' log-sum-exp, where these are proved too
+
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _ROWS = 4
 
 
 def prove(
-    where: str, candidates: Iterable[Scores], value: Tensor, output: Output, valid: Tensor | None
-) -> tuple[Scores, float | None]:
-    """The first reading of a call that explains its output, and how closely; None: no row could be compared.
+    where: str,
+    candidates: Iterable[Scores],
+    value: Tensor,
+    output: Output,
+    valid: Tensor | None,
+    sums: Tensor | None = None,
+) -> Proved:
+    """The first reading of a call that explains its output.
+
+    ``sums`` [B, H, L], the log-sum-exp of rows as a kernel told it, are part of a reading: it is first tried with them.
 
     Raises:
         ProofError: no reading does: a cap, a sink, a mask or a bias is not understood.
     """
     best: tuple[float, Scores] | None = None
-    for scores in candidates:
-        difference = _difference(scores, value, output, valid)
-        if difference is None or difference <= TOLERANCE.get(scores.query.dtype, 1e-4):
-            return scores, difference
+    tried = ((scores, told) for scores in candidates for told in ([sums, None] if sums is not None else [None]))
+    for scores, told in tried:
+        difference = _difference(scores, value, output, valid, told)
+        if difference is None:
+            return Proved(scores, None, None)
+        if difference <= TOLERANCE.get(scores.query.dtype, 1e-4):
+            return Proved(scores, difference, told)
         if best is None or difference < best[0]:
             best = difference, scores
     assert best is not None  # every way in offers at least one reading
@@ -43,7 +66,9 @@ def prove(
     )
 
 
-def _difference(scores: Scores, value: Tensor, output: Output, valid: Tensor | None) -> float | None:
+def _difference(
+    scores: Scores, value: Tensor, output: Output, valid: Tensor | None, sums: Tensor | None
+) -> float | None:
     """Largest difference over the proved rows, relative to the largest number there.
 
     None if there is nothing to compare: rows that see nothing, or that are NaN here and there, prove nothing, nor
@@ -52,7 +77,8 @@ def _difference(scores: Scores, value: Tensor, output: Output, valid: Tensor | N
     batch, row = choose_rows(scores, valid)
     if not len(batch):
         return None
-    rebuilt = torch.cat([_head_outputs(scores, value, b, r) for b, r in zip(batch.tolist(), row.tolist(), strict=True)])
+    rows = zip(batch.tolist(), row.tolist(), strict=True)
+    rebuilt = torch.cat([_head_outputs(scores, value, b, r, sums) for b, r in rows])
     wanted = output.rows(batch, row).float()
     got = output.finish(rebuilt.to(value.dtype), batch, row).float()
     if not bool(got.isfinite().all()) and not bool(scores.query.isfinite().all() & scores.key.isfinite().all()):
@@ -66,11 +92,15 @@ def _difference(scores: Scores, value: Tensor, output: Output, valid: Tensor | N
     return math.inf if math.isnan(difference) else difference
 
 
-def _head_outputs(scores: Scores, value: Tensor, b: int, r: int) -> Tensor:
+def _head_outputs(scores: Scores, value: Tensor, b: int, r: int, sums: Tensor | None) -> Tensor:
     """P @ V of one row, [1, H, Dv]."""
     heads = slice(0, scores.shape[1])
     part = scores.narrow(slice(b, b + 1), heads, slice(r, r + 1))
-    return by_strips(part, value[b : b + 1])[:, :, 0]
+    own = value[b : b + 1]
+    told = None if sums is None else sums[b : b + 1, :, r : r + 1]
+    if told is None or bool(told.isnan().any()):
+        return by_strips(part, own)[:, :, 0]
+    return weighted(PartReader(part, learned(told))[:], own)[:, :, 0]
 
 
 def choose_rows(scores: Scores, valid: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
+from headscope.kernels import RowSums, row_sums
 from headscope.masks import causal, padding, window
 from headscope.scores import Scores, make_scores
 from headscope.seam.call import Output
@@ -31,10 +32,10 @@ class SdpaMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention or not active():
             return func(*args, **kwargs)
-        with inside():
+        with inside(), row_sums(args[0] if args else kwargs["query"]) as sums:
             output = func(*args, **kwargs)
         with unnoticed():
-            return _saw(output, *args, **kwargs)
+            return _saw(output, sums, *args, **kwargs)
 
 
 def enter() -> None:
@@ -93,6 +94,7 @@ def resumed() -> Iterator[None]:
 
 def _saw(
     output: Tensor,
+    sums: RowSums,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -123,7 +125,8 @@ def _saw(
         yield make_scores(q, k, *read, None if scale is None else float(scale))
 
     valid = None if lengths is None else torch.arange(shape[2]) < lengths[:, None]
-    return seen(None, "sdpa", candidates, v, direct(output, lengths), float(dropout_p), valid=valid).output.raw
+    out, told = direct(output, lengths), sums.of(shape)
+    return seen(None, "sdpa", candidates, v, out, float(dropout_p), valid=valid, sums=told).output.raw
 
 
 def _broadcast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from headscope.errors import EditError, UnsupportedAttention
 from headscope.scores import Scores
 from headscope.seam.call import AttentionCall, Output
-from headscope.seam.proof import prove
+from headscope.seam.proof import Proved, prove
 
 __all__ = ["Forward", "Watch", "active", "inside", "invisible", "running", "seen", "unnoticed"]
 
@@ -234,8 +234,11 @@ def seen(
     dropout_p: float = 0.0,
     suffix: str = "",
     valid: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> AttentionCall:
     """An attention call has run: prove it, edit it, hand it to the watches. Gives the call as edited.
+
+    ``sums`` [B, H, L] are its rows' log-sum-exp, if its kernel told them; the proof is made with them.
 
     Raises:
         ProofError: no candidate reading explains the output; UnsupportedAttention: an edit under dropout.
@@ -246,13 +249,14 @@ def seen(
     name = (watches[0].name_of(module) + suffix).removeprefix(".")
     with invisible():
         readings = list(candidates(first))
-        proof: float | None = None
-        scores = readings[0]
+        found = Proved(readings[0], None, None)
         if not dropout_p:
-            scores, proof = prove(
-                name or "the model", readings, value, output, valid if valid is not None else first.valid
-            )
-    call = AttentionCall(name, 0, way, scores, value, output, dropout_p, proof, is_cross=_is_cross(module, way, scores))
+            text = valid if valid is not None else first.valid
+            found = prove(name or "the model", readings, value, output, text, sums)
+    scores, cross = found.scores, _is_cross(module, way, found.scores)
+    call = AttentionCall(
+        name, 0, way, scores, value, output, dropout_p, found.difference, is_cross=cross, sums=found.sums
+    )
     with inside():
         for watch, forward in zip(watches, forwards, strict=True):
             assert forward is not None  # active() gives only those
@@ -336,4 +340,6 @@ def with_output(call: AttentionCall, heads: Tensor, scores: Scores | None = None
     """The call with other head outputs [B, H, L, Dv], and other weights if ``scores`` are given."""
     raw = call.output.replace_heads(heads)
     output = replace(call.output, raw=raw, heads=heads)
-    return replace(call, output=output, scores=scores or call.scores, edited=True)
+    if scores is None:
+        return replace(call, output=output, edited=True)
+    return replace(call, output=output, scores=scores, sums=None, edited=True)

@@ -1,0 +1,183 @@
+"""The rows' log-sum-exp that a watched kernel tells for nothing: taken where it is right, and nowhere else."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headscope import AttentionMatrix, MultiHeadAttention, Recording, edit, indexing, knock_out, masks, matrix, record
+from headscope.kernels import RowSums
+from tests.reference import FINFO_MIN
+from tests.tiny import bart, ids, llama, mistral
+
+B, H, L, S, D = 2, 3, 7, 11, 4
+
+
+class Sdpa(nn.Module):
+    """Hands its inputs to torch's function."""
+
+    def forward(self, *tensors: Tensor, **options: Any) -> Tensor:
+        return F.scaled_dot_product_attention(*tensors, **options)
+
+
+def qkv(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(B, H, n, D, dtype=dtype) for n in (L, S, S)]
+
+
+def is_known(P: AttentionMatrix) -> bool:
+    return "rows known" in str(P.plan())
+
+
+def afresh(P: AttentionMatrix) -> AttentionMatrix:
+    """The same matrix, of which nothing is known, in float64."""
+    held = P.operands
+    bias = held.bias.double() if isinstance(held.bias, Tensor) else held.bias
+    return AttentionMatrix(held.query.double(), held.key.double(), mask=held.mask, bias=bias, scale=held.scale)
+
+
+def assert_right(P: AttentionMatrix) -> None:
+    wanted = afresh(P)
+    torch.testing.assert_close(P.logsumexp, wanted.logsumexp.float(), atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(P.dense(), wanted.dense().float(), atol=3e-6, rtol=0)
+    torch.testing.assert_close(P.entropy(), wanted.entropy().float(), atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody may sum rows."""
+
+    def summed(*_: Any, **__: Any) -> None:
+        raise AssertionError("rows were summed although their kernel had told the sums")
+
+    monkeypatch.setattr(indexing, "stream", summed)
+    monkeypatch.setattr(matrix, "stream", summed)
+
+
+@pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("way", ["sdpa", "huggingface", "headscope"])
+def test_a_recorded_part_needs_no_sums(way: str, grad: Any, no_pass: None) -> None:
+    torch.manual_seed(0)
+    model, inputs = {
+        "sdpa": lambda: (Sdpa(), dict(zip(("query", "key", "value"), qkv(), strict=True))),
+        "huggingface": lambda: (llama(), {"input_ids": ids(2, 9)}),
+        "headscope": lambda: (MultiHeadAttention(12, 3), {"query": torch.randn(2, 7, 12), "mask": masks.causal()}),
+    }[way]()
+    with grad(), record(model) as recording:
+        model(**inputs)
+    assert recording.sites[0].way == way
+    P, wanted = recording[0], afresh(recording[0])
+    held = P.operands
+    scores = (held.query @ held.key.repeat_interleave(held.per_group, 1).mT) * held.scale
+    if held.mask is not None:
+        scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
+    assert is_known(P)
+    assert wanted.shape == P.shape
+    torch.testing.assert_close(P[:, :, 2:5, 1:6], scores.softmax(-1)[:, :, 2:5, 1:6], atol=1e-6, rtol=0)
+    torch.testing.assert_close(P.logsumexp, scores.logsumexp(-1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [(llama, {}), (llama, {"cache_implementation": "static"}), (lambda: mistral(4), {}), (bart, {})],
+)
+def test_the_steps_of_a_generation_join_their_sums(make: Any, options: dict[str, Any]) -> None:
+    model = make()
+    with torch.no_grad(), record(model) as recording:
+        model.generate(ids(2, 7), max_new_tokens=5, pad_token_id=0, do_sample=False, **options)
+    assert all(is_known(P) for P in recording)
+    for P in recording:
+        assert_right(P)
+    for call in recording.calls:
+        assert_right(call.matrix())
+
+
+def test_rows_that_see_nothing_or_only_padding_are_summed_by_us() -> None:
+    query, key, value = qkv()
+    mask = torch.ones(B, 1, L, S, dtype=torch.bool)
+    mask[0, 0, 3] = False
+    mask[1, 0, :, 8:] = False
+    for given, empty in ((mask, True), (torch.where(mask, 0.0, FINFO_MIN), False)):
+        with record(model := Sdpa()) as recording:
+            model(query, key, value, attn_mask=given)
+        P = recording[0]
+        assert not is_known(P)
+        sums = P.dense().sum(-1)
+        assert float(sums[0, 0, 3]) == pytest.approx(0.0 if empty else 1.0, abs=1e-6)
+        assert_right(recording[0])
+        assert bool((P.logsumexp[0, :, 3] == -torch.inf).all()) is empty
+
+
+def test_sums_that_do_not_explain_the_output_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = RowSums.of
+    monkeypatch.setattr(RowSums, "of", lambda *args: told(*args) + 0.01)  # type: ignore[operator]
+    with record(model := Sdpa()) as recording:
+        model(*qkv())
+    assert not is_known(recording[0])
+    assert_right(recording[0])
+
+
+def test_half_precision_is_summed_by_us() -> None:
+    with record(model := Sdpa()) as recording:
+        model(*qkv(torch.bfloat16))
+    assert not is_known(recording[0])
+    assert_right(recording[0])
+
+
+def test_an_edited_row_has_other_sums() -> None:
+    model = llama()
+    with torch.no_grad(), edit(model, knock_out(query=5, key=2)), record(model) as recording:
+        model(ids(2, 9))
+    assert not is_known(recording[0])
+    assert_right(recording[0])
+
+
+def test_rejected_drafts_take_their_sums_with_them() -> None:
+    model, tokens = llama(), ids(1, 12)
+    with torch.no_grad(), record(model) as recording:
+        cache = model(tokens[:, :9], use_cache=True).past_key_values
+        cache.crop(-3)
+        model(tokens[:, 6:], past_key_values=cache)
+    assert recording[0].shape[2:] == (12, 12)
+    for P in recording:
+        assert is_known(P)
+        assert_right(P)
+
+
+def test_a_file_keeps_the_sums_but_not_those_of_rounded_queries(tmp_path: Path, no_pass: None) -> None:
+    model = llama()
+    with torch.no_grad(), record(model) as recording:
+        model(ids(2, 9))
+    recording.save(tmp_path / "whole")
+    recording.save(tmp_path / "half", dtype=torch.float16)
+    whole, half = (Recording.load(tmp_path / name) for name in ("whole", "half"))
+    assert torch.equal(whole[0][0, 1], recording[0][0, 1])
+    assert not is_known(half[0])
+
+
+def test_what_is_not_a_sum_is_refused(tmp_path: Path) -> None:
+    from headscope.errors import RecordingError
+
+    with torch.no_grad(), record(model := llama()) as recording:
+        model(ids(2, 9))
+    part = recording.run.calls_of_sites[0].parts[0]
+    assert part.sums is not None
+    for wrong in (part.sums[:, :, 1:], part.sums.double(), part.sums + torch.inf):
+        object.__setattr__(part, "sums", wrong)
+        recording.save(tmp_path / "wrong")
+        with pytest.raises(RecordingError, match="sums"):
+            Recording.load(tmp_path / "wrong")
+
+
+def test_sums_of_ones_own_are_taken_over() -> None:
+    query, key, _ = qkv()
+    P = AttentionMatrix(query, key)
+    sums = P.logsumexp.clone()
+    sums[:, :, 2] = torch.nan
+    other = AttentionMatrix(query, key)
+    other.learn(sums)
+    torch.testing.assert_close(other[:], P.dense())
+    torch.testing.assert_close(other.logsumexp, P.logsumexp)
