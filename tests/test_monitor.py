@@ -314,8 +314,9 @@ def test_padding_of_torch_nn_is_left_out(side: str) -> None:
         torch.testing.assert_close(getattr(watch.history[0], name), getattr(alone, name), atol=1e-6, rtol=1e-5)
 
 
-def test_padding_of_the_source_says_nothing_of_the_targets_rows() -> None:
-    model, source, target = bart(), ids(B, 9), ids(B, 6)
+@pytest.mark.parametrize("length", [6, 9])
+def test_padding_of_the_source_says_nothing_of_the_targets_rows(length: int) -> None:
+    model, source, target = bart(), ids(B, 9), ids(B, length)
     shown = torch.ones_like(source)
     shown[:, 5:] = 0
     given = {"input_ids": source, "attention_mask": shown, "decoder_input_ids": target}
@@ -330,6 +331,40 @@ def test_padding_of_the_source_says_nothing_of_the_targets_rows() -> None:
     for i in decoder:
         wanted = recording[i].entropy()[:, :, rows[recording.sites[i].name.split(".")[-1]]].mean((0, 2))
         torch.testing.assert_close(watch.history[0].entropy[i], wanted.double(), atol=1e-6, rtol=1e-5)
+
+
+class Across(nn.Module):
+    """A target that attends to a source as long as itself, the second half of which is padding."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.layer = MultiHeadAttention(E, H) if name == "ours" else nn.MultiheadAttention(E, H, batch_first=True)
+
+    def forward(self, x: Tensor, source: Tensor) -> Tensor:
+        half = torch.arange(L) < L // 2
+        if isinstance(self.layer, MultiHeadAttention):
+            return self.layer(x, source, mask=masks.dense(half.expand(L, L)))
+        return self.layer(x, source, source, key_padding_mask=~half.expand(len(x), -1))[0]
+
+
+@pytest.mark.parametrize("name", ["ours", "torch.nn"])
+def test_a_padded_source_as_long_as_the_target_leaves_all_rows(name: str) -> None:
+    torch.manual_seed(0)
+    model, x, source = Across(name), torch.randn(B, L, E), torch.randn(B, L, E)
+    stats = quiet(model, x, source)
+    with record(model) as recording, torch.no_grad():
+        model(x, source)
+    torch.testing.assert_close(stats.entropy[0], recording[0].entropy().mean((0, 2)).double(), atol=1e-6, rtol=1e-5)
+
+
+def test_queries_and_keys_of_one_tensor_are_self_attention_whatever_the_values_are() -> None:
+    layer, x = nn.MultiheadAttention(E, H, batch_first=True), torch.randn(B, L, E)
+    hidden = torch.arange(L).expand(B, -1) > 4
+    watch = monitor(layer, every=1)
+    with watch:
+        layer(x, x, torch.randn(B, L, E), key_padding_mask=hidden)
+    short = quiet(layer, x[:, :5], x[:, :5], x[:, :5])
+    torch.testing.assert_close(watch.history[0].entropy, short.entropy, atol=1e-6, rtol=1e-5)
 
 
 def test_only_heads_that_exist_are_listed_logged_and_warned_of() -> None:

@@ -1,6 +1,7 @@
 """MultiHeadAttention against the article's formula, torch's module, other libraries' attention, and its own cache."""
 
 import math
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,16 @@ from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
-from headscope import AttentionMatrix, KVCache, MultiHeadAttention, SlidingWindowCache, masks, models, positions
+from headscope import (
+    AttentionMatrix,
+    KVCache,
+    MultiHeadAttention,
+    SlidingWindowCache,
+    attention,
+    masks,
+    models,
+    positions,
+)
 from tests.options import unchecked
 
 B, L, S, E, H = 2, 7, 11, 12, 3
@@ -288,6 +298,20 @@ def test_scaled_rotary_is_that_of_other_libraries(kind: str) -> None:
     torch.testing.assert_close(positions.rotary(scaling=ours).frequencies(16).float(), theirs, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("scaling", [None, positions.linear_scaling(3.0), positions.llama3_scaling(4.0, original=64)])
+def test_a_module_with_positions_can_be_pickled(scaling: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
+    ours = MultiHeadAttention(12, 3, position=positions.rotary(scaling=scaling))
+    x = torch.randn(B, L, 12)
+    assert torch.equal(pickle.loads(pickle.dumps(ours))(x), ours(x))
+
+
+def test_frequencies_that_old_files_hold_are_passed_over() -> None:
+    ours, theirs = MultiHeadAttention(12, 3), MultiHeadAttention(12, 3)
+    ours.load_weights(theirs.weights_as("huggingface") | {"rotary_emb.inv_freq": torch.ones(2)})
+    x = torch.randn(B, L, 12)
+    assert torch.equal(ours(x), theirs(x))
+
+
 def test_gpt2() -> None:
     config = transformers.GPT2Config(n_embd=24, n_head=4, attn_pdrop=0, resid_pdrop=0)
     config._attn_implementation = "eager"
@@ -322,8 +346,6 @@ def test_bert() -> None:
 
 def test_t5_by_its_bias() -> None:
     """T5 scales by 1 and adds a learnt bias to the scores: attention() of our maps, with both."""
-    import headscope
-
     config = transformers.T5Config(d_model=24, d_kv=6, num_heads=4, num_layers=1, d_ff=8, vocab_size=30)
     torch.manual_seed(0)
     model = transformers.T5EncoderModel(
@@ -334,7 +356,9 @@ def test_t5_by_its_bias() -> None:
     ours.load_weights({f"{n}_proj.weight": getattr(theirs, n).weight for n in "qkvo"})
     x = torch.randn(B, L, 24)
     bias = theirs.compute_bias(L, L)
-    heads = headscope.attention(*ours._heads(x, None, None, None), bias=bias.detach(), scale=1.0)
+    operands = ours.matrix(x).operands
+    value = theirs.v(x).unflatten(-1, (4, 6)).transpose(1, 2)
+    heads = attention(operands.query, operands.key, value, bias=bias.detach(), scale=1.0)
     wanted = theirs(x)[0]
     torch.testing.assert_close(ours.out_proj(heads.transpose(1, 2).flatten(2)), wanted, atol=1e-6, rtol=1e-6)
 
@@ -610,7 +634,17 @@ def test_training_and_caches_go_on_after_inference_mode(make: Callable[[], KVCac
         (lambda: MultiHeadAttention(12, 3, position="rotary"), "position is 'rotary'"),
         (
             lambda: MultiHeadAttention(12, 3, position=positions.rotary())(x_of().float(), x_of().float()),
-            "one sequence",
+            "rotary positions are of one sequence",
+        ),
+        (
+            lambda: MultiHeadAttention(12, 3, position=positions.alibi([1.0, 2.0, 3.0]))(
+                x_of().float(), x_of().float()
+            ),
+            "alibi positions are of one sequence",
+        ),
+        (
+            lambda: MultiHeadAttention(12, 3, position=positions.rotary()).matrix(x_of().float(), x_of().float()),
+            "rotary positions are of one sequence",
         ),
         (lambda: MultiHeadAttention(12, 3)(torch.randn(7, 12)), r"query has shape \(7, 12\), wanted \[batch"),
         (lambda: MultiHeadAttention(12, 3)(torch.randn(2, 0, 12)), r"query has shape \(2, 0, 12\): it is empty"),
@@ -629,6 +663,17 @@ def test_training_and_caches_go_on_after_inference_mode(make: Callable[[], KVCac
             lambda: MultiHeadAttention(12, 3).load_weights(MultiHeadAttention(6, 3).weights_as("torch")),
             r"\(6, 6\), this",
         ),
+        (
+            lambda: MultiHeadAttention(12, 3).load_weights(MultiHeadAttention(12, 3).state_dict()),
+            r"use module\.load_state_dict\(weights\)",
+        ),
+        (
+            lambda: MultiHeadAttention(12, 3).load_weights(
+                nn.MultiheadAttention(12, 3).state_dict() | {"rel_bias": torch.ones(3)}
+            ),
+            "the weights hold rel_bias besides the four maps",
+        ),
+        (lambda: MultiHeadAttention.from_torch(nn.Linear(3, 3)), "got Linear: give it an nn.MultiheadAttention"),
         (lambda: MultiHeadAttention(12, 3).weights_as("jax"), "layout is 'jax'"),
         (lambda: MultiHeadAttention(12, 3, num_kv_heads=1).to_torch(), "has no shared key/value heads"),
         (
@@ -640,7 +685,10 @@ def test_training_and_caches_go_on_after_inference_mode(make: Callable[[], KVCac
             "mask is a list; wanted a headscope mask",
         ),
         (lambda: positions.rotary(0.5), "base=0.5: it must be above 1"),
+        (lambda: positions.rotary(scaling=4.0), r"scaling=4\.0: it is a function, such as linear_scaling\(4\.0\)"),
         (lambda: positions.linear_scaling(0.0), "factor=0.0: it must be above 0"),
+        (lambda: positions.llama3_scaling(0.0), "factor=0.0, low=1.0, high=4.0, original=8192: all must be above 0"),
+        (lambda: positions.llama3_scaling(8.0, low=4.0), "low=4.0, high=4.0, original=8192: all must be above 0"),
         (lambda: positions.sinusoidal(3, 5), "embed_dim=5"),
     ],
 )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from headscope import KVCache, MultiHeadAttention, SlidingWindowCache, masks, positions
+from headscope import AttentionMatrix, KVCache, MultiHeadAttention, SlidingWindowCache, attention, masks, positions
 from headscope.errors import NothingSeen, RecordingError
 from headscope.recording import Recording, record
 from headscope.reductions import Entropy, Received
@@ -344,14 +344,21 @@ def test_the_bias_of_alibi_is_recorded_as_its_slopes(make: Callable[[], KVCache 
 
 
 def test_alibi_across_two_texts_is_written_out_where_calls_are_joined() -> None:
-    layer, source, cache = alibi_layer(), torch.randn(2, 5, 12), KVCache(20)
-    x = torch.randn(2, 4, 12)
-    with torch.no_grad(), record(layer) as recording:
-        calls = [layer.matrix(part, source).dense() for part in x.split(2, 1)]
-        for part in x.split(2, 1):
-            layer(part, source, cache=cache)
-    joined = torch.cat([call.matrix().dense() for call in recording.calls], 2)
-    torch.testing.assert_close(joined, torch.cat(calls, 2))
+    bias = positions.alibi([0.5, 0.1, 0.2])
+
+    class Across(nn.Module):
+        """A text that grows, and looks at another one."""
+
+        def forward(self, query: Tensor, text: Tensor, other: Tensor) -> Tensor:
+            own = attention(query, text, text, mask=masks.causal())
+            return own + attention(query, other, other, bias=bias)
+
+    model, text, other = Across(), torch.randn(2, 3, 4, 8), torch.randn(2, 3, 5, 8)
+    calls = [AttentionMatrix(query, other, bias=bias).dense() for query in text.split(2, 2)]
+    with record(model) as recording:
+        model(text[:, :, :2], text[:, :, :2], other)
+        model(text[:, :, 2:], text, other)
+    torch.testing.assert_close(recording[1].dense(), torch.cat(calls, 2))
 
 
 class Ring(nn.Module):

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from headscope import AttentionMatrix, MultiHeadAttention, Recording, edit, indexing, knock_out, masks, matrix, record
 from headscope.kernels import RowSums
+from headscope.seam import AttentionCall
+from headscope.seam.proof import choose_rows
 from tests.reference import FINFO_MIN
 from tests.tiny import bart, ids, llama, mistral
 
@@ -118,6 +120,20 @@ def test_sums_that_do_not_explain_the_output_are_not_believed(monkeypatch: pytes
         model(*qkv())
     assert not is_known(recording[0])
     assert_right(recording[0])
+
+
+def test_sums_that_no_compared_row_has_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 1 is not compared; wrong sums of it alone prove nothing."""
+
+    def wrong(self: RowSums, shape: Any) -> Tensor:
+        return torch.full((B, H, L), torch.nan).index_fill(2, torch.tensor([1]), 3.0)
+
+    monkeypatch.setattr(RowSums, "of", wrong)
+    calls: list[AttentionCall] = []
+    with record(model := Sdpa(), reduce=calls.append):
+        model(*qkv())
+    assert 1 not in choose_rows(calls[0].scores, None)[1].tolist()
+    assert calls[0].sums is None
 
 
 def test_half_precision_is_summed_by_us() -> None:

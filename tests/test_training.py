@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from headscope import cli
+from headscope import HeadWarning, cli, commands
 from headscope.errors import HeadscopeError
 from headscope.training import TASKS, Step, Stopped, TrainConfig, TrainResult, checkpoint, make_task, signals, train
 from headscope.training.processes import Processes, joined
@@ -188,7 +187,7 @@ def test_a_process_takes_its_part_of_the_batch(monkeypatch: pytest.MonkeyPatch) 
     run = _Run(small(), Processes(1, 3, torch.device("cpu")), None)
     run.model.register_forward_pre_hook(lambda module, given: read.append(given[1]))
     monkeypatch.setattr(Processes, "total", lambda me, *values: [me.count * value for value in values])
-    run._one(run.model, 0.1, nullcontext(), StopFlag())
+    run._one(run.model, 0.1, None, StopFlag())
     whole = make_task("copy").batch(0, 0, 12).source
     assert whole is not None
     assert torch.equal(read[0], whole[4:8])
@@ -280,6 +279,28 @@ def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
     out, error = command(*words, "--out", str(tmp_path / "two"), processes=2).communicate(timeout=120)
     went_on = json.loads(out)
     assert (went_on["first_step"], went_on["loss"]) == (4, pytest.approx(two["loss"], rel=1e-6)), error
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="a process's children are read from /proc")
+def test_one_killed_worker_of_two_loses_only_the_steps_since_the_checkpoint(tmp_path: Path) -> None:
+    words = ["copy", *SMALL, "--steps", "400", "--save-every", "20", "--precision", "float32", "--json"]
+    folder = tmp_path / "run"
+    run = command(*words, "--out", str(folder), processes=2)
+    ready = time.monotonic() + 60
+    while not list(folder.glob("step-*.safetensors")) and time.monotonic() < ready:
+        time.sleep(0.01)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    workers = sorted(int(n) for n in children if b"headscope" in Path(f"/proc/{n}/cmdline").read_bytes())
+    assert len(workers) == 2
+    os.kill(workers[-1], signal.SIGKILL)  # its neighbour waits for it; torchrun ends both
+    run.communicate(timeout=120)
+    assert run.returncode != 0
+    out, error = command(*words, "--out", str(folder), processes=2).communicate(timeout=120)
+    went_on = json.loads(out)
+    assert 20 <= went_on["first_step"] < 400, error
+    model = make_task("copy", 5).model_config(embed_dim=16, num_heads=2, num_layers=1, ff_dim=64)
+    config = TrainConfig("copy", steps=400, batch_size=12, length=5, model=model, precision="float32")
+    assert went_on["held_out"]["loss"] == pytest.approx(train(config).held_out.loss, rel=1e-3)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
@@ -425,9 +446,11 @@ def test_nothing_is_pickled() -> None:
     [
         ({"task": "juggle"}, "There is no task 'juggle'. The tasks are: copy, sort, lookups, bytes."),
         ({"length": 3}, "copy with rows of length 3: at least 4."),
-        ({"steps": -7}, "steps is -7: it must be above 0."),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0: it must be above 0."),
-        ({"warmup": -2}, "warmup is -2: it must be at least 0."),
+        ({"steps": -7}, "steps is -7: it must be a number above 0."),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0: it must be a number above 0."),
+        ({"learning_rate": math.inf}, "learning_rate is inf: it must be a number above 0."),
+        ({"clip": math.nan}, "clip is nan: it must be a number above 0."),
+        ({"warmup": -2}, "warmup is -2: it must be a number of at least 0."),
         (
             {"model": make_task("bytes").model_config()},
             "The task copy needs a model of kind 'encoder-decoder', this one has 'decoder': make it with "
@@ -436,10 +459,6 @@ def test_nothing_is_pickled() -> None:
         (
             {"length": 70, "model": make_task("copy").model_config()},
             "The task copy has rows of length 70, the model's max_length is 20: make it at least 71.",
-        ),
-        (
-            {"model": make_task("copy").model_config(embed_dim=32, num_heads=5)},
-            "embed_dim 32 cannot be cut into 5 heads: make it a multiple of them.",
         ),
     ],
 )
@@ -498,6 +517,29 @@ def test_under_torchrun_an_error_is_told_once(tmp_path: Path) -> None:
     assert error.count("Error: A batch of 7 rows cannot be shared evenly by 2 processes") == 1
 
 
+def test_a_folder_that_is_a_file_is_told_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    done: list[Step] = []
+    with pytest.raises(HeadscopeError, match=r"file is a file: checkpoints need a folder of their own"):
+        train(small(), folder=tmp_path / "file", on_step=done.append)
+    assert not done
+    run = CliRunner().invoke(cli.app, ["train", "copy", *SMALL, "--steps", "2", "--out", str(tmp_path / "file")])
+    assert run.exit_code == 1
+    assert run.stderr.startswith("Error: ")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_a_device_that_is_not_there_is_told() -> None:
+    with pytest.raises(ValueError, match="device is 'cuda', but torch sees no CUDA device here"):
+        train(small(), device="cuda")
+
+
+def test_rows_longer_than_the_library_are_told() -> None:
+    with pytest.raises(ValueError, match=r"bytes with rows of length 100000000: the held-out files have \d+ bytes"):
+        make_task("bytes", 100_000_000).batch(0, 0, 1)
+
+
 def test_numbers_that_get_too_large_are_told() -> None:
     with pytest.raises(HeadscopeError, match=r"The loss is (nan|inf) at step \d: .* below 1e\+30, or a longer warm-up"):
         train(small(learning_rate=1e30, warmup=0, clip=1e30))
@@ -515,10 +557,32 @@ def test_the_command_trains_and_tells_the_result(tmp_path: Path, monkeypatch: py
     assert "On 256 held-out rows, none of which it was trained on: " in done.stdout
     assert "Written without a mistake, token after token: 0.0% of them." in done.stdout
     assert "Checkpoint: runs/copy/step-00000020.safetensors" in done.stdout
+    assert re.search(r"Heads at step 0 .*decoder\.layers\.0\.cross_attention +\d+% +\d+% ", done.stdout, re.DOTALL)
     assert re.search(r"training copy: 20/20 loss \d\.\d{4}", done.stderr)
     assert list(Path("runs/copy/tensorboard").glob("events.out.tfevents.*"))
     again = CliRunner().invoke(cli.app, ["train", "copy", *SMALL, "--steps", "20"])
     assert "All 20 steps were done before; another --out or --seed begins anew." in again.stdout
+
+
+def test_heads_are_watched_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "has_tensorboard", lambda: False)
+    words = ["train", "copy", *SMALL, "--steps", "60", "--seed", "1", "--out", str(tmp_path / "run"), "--json"]
+    done = CliRunner().invoke(cli.app, [*words, "--learning-rate", "3", "--warmup", "0"])
+    assert done.exit_code == 0, done.output
+    assert not (tmp_path / "run" / "tensorboard").exists()
+    heads = json.loads(done.stdout)["heads"]
+    assert heads["step"] == 50
+    assert [(row["layer"], row["head"]) for row in heads["table"]] == [(i, h) for i in range(3) for h in range(2)]
+    assert {"entropy", "entropy_share", "largest_logit", "sink_mass", "dead", "finite", "site"} < set(heads["table"][0])
+    assert re.search(r"^head \d\.\d \(.*attention\) at step 50: its largest logit is \S+, above 100", done.stderr, re.M)
+    assert "loop.py" not in done.stderr
+
+
+def test_a_library_run_warns_of_its_heads() -> None:
+    with pytest.warns(HeadWarning, match="its largest logit is .* above 100"):
+        result = train(small(steps=4, learning_rate=5.0, warmup=0), watch_every=3)
+    assert result.heads is not None
+    assert result.heads.step == 3
 
 
 def test_tensorboard_holds_what_was_logged(tmp_path: Path) -> None:

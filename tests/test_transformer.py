@@ -1,5 +1,6 @@
 """The Transformer: what it may see, decoding with and without its cache, parity with other models, and watching it."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -14,10 +15,11 @@ from headscope import (
     edit,
     knock_out,
     masks,
+    monitor,
     positions,
     record,
 )
-from headscope.reductions import Entropy
+from headscope.reductions import Entropy, Max
 from tests.options import unchecked
 
 SMALL = {"vocab_size": 31, "embed_dim": 24, "num_heads": 6, "num_layers": 2, "ff_dim": 40}
@@ -109,6 +111,29 @@ def test_greedy_decoding_is_the_likeliest_token_each_time(kind: str) -> None:
     for _ in range(6):
         wanted = torch.cat((wanted, model(wanted, *source)[:, -1].argmax(-1, keepdim=True)), 1)
     assert torch.equal(model.generate(text, *source, max_new_tokens=6), wanted)
+
+
+def test_a_text_that_gets_too_long_is_told_before_it_is_written() -> None:
+    model = model_of(kind="decoder", max_length=9)
+    with record(model, reduce=Max()) as recording, pytest.raises(ValueError, match="the text has 10 tokens"):
+        model.generate(tokens(L), max_new_tokens=3)
+    assert not recording.answers
+    assert model.generate(tokens(L), max_new_tokens=2).shape[1] == 9
+
+
+def test_norms_keep_logits_small() -> None:
+    plain, normed = (model_of(kind="decoder", qk_norm=norm) for norm in (False, True))
+    largest = []
+    for model in (plain, normed):
+        attention = model.decoder.layers[0].self_attention
+        with torch.no_grad():
+            attention.in_proj.weight.mul_(1e3)
+        watch = monitor(model, logit_limit=math.inf)
+        with watch:
+            model(tokens(L))
+        largest.append(float(watch.history[0].largest_logit[0].max()))
+    assert largest[0] > 1e4
+    assert largest[1] <= math.sqrt(attention.head_dim) + 1e-3  # two vectors of length √D, and D^(-1/2) of their product
 
 
 def test_a_stop_token_ends_a_row() -> None:
@@ -234,6 +259,9 @@ def test_edits_reach_the_module() -> None:
     [
         (lambda: TransformerConfig(9, kind="both"), "kind is 'both': it is one of encoder-decoder, decoder, encoder"),
         (lambda: TransformerConfig(9, num_layers=0), "num_layers is 0: at least 1"),
+        (lambda: TransformerConfig(9, embed_dim=12, num_heads=5), "embed_dim 12 cannot be cut into 5 heads"),
+        (lambda: TransformerConfig(9, num_heads=0), "num_heads is 0: at least 1"),
+        (lambda: TransformerConfig(9, dropout_p=1.0), "dropout_p is 1.0: a share"),
         (lambda: model_of()(tokens(L)), "kind 'encoder-decoder' needs a source"),
         (lambda: model_of().generate(tokens(L), max_new_tokens=2), "kind 'encoder-decoder' needs a source"),
         (lambda: model_of().decode(tokens(L)), "kind 'encoder-decoder' needs a source"),
@@ -244,7 +272,14 @@ def test_edits_reach_the_module() -> None:
         (lambda: model_of(kind="decoder", max_length=6)(tokens(L)), "the text has 7 tokens, the model takes 6"),
         (lambda: model_of(kind="decoder")(tokens(L)[0]), r"tokens have shape \(7,\)"),
         (lambda: model_of(kind="decoder").generate(tokens(L), max_new_tokens=2, top_p=0), "top_p 0, max_new_tokens 2"),
-        (lambda: model_of(kind="decoder", max_length=8).generate(tokens(L), max_new_tokens=3), "text has 9 tokens"),
+        (
+            lambda: model_of(kind="decoder").generate(tokens(L), max_new_tokens=2, temperature=math.nan),
+            "temperature nan",
+        ),
+        (lambda: model_of(kind="decoder").generate(tokens(L)[0], max_new_tokens=2), r"tokens have shape \(7,\)"),
+        (lambda: model_of(kind="decoder", max_length=9).generate(tokens(L), max_new_tokens=3), "text has 10 tokens"),
+        (lambda: model_of(kind="decoder").new_cache(0), "room for 0 positions"),
+        (lambda: model_of(kind="decoder")(tokens(L), cache=model_of(kind="decoder").new_cache()[:1]), "of 1 layers"),
     ],
 )
 def test_errors_say_what_came_and_what_was_wanted(wrong: Callable[[], object], text: str) -> None:

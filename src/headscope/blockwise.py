@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headscope.normalizer import Normalizer
 from headscope.reductions import Block, Reduction
 from headscope.scores import LOWEST, Scores
 
-__all__ = ["Normalizer", "Strip", "learned", "stream", "strips"]
+__all__ = ["Strip", "stream", "strips"]
 
 _BLOCK = 1 << 20  # scores in one block: small enough for the cache, large enough for the work around it
 _ALONE = 3 << 17  # the same for one question alone or none: there is less work around a block
@@ -31,28 +32,6 @@ _EVEN = 16  # rows come in multiples of it: odd shapes are slow in a matrix prod
 _FAR = 80.0  # nats above its row's sum that a hidden score may stand without its exp overflowing
 
 _Tile = tuple[slice, Tensor]  # columns of a block, and which of their cells the mask shows
-
-
-@dataclass(frozen=True, eq=False)
-class Normalizer:
-    """Two numbers a row, [B, H, L] each, that turn scores into weights: P = exp((s − top) − log_total).
-
-    Kept apart because lse = top + log_total loses log_total when a mask has put −3e38 on a whole row.
-    """
-
-    top: Tensor
-    log_total: Tensor
-
-    @property
-    def logsumexp(self) -> Tensor:
-        """Log Σ_j exp(s_ij), [B, H, L]; −inf where nothing is visible."""
-        return self.top + self.log_total
-
-
-def learned(sums: Tensor) -> Normalizer:
-    """Of rows whose log-sum-exp, [B, H, L], somebody else knows; NaN: nobody does yet."""
-    with torch.inference_mode(False):  # written into later, perhaps outside of that mode
-        return Normalizer(sums.detach().clone(), torch.zeros_like(sums, requires_grad=False))
 
 
 class Buffers:
@@ -142,14 +121,15 @@ def _stream(
     found = known or Normalizer(like.new_zeros(scores.shape[:3]), like.new_zeros(scores.shape[:3]))
     buffers = Buffers(like)
     online = known is None and all(reduction.online for reduction in reductions)
-    offset = None if known is None else _offset(known)
+    size = _ALONE if len(reductions) <= 1 else _BLOCK
+    offset = None if known is None else known.offset
     asked = list(zip(reductions, states, strict=True))
     for strip in strips(scores, held=known is None and not online):
         if online:
             _online(scores, strip, found, buffers, asked, plain)
             continue
         if known is not None:
-            blocks = _known_blocks(scores, strip, known.top, offset, buffers)
+            blocks = _known_blocks(scores, strip, known.top, offset, buffers, size)
         else:
             blocks = _fresh_blocks(scores, strip, found, buffers, plain)
         for block in blocks:
@@ -167,13 +147,6 @@ def _refuse_overflow(found: Normalizer) -> None:
             f"scores overflow {sums.dtype}: the products of finite queries and keys are too large for it. Make them "
             "smaller, pass a smaller scale=, or give float64."
         )
-
-
-def _offset(known: Normalizer) -> Tensor | None:
-    """−log_total, 0 for rows that see nothing; None when it is 0 throughout: the fused kernel's sums are in ``top``."""
-    offset = -known.log_total
-    offset = torch.where(offset == torch.inf, 0.0, offset)
-    return offset if bool(offset.any()) else None
 
 
 def _pieces(strip: Strip, width: int) -> Iterator[tuple[slice, list[slice]]]:
@@ -254,14 +227,14 @@ def _block(
 
 
 def _known_blocks(
-    scores: Scores, strip: Strip, top: Tensor, offset: Tensor | None, buffers: Buffers
+    scores: Scores, strip: Strip, top: Tensor, offset: Tensor | None, buffers: Buffers, size: int
 ) -> Iterator[Block]:
     """Blocks that are final at once: P = exp(s − top + offset), without ``offset`` where it is 0 throughout."""
     at = (strip.batch, _heads(scores, strip), strip.rows)
     shift = top[at].unsqueeze(-1)
     own = torch.zeros_like(shift) if offset is None else offset[at].unsqueeze(-1)
     factor = None if offset is None else own.exp()
-    for x, keys, tiles in _raw_blocks(scores, strip, buffers, _BLOCK):
+    for x, keys, tiles in _raw_blocks(scores, strip, buffers, size):
         centered = x.sub_(shift)
         for columns, _ in tiles:
             centered[..., columns].clamp_(max=_FAR)

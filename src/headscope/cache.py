@@ -15,7 +15,7 @@ class KVCache:
 
     B batch, G key/value heads, D head size. Pass it to :meth:`MultiHeadAttention.forward`, under
     ``torch.no_grad()``; the first call binds it to that module. In self-attention each call adds its positions; in
-    cross-attention the first call keeps the source's keys and values, and later ones compute none.
+    cross-attention the first call keeps the source's keys and values, of whatever length, and later ones compute none.
 
     Args:
         max_length: how many positions there is room for.
@@ -135,7 +135,8 @@ class SlidingWindowCache(KVCache):
     """A cache that holds only what a window still needs: a query sees itself and the ``window`` − 1 before it.
 
     The module hides what is farther back, so that chunks of any size give what one forward pass with
-    ``masks.sliding_window(window − 1)`` gives. Texts may be of any length.
+    ``masks.sliding_window(window − 1)`` gives. Texts may be of any length. There is room for two windows, so that most
+    steps need not move what is held.
 
     Args:
         window: how many positions a query sees, itself included.

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from headscope import terminal
+from headscope.monitor import HeadStats
 from headscope.training import TASKS, Step, Stopped, TrainConfig, TrainResult, make_task, train
 from headscope.training.logs import has_tensorboard, tensorboard
 from headscope.training.processes import rank
@@ -32,6 +33,8 @@ The tasks need no download:
 {tasks}
 
 Everything goes into --out: checkpoints (safetensors), and TensorBoard's logs of the loss and of what each head does.
+The heads are looked at every 50 steps: you are told at once of one whose logits explode or whose entropy collapses,
+and at the end what each of them does.
 A run that was stopped, by Ctrl-C or by a power cut, goes on from its last checkpoint when you give the same command
 again, to the same result.
 
@@ -74,6 +77,9 @@ EmbedDim = Annotated[int, typer.Option("--embed-dim", min=0, help="The model's w
 Heads = Annotated[int, typer.Option("--heads", min=0, help="Heads, each of size width / heads; 0: the task's own.")]
 Layers = Annotated[int, typer.Option("--layers", min=0, help="Layers; 0: the task's own.")]
 Dropout = Annotated[float, typer.Option("--dropout", help="Share of the numbers dropped after each part in training.")]
+QkNorm = Annotated[
+    bool, typer.Option("--qk-norm", help="Norm queries and keys: logits cannot explode (arXiv 2302.05442).")
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the first weights, the data and the dropout.")]
 Precision = Annotated[
     Literal["auto", "float32", "bfloat16"],
@@ -110,6 +116,7 @@ def add_commands(app: typer.Typer, reported: Reported) -> None:
         heads: Heads = 0,
         layers: Layers = 0,
         dropout: Dropout = 0.0,
+        qk_norm: QkNorm = False,
         seed: Seed = 0,
         precision: Precision = "auto",
         device: Device = "auto",
@@ -124,7 +131,7 @@ def add_commands(app: typer.Typer, reported: Reported) -> None:
                 steps=steps,
                 batch_size=batch_size,
                 length=length,
-                model=make_task(task, length).model_config(dropout_p=dropout, **sizes),
+                model=make_task(task, length).model_config(dropout_p=dropout, qk_norm=qk_norm, **sizes),
                 learning_rate=learning_rate,
                 warmup=warmup,
                 seed=seed,
@@ -198,6 +205,7 @@ def _tell_result(config: TrainConfig, result: TrainResult, as_json: bool) -> Non
             "held_out": {"loss": held_out.loss, "bits": held_out.bits, "exact": held_out.exact, "rows": held_out.rows},
             "seconds": round(result.seconds, 1),
             "checkpoint": str(result.checkpoint),
+            "heads": None if result.heads is None else {"step": result.heads.step, "table": _plain(result.heads)},
         }
         sys.stdout.write(json.dumps(data, allow_nan=False, indent=1) + "\n")
         return
@@ -212,9 +220,19 @@ def _tell_result(config: TrainConfig, result: TrainResult, as_json: bool) -> Non
     )
     if held_out.exact is not None:
         terminal.print_line(f"Written without a mistake, token after token: {held_out.exact:.1%} of them.")
+    if result.heads is not None:
+        terminal.print_head_stats(result.heads)
     terminal.print_line(f"Checkpoint: {result.checkpoint}")
     if not has_tensorboard():
         terminal.print_line("For TensorBoard's logs: pip install 'headscope[train]'", error=True)
+
+
+def _plain(heads: HeadStats) -> list[dict[str, Any]]:
+    """A row a head; None where no query has two keys to choose from, or a number is not finite."""
+    return [
+        {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+        for row in heads.table()
+    ]
 
 
 def _one_or_many(quick: bool, folder: Path) -> None:

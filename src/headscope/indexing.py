@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headscope.blockwise import Normalizer, stream
+from headscope.blockwise import stream
+from headscope.normalizer import Normalizer
 from headscope.positions import Alibi
 from headscope.scores import Scores
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
-from headscope.blockwise import Normalizer
+from headscope.normalizer import Normalizer
 from headscope.rowwise import by_rows
 from headscope.scores import Scores
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -81,17 +81,26 @@ def _read(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             short = dict(zip(names, _MAPS, strict=True))
             known = {f"{n}.{kind}": f"{short[n]}.{kind}" for n in names for kind in ("weight", "bias")}
             known |= {name: name for name in ("q_norm.weight", "k_norm.weight")}
-            other = sorted(set(weights) - set(known))
-            if other:
-                raise ValueError(f"the weights hold {', '.join(other)} besides the four maps: they have no place here.")
-            return {known[name]: part for name, part in weights.items()}
+            _refuse_others(weights, known)
+            return {known[name]: part for name, part in weights.items() if name in known}
+    if "in_proj.weight" in weights:
+        raise ValueError("these are weights under the module's own names: use module.load_state_dict(weights).")
     raise ValueError(
         f"weights named {', '.join(sorted(weights)[:6])} are of no known layout: nn.MultiheadAttention's, "
         "linears.0 … linears.3, or q_proj, k_proj, v_proj, o_proj."
     )
 
 
+def _refuse_others(weights: Mapping[str, Tensor], known: Collection[str]) -> None:
+    """Raise ValueError for names that have no place; rotary frequencies, which old files hold, are no weights."""
+    other = sorted(name for name in weights if name not in known and name != "rotary_emb.inv_freq")
+    if other:
+        raise ValueError(f"the weights hold {', '.join(other)} besides the four maps: they have no place here.")
+
+
 def _read_torch(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    packed = ["in_proj_weight"] if "in_proj_weight" in weights else [f"{name}_proj_weight" for name in "qkv"]
+    _refuse_others(weights, {*packed, "in_proj_bias", "out_proj.weight", "out_proj.bias"})
     given = {f"o.{kind}": weights[f"out_proj.{kind}"] for kind in ("weight", "bias") if f"out_proj.{kind}" in weights}
     if "in_proj_weight" in weights:
         chunks = dict(zip("qkv", weights["in_proj_weight"].chunk(3), strict=True))
@@ -136,6 +145,8 @@ def _check_torch(module: Any) -> None:
 
 def from_torch(make: Callable[..., Any], module: nn.MultiheadAttention) -> Any:
     """A module that ``make`` makes, like torch's. Raises ValueError for add_bias_kv and add_zero_attn."""
+    if not isinstance(module, nn.MultiheadAttention):
+        raise ValueError(f"from_torch() got {type(module).__name__}: give it an nn.MultiheadAttention.")
     if module.bias_k is not None or module.add_zero_attn:
         name = "add_bias_kv" if module.bias_k is not None else "add_zero_attn"
         raise ValueError(f"nn.MultiheadAttention with {name}=True adds a key that no position has: not supported.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from html import escape
 from typing import Any, Literal
@@ -13,9 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope import kernels
-from headscope.blockwise import Normalizer, learned, stream, strips
+from headscope.blockwise import stream, strips
+from headscope.bytesize import format_bytes, parse_bytes
 from headscope.indexing import PartReader
 from headscope.masks import Mask
+from headscope.normalizer import Normalizer, learned
 from headscope.positions import Alibi
 from headscope.reductions import (
     Entropy,
@@ -245,9 +246,9 @@ class AttentionMatrix:
     def dense(self, *, limit: int | str = "1 GiB") -> Float[Tensor, "B H L S"]:
         """The matrix itself. Raises ValueError above ``limit`` (bytes, or text such as "4 GiB")."""
         weight = self._weight()
-        if weight > _parse_bytes(limit):
+        if weight > parse_bytes(limit):
             raise ValueError(
-                f"the dense matrix {tuple(self.shape)} would take {_bytes(weight)}, the limit is {limit}. "
+                f"the dense matrix {tuple(self.shape)} would take {format_bytes(weight)}, the limit is {limit}. "
                 "Ask for a part, P[0, 8, 100:200, :50], for P.topk(k), or for a small picture, P.pool(64, 64); "
                 "or raise limit=."
             )
@@ -274,15 +275,15 @@ class AttentionMatrix:
         extras += [f"{n}" for n in ("bias", "softcap", "sinks") if getattr(self._scores, n) is not None]
         return (
             f"AttentionMatrix(shape={tuple(self.shape)}, {', '.join(extras)}; "
-            f"not built: it would weigh {_bytes(self._weight())})"
+            f"not built: it would weigh {format_bytes(self._weight())})"
         )
 
     def _repr_html_(self) -> str:
         rows = {
             "shape (B, H, L, S)": tuple(self.shape),
             "mask": repr(self._scores.mask),
-            "if it were built": _bytes(self._weight()),
-            "holds": _bytes(self._scores.query.nbytes + self._scores.key.nbytes),
+            "if it were built": format_bytes(self._weight()),
+            "holds": format_bytes(self._scores.query.nbytes + self._scores.key.nbytes),
         }
         cells = "".join(f"<tr><th>{k}</th><td>{escape(str(v))}</td></tr>" for k, v in rows.items())
         return f"<table><caption>AttentionMatrix</caption>{cells}</table>"
@@ -381,20 +382,3 @@ def _as_value(value: Tensor, scores: Scores, name: str) -> Tensor:
     if given.shape[3] == 0:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}: it has no columns.")
     return given.expand(batch, groups if given.shape[1] == 1 else -1, -1, -1).to(scores.query.dtype)
-
-
-def _parse_bytes(limit: int | str) -> int:
-    if isinstance(limit, int):
-        return limit
-    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)i?B\s*", limit)
-    if not found:
-        raise ValueError(f"limit is {limit!r}: give bytes as a number, or text such as '512 MiB'.")
-    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
-
-
-def _bytes(count: int | float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} TiB"

@@ -21,6 +21,7 @@ from headscope.seam import AttentionCall, Forward, invisible, matrix_of, watch
 __all__ = ["HeadStats", "HeadWarning", "Monitor", "monitor"]
 
 Log = Callable[[str, float, int], object]  # told a name, a value, a step
+Warn = Callable[[str], object]
 
 _DEAD = 1e-3  # of the layer's median head
 _FELL = 10.0  # an entropy share that fell so many times within the looks remembered
@@ -62,6 +63,10 @@ class HeadStats:
     finite: Tensor
     num_heads: tuple[int, ...]
 
+    def table(self) -> list[dict[str, Any]]:
+        """A row a head: layer, head, site, entropy, entropy_share, largest_logit, sink_mass, dead, finite."""
+        return list(_rows(self))
+
 
 class Monitor(AbstractContextManager["Monitor"]):
     """Made by :func:`monitor`. ``with`` it around a forward; ``history`` holds a `HeadStats` a look.
@@ -69,8 +74,10 @@ class Monitor(AbstractContextManager["Monitor"]):
     ``step`` is the number of the next step; a run that goes on sets it to the steps done.
     """
 
-    def __init__(self, model: nn.Module, every: int, log: Log | None, logit_limit: float, low_entropy: float) -> None:
-        self.model, self.every, self.log = model, every, log
+    def __init__(
+        self, model: nn.Module, every: int, log: Log | None, warn: Warn | None, logit_limit: float, low_entropy: float
+    ) -> None:
+        self.model, self.every, self.log, self.warn = model, every, log, warn
         self.logit_limit, self.low_entropy = logit_limit, low_entropy
         self.step = 0
         self.history: list[HeadStats] = []
@@ -114,13 +121,14 @@ class Monitor(AbstractContextManager["Monitor"]):
         self.history.append(stats)
         self._tell(stats)
         for text in self._warnings(stats):
-            warnings.warn(text, HeadWarning, stacklevel=2)
+            if self.warn is None:
+                warnings.warn(text, HeadWarning, stacklevel=2)
+            else:
+                self.warn(text)
 
     def table(self) -> list[dict[str, Any]]:
-        """The last look, a row a head: layer, head, site, entropy, entropy_share, largest_logit, sink_mass, dead,
-        finite.
-        """
-        return [] if not self.history else list(_rows(self.history[-1]))
+        """The last look as a table, see :meth:`HeadStats.table`; empty before the first."""
+        return [] if not self.history else self.history[-1].table()
 
     def _saw(self, call: AttentionCall, forward: Forward) -> None:
         with invisible():
@@ -187,6 +195,7 @@ def monitor(
     every: int = 50,
     *,
     log: Log | None = None,
+    warn: Warn | None = None,
     logit_limit: float = 100.0,
     low_entropy: float = 0.02,
 ) -> Monitor:
@@ -200,6 +209,7 @@ def monitor(
         model: any model that :func:`headscope.record` can see.
         every: steps between looks.
         log: told (name, value, step) for each head, such as TensorBoard's ``SummaryWriter.add_scalar``.
+        warn: told the text of each warning, instead of Python's ``warnings``.
         logit_limit: a head whose largest score is above is warned of. Numbers of bfloat16 lie 0.5 apart at 100, so
             that a weight is off by a quarter; runs that diverged had thousands (arXiv 2302.05442).
         low_entropy: a head is warned of whose entropy share falls below this, to a tenth of what it was within the
@@ -222,7 +232,7 @@ def monitor(
     """
     if every < 1:
         raise ValueError(f"every is {every}: a look at least at every step, 1.")
-    return Monitor(model, every, log, logit_limit, low_entropy)
+    return Monitor(model, every, log, warn, logit_limit, low_entropy)
 
 
 class _Largest(Reduction):

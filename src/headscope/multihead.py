@@ -18,6 +18,7 @@ from headscope.scores import Scores, checked_mask
 
 __all__ = ["MultiHeadAttention"]
 
+_NORM_EPS = 1e-6  # as in the models whose weights may be loaded
 _LONG = 2048  # positions from which on a copy that puts each head by itself is worth its time
 
 
@@ -83,8 +84,8 @@ class MultiHeadAttention(nn.Module):
             self.q_proj = nn.Linear(embed_dim, wide, bias)
             self.k_proj, self.v_proj = nn.Linear(self.kdim, narrow, bias), nn.Linear(self.vdim, narrow, bias)
         self.out_proj = nn.Linear(wide, embed_dim, bias)
-        self.q_norm = nn.RMSNorm(self.head_dim) if qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim) if qk_norm else None
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=_NORM_EPS) if qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=_NORM_EPS) if qk_norm else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -144,9 +145,8 @@ class MultiHeadAttention(nn.Module):
         """
         key = None if key is query else key
         _check_inputs(self, query, key, None if self.vdim != self.kdim else key, matrix=True)
-        across = key is not None
-        q = self._placed(self._queries(query), self.q_norm, across)
-        k = self._placed(self._keys(query if key is None else key), self.k_norm, across)
+        q = self._placed(self._queries(query), self.q_norm)
+        k = self._placed(self._keys(query if key is None else key), self.k_norm)
         bias = self.position if isinstance(self.position, Alibi) else None
         return AttentionMatrix(q, k, mask=mask, bias=bias)
 
@@ -210,29 +210,25 @@ class MultiHeadAttention(nn.Module):
         else:
             q, k, v = self._queries(query), self._keys(query), self._values(query)
         first = 0 if cache is None else cache.length
-        q, k = self._placed(q, self.q_norm, False, first), self._placed(k, self.k_norm, False, first)
+        q, k = self._placed(q, self.q_norm, first), self._placed(k, self.k_norm, first)
         return (q, k, v) if cache is None else (q, *cache.append(self, k, v))
 
     def _heads_across(
         self, query: Tensor, key: Tensor, value: Tensor, cache: KVCache | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q = self._placed(self._queries(query), self.q_norm, True)
+        q = self._placed(self._queries(query), self.q_norm)
         kept = None if cache is None else cache.source(self, key)
         if kept is not None:
             return q, *kept
-        k, v = self._placed(self._keys(key), self.k_norm, True), self._values(value)
+        k, v = self._placed(self._keys(key), self.k_norm), self._values(value)
         if cache is not None:
             cache.keep_source(self, k, v)
         return q, k, v
 
-    def _placed(self, x: Tensor, norm: nn.Module | None, across: bool, first: int = 0) -> Tensor:
+    def _placed(self, x: Tensor, norm: nn.Module | None, first: int = 0) -> Tensor:
         """Queries or keys, normed, and turned for positions from ``first`` on."""
         x = x if norm is None else norm(x)
-        if not isinstance(self.position, Rotary):
-            return x
-        if across:
-            raise ValueError("rotary positions are of one sequence: give no key, or make the module without them.")
-        return self.position.rotate(x, first)
+        return self.position.rotate(x, first) if isinstance(self.position, Rotary) else x
 
     def _queries(self, x: Tensor) -> Tensor:
         return self._split(self._map(x, 0))
@@ -302,6 +298,9 @@ def _check_inputs(
             )
         if x.shape[0] != query.shape[0]:
             raise ValueError(f"{name} has batch {x.shape[0]}, query has {query.shape[0]}: give both the same.")
+    if key is not None and module.position is not None:
+        kind = "rotary" if isinstance(module.position, Rotary) else "alibi"
+        raise ValueError(f"{kind} positions are of one sequence: give no key, or make the module without them.")
     if key is None and value is not None:
         raise ValueError("value was given without a key: values belong to keys; give both, or the key alone.")
     if key is None and not module.kdim == module.vdim == module.embed_dim:

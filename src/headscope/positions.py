@@ -141,7 +141,7 @@ def rotary(base: float = 10_000.0, *, interleaved: bool = False, scaling: Scalin
         scaling: changes the frequencies for longer texts: :func:`linear_scaling`, :func:`llama3_scaling`, or your own.
 
     Raises:
-        ValueError: a base that is not above 1.
+        ValueError: a base that is not above 1, or a scaling that is no function.
 
     Example:
         >>> import torch
@@ -153,6 +153,8 @@ def rotary(base: float = 10_000.0, *, interleaved: bool = False, scaling: Scalin
     """
     if not base > 1:
         raise ValueError(f"rotary() got base={base}: it must be above 1; 10000 is usual.")
+    if scaling is not None and not callable(scaling):
+        raise ValueError(f"rotary() got scaling={scaling!r}: it is a function, such as linear_scaling({scaling!r}).")
     return Rotary(float(base), interleaved, scaling)
 
 
@@ -160,7 +162,17 @@ def linear_scaling(factor: float) -> Scaling:
     """Positions divided by ``factor`` (arXiv 2306.15595). Raises ValueError unless it is above 0."""
     if not factor > 0:
         raise ValueError(f"linear_scaling() got factor={factor}: it must be above 0.")
-    return lambda frequencies: frequencies / factor
+    return _Linear(factor)
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """Positions divided by ``factor``; a class, so that a module that holds it can be pickled."""
+
+    factor: float
+
+    def __call__(self, frequencies: Tensor) -> Tensor:
+        return frequencies / self.factor
 
 
 def llama3_scaling(factor: float, low: float = 1.0, high: float = 4.0, original: int = 8192) -> Scaling:
@@ -171,14 +183,31 @@ def llama3_scaling(factor: float, low: float = 1.0, high: float = 4.0, original:
         low: wavelengths above original / low are divided whole.
         high: wavelengths below original / high are kept.
         original: the length the model was first trained on, in tokens.
+
+    Raises:
+        ValueError: a factor, low or original that is not above 0, or a high that is not above low.
     """
+    if not (factor > 0 and original > 0 and high > low > 0):
+        raise ValueError(
+            f"llama3_scaling() got factor={factor}, low={low}, high={high}, original={original}: all must be above 0, "
+            "and high above low."
+        )
+    return _Llama3(factor, low, high, original)
 
-    def scaled(frequencies: Tensor) -> Tensor:
-        turns = original * frequencies / (2 * math.pi)  # turns within the original length
-        share = ((turns - low) / (high - low)).clamp(0, 1)
-        return frequencies * (share + (1 - share) / factor)
 
-    return scaled
+@dataclass(frozen=True)
+class _Llama3:
+    """See llama3_scaling."""
+
+    factor: float
+    low: float
+    high: float
+    original: int
+
+    def __call__(self, frequencies: Tensor) -> Tensor:
+        turns = self.original * frequencies / (2 * math.pi)  # turns within the original length
+        share = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
+        return frequencies * (share + (1 - share) / self.factor)
 
 
 def sinusoidal(length: int, embed_dim: int, first: int = 0) -> Tensor:

@@ -18,11 +18,13 @@ from rich.text import Text
 
 from headscope.links import Link, Rest, View
 from headscope.models import ModelEntry
+from headscope.monitor import HeadStats
 from headscope.words import label
 
 __all__ = [
     "Stages",
     "print_error",
+    "print_head_stats",
     "print_line",
     "print_models",
     "print_renderable",
@@ -273,6 +275,24 @@ def print_stages(stages: Stages, facts: dict[str, str]) -> None:
     for name, seconds in stages.seconds.items():
         table.add_row(Text(name, style="dim"), Text(f"{seconds:.2f} s"))
     _console(sys.stderr).print(table)
+
+
+def print_head_stats(stats: HeadStats) -> None:
+    """What the heads of a model in training did at the last look: a row a layer, a column a head."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=f"Heads at step {stats.step}", title_justify="left")
+    table.add_column("layer")
+    for head in range(max(stats.num_heads)):
+        table.add_column(str(head), justify="right")
+    for _, group in groupby(stats.table(), key=lambda row: row["layer"]):
+        rows = list(group)
+        table.add_row(
+            Text(rows[0]["site"]), *(Text("dead" if r["dead"] else f"{r['entropy_share']:.0%}") for r in rows)
+        )
+    console = _console()
+    console.print(table)
+    console.print(
+        Text("Entropy, as a share of what looking evenly would have: 0% looks at one place, 100% at all alike.")
+    )
 
 
 def print_models(entries: Sequence[ModelEntry]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -43,6 +44,10 @@ class TransformerConfig:
         position: How positions enter: "sinusoidal", "rotary", "alibi" or "none".
         dropout_p: Share of the numbers that are dropped in training after each part.
         max_length: The longest text.
+        qk_norm: Whether queries and keys are brought to one size, which keeps logits from exploding.
+
+    Raises:
+        ValueError: numbers out of range; an embed_dim that is no multiple of num_heads.
     """
 
     vocab_size: int
@@ -56,6 +61,7 @@ class TransformerConfig:
     position: Literal["sinusoidal", "rotary", "alibi", "none"] = "sinusoidal"
     dropout_p: float = 0.1
     max_length: int = 2048
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         choices = {
@@ -66,9 +72,15 @@ class TransformerConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it is one of {', '.join(known)}.")
-        for name in ("vocab_size", "num_layers", "ff_dim", "max_length"):
+        for name in ("vocab_size", "embed_dim", "num_heads", "num_layers", "ff_dim", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least 1.")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"embed_dim {self.embed_dim} cannot be cut into {self.num_heads} heads: make it a multiple of them."
+            )
+        if not 0 <= self.dropout_p < 1:
+            raise ValueError(f"dropout_p is {self.dropout_p}: a share of the numbers, from 0 up to but not 1.")
 
 
 @dataclass
@@ -85,12 +97,9 @@ class Layer(nn.Module):
     def __init__(self, config: TransformerConfig, across: bool) -> None:
         super().__init__()
         c = config
-        self.self_attention = MultiHeadAttention(
-            c.embed_dim, c.num_heads, num_kv_heads=c.num_kv_heads, position=_position(c)
-        )
-        self.cross_attention = (
-            MultiHeadAttention(c.embed_dim, c.num_heads, num_kv_heads=c.num_kv_heads) if across else None
-        )
+        heads = partial(MultiHeadAttention, c.embed_dim, c.num_heads, num_kv_heads=c.num_kv_heads, qk_norm=c.qk_norm)
+        self.self_attention = heads(position=_position(c))
+        self.cross_attention = heads() if across else None
         self.feed_forward = nn.Sequential(nn.Linear(c.embed_dim, c.ff_dim), nn.ReLU(), nn.Linear(c.ff_dim, c.embed_dim))
         self.norms = nn.ModuleList(nn.LayerNorm(c.embed_dim) for _ in range(3 if across else 2))
         self.dropout = nn.Dropout(c.dropout_p)
@@ -183,7 +192,8 @@ class Transformer(nn.Module):
             source: [B, S], the text an encoder-decoder reads.
             mask: which of the tokens may be seen, such as ``masks.padding(lengths)``; a decoder looks back only.
             source_mask: which of the source's may be seen.
-            cache: from :meth:`new_cache`; ``tokens`` are then those that come next.
+            cache: from :meth:`new_cache`; ``tokens`` are then those that come next. The source is then encoded at each
+                call, though only the first one's is read: give :meth:`decode` the memory that :meth:`encode` made once.
 
         Raises:
             ValueError: a source where none is read or none where one is; tokens that are not in the vocabulary; a
@@ -214,6 +224,8 @@ class Transformer(nn.Module):
         if self.decoder is None:
             raise ValueError("a Transformer of kind 'encoder' has no decoder: it reads, and writes nothing.")
         self._check_source(memory)
+        if cache is not None and len(cache) != self.config.num_layers:
+            raise ValueError(f"the cache is of {len(cache)} layers, the model has {self.config.num_layers}.")
         x = self._embed(tokens, 0 if cache is None else cache[0].own.length)
         mask = causal() if mask is None else causal() & mask
         return self.decoder(x, mask, memory, memory_mask, cache)
@@ -224,7 +236,7 @@ class Transformer(nn.Module):
 
     def new_cache(self, max_length: int | None = None) -> list[LayerCache]:
         """An empty cache for each decoder layer, with room for ``max_length`` positions (the config's)."""
-        room = max_length or self.config.max_length
+        room = self.config.max_length if max_length is None else max_length
         return [LayerCache(KVCache(room), KVCache(room)) for _ in range(self.config.num_layers)]
 
     @torch.no_grad()
@@ -243,7 +255,7 @@ class Transformer(nn.Module):
         """The text with up to ``max_new_tokens`` more tokens, one after another, with a cache.
 
         Args:
-            tokens: [B, P], at least one token a row to begin with.
+            tokens: [B, P], at least one token a row to begin with; all rows are of one length.
             source: [B, S], for an encoder-decoder.
             max_new_tokens: how many are added at most.
             temperature: 0 takes the likeliest; 1 draws from the model's own shares; above, more evenly.
@@ -255,11 +267,12 @@ class Transformer(nn.Module):
         Raises:
             ValueError: options out of range; a model that cannot write; a text that gets too long.
         """
-        if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or max_new_tokens < 1:
             raise ValueError(
-                f"temperature {temperature}, top_p {top_p}, max_new_tokens {max_new_tokens}: they must be at least 0, "
-                "above 0 up to 1, and at least 1."
+                f"temperature {temperature}, top_p {top_p}, max_new_tokens {max_new_tokens}: they must be a number of "
+                "at least 0, above 0 up to 1, and at least 1."
             )
+        self._check_tokens(tokens, tokens.shape[-1] + max_new_tokens)
         memory = None if source is None else self.encode(source, source_mask)
         cache = self.new_cache(tokens.shape[1] + max_new_tokens)
         done = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)
@@ -282,20 +295,23 @@ class Transformer(nn.Module):
 
     def _embed(self, tokens: Tensor, first: int) -> Tensor:
         """Vectors [B, L, E] for tokens whose first stands at position ``first``."""
-        c, length = self.config, first + tokens.shape[-1]
-        if tokens.dim() != 2 or tokens.shape[1] == 0:
-            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, wanted [batch, length] with a length above 0.")
-        if length > c.max_length:
-            raise ValueError(f"the text has {length} tokens, the model takes {c.max_length}: make max_length larger.")
-        if int(tokens.min()) < 0 or int(tokens.max()) >= c.vocab_size:
-            raise ValueError(
-                f"tokens run from {int(tokens.min())} to {int(tokens.max())}; "
-                f"the vocabulary is 0 to {c.vocab_size - 1}."
-            )
+        c = self.config
+        self._check_tokens(tokens, first + tokens.shape[-1])
         x = self.embedding(tokens) * math.sqrt(c.embed_dim)
         if c.position == "sinusoidal":
             x = x + sinusoidal(tokens.shape[1], c.embed_dim, first).to(x.device, x.dtype)
         return self.dropout(x)
+
+    def _check_tokens(self, tokens: Tensor, length: int) -> None:
+        """Raise ValueError unless they are a batch of texts in the vocabulary, and ``length`` is not too long."""
+        c = self.config
+        if tokens.dim() != 2 or 0 in tokens.shape:
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, wanted [batch, length], both above 0.")
+        if length > c.max_length:
+            raise ValueError(f"the text has {length} tokens, the model takes {c.max_length}: make max_length larger.")
+        low, high = (int(end) for end in tokens.aminmax())
+        if low < 0 or high >= c.vocab_size:
+            raise ValueError(f"tokens run from {low} to {high}; the vocabulary is 0 to {c.vocab_size - 1}.")
 
 
 def _position(config: TransformerConfig) -> Rotary | Alibi | None:

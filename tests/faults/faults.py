@@ -36,9 +36,37 @@ FAULTS = [
     Fault(
         "sums that a kernel told are believed without proof",
         "seam/proof.py",
-        "_difference(scores, value, output, valid, told)",
-        "_difference(scores, value, output, valid, None)",
+        "_difference(scores, value, output, (batch, row), told)",
+        "_difference(scores, value, output, (batch, row), None)",
         "test_row_sums.py::test_sums_that_do_not_explain_the_output_are_not_believed",
+    ),
+    Fault(
+        "sums are believed of which no row was compared",
+        "seam/proof.py",
+        "[sums, None] if known else [None]",
+        "[sums, None]",
+        "test_row_sums.py::test_sums_that_no_compared_row_has_are_not_believed",
+    ),
+    Fault(
+        "a source as long as the target is taken for the text itself",
+        "seam/torch_nn.py",
+        "given.query.data_ptr() != given.key.data_ptr()",
+        "False",
+        "test_monitor.py::test_a_padded_source_as_long_as_the_target_leaves_all_rows[torch.nn]",
+    ),
+    Fault(
+        "transformers' cross-attention is known by its lengths alone",
+        "seam/watching.py",
+        "or (forward.stack and forward.stack[-1] in forward.across)",
+        "",
+        "test_monitor.py::test_padding_of_the_source_says_nothing_of_the_targets_rows[9]",
+    ),
+    Fault(
+        "heads are watched only where there is a log",
+        "training/loop.py",
+        "        if processes.is_main:\n            watch =",
+        "        if processes.is_main and log:\n            watch =",
+        "test_training.py::test_heads_are_watched_without_tensorboard",
     ),
     Fault(
         "an edited row keeps its sum",
@@ -604,8 +632,8 @@ FAULTS = [
     Fault(
         "queries left without their norm",
         "multihead.py",
-        "q, k = self._placed(q, self.q_norm, False, first)",
-        "q, k = self._placed(q, None, False, first)",
+        "q, k = self._placed(q, self.q_norm, first)",
+        "q, k = self._placed(q, None, first)",
         "test_multihead.py::test_its_matrix_gives_its_output",
     ),
     Fault(

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headscope.blockwise import learned
 from headscope.errors import ProofError
 from headscope.indexing import PartReader
 from headscope.kernels import by_strips, weighted
+from headscope.normalizer import learned
 from headscope.scores import Scores
 from headscope.seam.call import Output
 
@@ -42,21 +42,24 @@ def prove(
 ) -> Proved:
     """The first reading of a call that explains its output.
 
-    ``sums`` [B, H, L], the log-sum-exp of rows as a kernel told it, are part of a reading: it is first tried with them.
+    ``sums`` [B, H, L], the log-sum-exp of rows as a kernel told it, are part of a reading: it is first tried with them,
+    if those of a row that is compared are known.
 
     Raises:
         ProofError: no reading does: a cap, a sink, a mask or a bias is not understood.
     """
     best: tuple[float, Scores] | None = None
-    tried = ((scores, told) for scores in candidates for told in ([sums, None] if sums is not None else [None]))
-    for scores, told in tried:
-        difference = _difference(scores, value, output, valid, told)
-        if difference is None:
-            return Proved(scores, None, None)
-        if difference <= TOLERANCE.get(scores.query.dtype, 1e-4):
-            return Proved(scores, difference, told)
-        if best is None or difference < best[0]:
-            best = difference, scores
+    for scores in candidates:
+        batch, row = choose_rows(scores, valid)
+        known = sums is not None and not bool(sums.transpose(1, 2)[batch, row].isnan().all())
+        for told in [sums, None] if known else [None]:
+            difference = _difference(scores, value, output, (batch, row), told)
+            if difference is None:
+                return Proved(scores, None, None)
+            if difference <= TOLERANCE.get(scores.query.dtype, 1e-4):
+                return Proved(scores, difference, told)
+            if best is None or difference < best[0]:
+                best = difference, scores
     assert best is not None  # every way in offers at least one reading
     scores = best[1]
     raise ProofError(
@@ -67,14 +70,14 @@ def prove(
 
 
 def _difference(
-    scores: Scores, value: Tensor, output: Output, valid: Tensor | None, sums: Tensor | None
+    scores: Scores, value: Tensor, output: Output, compared: tuple[Tensor, Tensor], sums: Tensor | None
 ) -> float | None:
-    """Largest difference over the proved rows, relative to the largest number there.
+    """Largest difference over the ``compared`` rows, relative to the largest number there.
 
     None if there is nothing to compare: rows that see nothing, or that are NaN here and there, prove nothing, nor
     do queries and keys that are not finite.
     """
-    batch, row = choose_rows(scores, valid)
+    batch, row = compared
     if not len(batch):
         return None
     rows = zip(batch.tolist(), row.tolist(), strict=True)

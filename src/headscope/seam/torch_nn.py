@@ -187,7 +187,9 @@ def _saw_slow(result: Any, *args: Any, **kwargs: Any) -> Any:
     output = Output(result[0], finish, lambda b, r: returned[r, b], write)
     dropout = float(given.dropout_p) if given.training else 0.0
     valid = _valid(given.key_padding_mask, shape)
-    return _edited(seen(_module(), "torch.nn", candidates, v, output, dropout, valid=valid), result)
+    cross = given.query.shape != given.key.shape or given.query.data_ptr() != given.key.data_ptr()
+    call = seen(_module(), "torch.nn", candidates, v, output, dropout, valid=valid, cross=cross)
+    return _edited(call, result)
 
 
 def _edited(call: AttentionCall, result: Any) -> Any:

@@ -30,6 +30,7 @@ class Forward:
     valid: Tensor | None  # [B, S] bool, from the attention_mask the outermost module was given
     ran: set[str] = field(default_factory=set)
     stack: list[str] = field(default_factory=list)
+    across: set[str] = field(default_factory=set)  # modules whose last call was given another sequence to attend to
     counts: dict[str, int] = field(default_factory=dict)
     masks: dict[Any, Any] = field(default_factory=dict)  # masks already read in this forward
     number: int = 0  # of the site whose call is handed out, in the order in which the watch saw sites first
@@ -108,6 +109,7 @@ class Watch:
         if forward is not None:
             forward.stack.append(name)
             forward.ran.add(name)
+            (forward.across.add if _has_source(kwargs) else forward.across.discard)(name)
 
     def leave(self, name: str) -> None:
         """A module ends, also by an exception. The outermost one ends the forward."""
@@ -138,6 +140,7 @@ class Watch:
 
 
 _WATCHES: list[Watch] = []
+_SOURCES = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 _local = threading.local()
 _ON_ENTER: list[Callable[[], None]] = []
 _ON_LEAVE: list[Callable[[], None]] = []
@@ -235,10 +238,12 @@ def seen(
     suffix: str = "",
     valid: Tensor | None = None,
     sums: Tensor | None = None,
+    cross: bool = False,
 ) -> AttentionCall:
     """An attention call has run: prove it, edit it, hand it to the watches. Gives the call as edited.
 
-    ``sums`` [B, H, L] are its rows' log-sum-exp, if its kernel told them; the proof is made with them.
+    ``sums`` [B, H, L] are its rows' log-sum-exp, if its kernel told them; the proof is made with them. ``cross``: the
+    keys are known to be another sequence's.
 
     Raises:
         ProofError: no candidate reading explains the output; UnsupportedAttention: an edit under dropout.
@@ -253,9 +258,9 @@ def seen(
         if not dropout_p:
             text = valid if valid is not None else first.valid
             found = prove(name or "the model", readings, value, output, text, sums)
-    scores, cross = found.scores, _is_cross(module, way, found.scores)
+    cross = cross or _is_cross(module, first, found.scores)
     call = AttentionCall(
-        name, 0, way, scores, value, output, dropout_p, found.difference, is_cross=cross, sums=found.sums
+        name, 0, way, found.scores, value, output, dropout_p, found.difference, is_cross=cross, sums=found.sums
     )
     with inside():
         for watch, forward in zip(watches, forwards, strict=True):
@@ -274,13 +279,16 @@ def seen(
     return call
 
 
-def _is_cross(module: nn.Module | None, way: str, scores: Scores) -> bool:
-    """What a module says of itself; or queries and keys of different numbers in a module that is not causal."""
-    if getattr(module, "is_cross", False):
+def _is_cross(module: nn.Module | None, forward: Forward, scores: Scores) -> bool:
+    """What a module says of itself, or was given; or keys of another number in a module that is not causal."""
+    if getattr(module, "is_cross", False) or (forward.stack and forward.stack[-1] in forward.across):
         return True
-    if scores.shape[2] == scores.shape[3]:
-        return False
-    return way == "torch.nn" or getattr(module, "is_causal", None) is False
+    return scores.shape[2] != scores.shape[3] and getattr(module, "is_causal", None) is False
+
+
+def _has_source(kwargs: dict[str, Any]) -> bool:
+    """Whether a module was given the states of another sequence, under the names that transformers uses."""
+    return any(kwargs.get(name) is not None for name in _SOURCES)
 
 
 def autocast_operands(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -57,11 +57,11 @@ class TrainConfig:
         if self.model is None:
             object.__setattr__(self, "model", task.model_config())
         for name in ("steps", "batch_size", "learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be a number above 0.")
         for name in ("warmup", "weight_decay", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be a number of at least 0.")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"precision is {self.precision!r}: it is one of auto, float32, bfloat16.")
         _check_model(self.sizes, task)
@@ -121,8 +121,4 @@ def _check_model(model: TransformerConfig, task: Task) -> None:
         raise ValueError(
             f"The task {task.name} has rows of length {task.length}, the model's max_length is {model.max_length}: "
             f"make it at least {task.length + 1}."
-        )
-    if model.embed_dim % model.num_heads:
-        raise ValueError(
-            f"embed_dim {model.embed_dim} cannot be cut into {model.num_heads} heads: make it a multiple of them."
         )

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from headscope.errors import HeadscopeError
-from headscope.monitor import monitor
+from headscope.monitor import HeadStats, Monitor, monitor
 from headscope.training import checkpoint
 from headscope.training.config import TrainConfig
 from headscope.training.processes import Processes, joined
@@ -77,6 +76,7 @@ class TrainResult:
         first_step: Steps that an earlier run had done.
         seconds: What this run took.
         checkpoint: The last checkpoint; None if the run has no folder.
+        heads: What the heads did when they were last looked at; None if no step was left to do.
     """
 
     model: Transformer
@@ -85,6 +85,7 @@ class TrainResult:
     first_step: int
     seconds: float
     checkpoint: Path | None
+    heads: HeadStats | None
 
 
 def train(
@@ -108,15 +109,17 @@ def train(
         config: What is learnt, and how.
         folder: Where checkpoints go; None: nowhere.
         save_every: Steps between them.
-        watch_every: Steps between looks at the heads, which ``log`` is told of.
+        watch_every: Steps between looks at the heads, see :func:`headscope.monitor`.
         device: "auto", "cpu" or "cuda".
         on_step: Told of each step, in the main process.
-        on_note: Told of things to know, such as a damaged checkpoint, in the main process.
+        on_note: Told of things to know, in the main process: a damaged checkpoint, a head that needs a look. Without
+            it, heads are warned of by Python's ``warnings``.
         log: Told of (name, value, step), in the main process: the loss, the learning rate, and what the heads do.
 
     Raises:
         ValueError: A batch that the processes cannot share evenly, or a number out of range.
-        HeadscopeError: The folder holds another run; a file cannot be written; the loss is no longer a number.
+        HeadscopeError: The folder is a file or holds another run; a file cannot be written; the loss is no longer a
+            number.
         Stopped: Ctrl-C or SIGTERM; a checkpoint was saved. It is a KeyboardInterrupt.
 
     Example:
@@ -130,26 +133,31 @@ def train(
         raise ValueError(f"save_every {save_every}, watch_every {watch_every}: both are at least 1.")
     began = time.monotonic()
     with joined(device) as processes, _own_randomness(processes.device), stop_signals() as flag:
-        if config.batch_size % processes.count:
-            raise ValueError(
-                f"A batch of {config.batch_size} rows cannot be shared evenly by {processes.count} processes: make "
-                f"batch_size a multiple of {processes.count}."
-            )
         run = _Run(config, processes, None if folder is None else Path(folder))
         run.resume(on_note or (lambda note: None))
         first = run.step
-        speaks = processes.is_main
-        run.go(save_every, watch_every, flag, on_step if speaks else None, log if speaks else None)
+        watch = None
+        if processes.is_main:
+            watch = monitor(run.model, every=watch_every, log=log, warn=on_note)
+        else:
+            on_step = log = None
+        run.go(save_every, watch, flag, on_step, log)
         held_out = run.held_out()
-        if log is not None and speaks:
+        if log is not None:
             log("held_out/loss", held_out.loss, run.step)
-        return TrainResult(run.model.eval(), run.loss, held_out, first, time.monotonic() - began, run.path)
+        heads = watch.history[-1] if watch is not None and watch.history else None
+        return TrainResult(run.model.eval(), run.loss, held_out, first, time.monotonic() - began, run.path, heads)
 
 
 class _Run:
     """A run's state: the weights, the optimizer, the steps done."""
 
     def __init__(self, config: TrainConfig, processes: Processes, folder: Path | None) -> None:
+        if config.batch_size % processes.count:
+            raise ValueError(
+                f"A batch of {config.batch_size} rows cannot be shared evenly by {processes.count} processes: make "
+                f"batch_size a multiple of {processes.count}."
+            )
         self.config, self.processes, self.folder = config, processes, folder
         self.task = config.make_task()
         torch.manual_seed(generator(config.seed, "weights").initial_seed())
@@ -169,6 +177,8 @@ class _Run:
         """Go to the last whole checkpoint, if there is one; what the main process reads, all others get."""
         if self.folder is None:
             return
+        if self.folder.exists() and not self.folder.is_dir():
+            raise HeadscopeError(f"{self.folder} is a file: checkpoints need a folder of their own.")
         if self.processes.is_main and (found := checkpoint.latest(self.folder, note)) is not None:
             self._check_same(found)
             self.step, self.loss, self.path = found.step, float(found.run["loss"]), found.path
@@ -186,7 +196,7 @@ class _Run:
     def go(
         self,
         save_every: int,
-        watch_every: int,
+        watch: Monitor | None,
         flag: StopFlag,
         on_step: Callable[[Step], None] | None,
         log: Log | None,
@@ -194,9 +204,7 @@ class _Run:
         """All steps that are left."""
         config, model = self.config, self.model.train()
         shared = self._shared() if self.processes.count > 1 else model
-        watch: Any = nullcontext()
-        if log is not None:
-            watch = monitor(model, every=watch_every, log=log)
+        if watch is not None:
             watch.step = self.step
         while self.step < config.steps:
             rate = config.rate(self.step)
@@ -228,7 +236,7 @@ class _Run:
         loss, targets, exact, rows = me.total(loss, targets, exact, rows)
         return HeldOut(loss / targets, None if math.isnan(exact) else exact / rows, int(rows))
 
-    def _one(self, shared: nn.Module, rate: float, watch: Any, flag: StopFlag) -> bool:
+    def _one(self, shared: nn.Module, rate: float, watch: Monitor | None, flag: StopFlag) -> bool:
         """One step; whether some process was asked to stop."""
         config, me = self.config, self.processes
         batch = self.task.batch(config.seed, self.step, config.batch_size).part(me.rank, me.count).to(me.device)
@@ -236,7 +244,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
-        with watch:
+        with watch or nullcontext():
             loss = self._loss(shared, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(self.named.values(), config.clip)

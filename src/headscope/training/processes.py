@@ -66,6 +66,7 @@ def joined(device: str = "auto") -> Iterator[Processes]:
         device: "auto" takes a CUDA device if there is one, else the CPU.
 
     Raises:
+        ValueError: a CUDA device is wanted and there is none.
         RuntimeError: another process cannot be reached.
     """
     chosen = _device(device)
@@ -87,4 +88,6 @@ def joined(device: str = "auto") -> Iterator[Processes]:
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, but torch sees no CUDA device here: use 'auto' or 'cpu'.")
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)

@@ -241,18 +241,26 @@ class Bytes(Task):
     @property
     def identity(self) -> str:
         """The library changes from one Python to the next, and with it the task."""
-        return f"bytes 1 {_library().digest}"
+        return f"bytes 1 {self._library().digest}"
 
     def batch(self, seed: int, step: int, size: int) -> Batch:
         """Windows that begin anywhere in the training files."""
-        data = _library().train
+        data = self._library().train
         random = generator(seed, self.name, "batch", step)
         return self._windows(data, torch.randint(len(data) - self.length, (size,), generator=random))
 
     def held_out(self, size: int) -> Batch:
         """Windows spread evenly over the held-out files."""
-        data = _library().held_out
+        data = self._library().held_out
         return self._windows(data, torch.arange(size) * (len(data) - self.length - 1) // size)
+
+    def _library(self) -> _Library:
+        library = _library()
+        if self.length >= len(library.held_out):
+            raise ValueError(
+                f"bytes with rows of length {self.length}: the held-out files have {len(library.held_out)} bytes."
+            )
+        return library
 
     def _windows(self, data: Tensor, starts: Tensor) -> Batch:
         rows = data[starts[:, None] + torch.arange(self.length + 1)].long()

@@ -1,0 +1,30 @@
+"""Numbers of bytes as people write them."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["format_bytes", "parse_bytes"]
+
+
+def parse_bytes(limit: int | str) -> int:
+    """Bytes, of a number or of text such as "4 GiB". Raises ValueError for other text."""
+    if isinstance(limit, int):
+        return limit
+    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)i?B\s*", limit)
+    if not found:
+        raise ValueError(f"limit is {limit!r}: give bytes as a number, or text such as '512 MiB'.")
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+
+
+def format_bytes(count: int | float) -> str:
+    """With the unit that suits it.
+
+    >>> format_bytes(3 << 30)
+    '3 GiB'
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
