@@ -121,6 +121,16 @@ def test_the_experiment_end_to_end(tmp_path: Path) -> None:
     assert len(lines) == 9
 
 
+def test_the_quick_experiment_at_its_real_size(tmp_path: Path) -> None:
+    report = one_or_many(tmp_path, QUICK)
+    rows = {(row.task, row.heads): row for row in report.rows}
+    assert set(rows) == {(task, heads) for task in ("lookups", "bytes") for heads in (1, 4)}
+    assert rows["lookups", 4].gain.mean > 0.5  # four places cannot be looked at by one head
+    assert abs(rows["bytes", 4].gain.mean) < 0.2
+    assert rows["bytes", 1].loss.mean < 3.5  # guessing costs 5.5 nats
+    assert [verdict.split(":")[0] for verdict in report.verdicts] == ["lookups", "bytes"]
+
+
 def test_a_stopped_experiment_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first: list[Outcome] = []
 

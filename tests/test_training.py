@@ -122,9 +122,10 @@ def test_parts_of_a_batch_are_the_batch() -> None:
 # The loop
 
 
-def test_copy_learns_what_it_has_never_seen() -> None:
-    model = make_task("copy", 5).model_config(embed_dim=32, num_heads=4, num_layers=1, ff_dim=64)
-    config = TrainConfig("copy", steps=250, batch_size=32, length=5, model=model, learning_rate=8e-3, seed=2)
+@pytest.mark.parametrize(("task", "steps", "rows", "rate"), [("copy", 250, 32, 8e-3), ("sort", 400, 64, 5e-3)])
+def test_it_learns_what_it_has_never_seen(task: str, steps: int, rows: int, rate: float) -> None:
+    model = make_task(task, 5).model_config(embed_dim=32, num_heads=4, num_layers=1, ff_dim=64)
+    config = TrainConfig(task, steps=steps, batch_size=rows, length=5, model=model, learning_rate=rate, seed=2)
     losses: list[float] = []
     result = train(config, on_step=lambda step: losses.append(step.loss))
     assert losses[0] > 2.5

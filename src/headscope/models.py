@@ -194,7 +194,7 @@ def _not_loaded(name: str, where: str, error: Exception) -> str:
     if Path(where).is_dir():
         return f"The model {name} cannot be read: {reason.rstrip('.')}. Is it whole?"
     return (
-        f"{name!r} is not here, and the hub does not have it or cannot be reached ({reason}) "
+        f"{name!r} is not here, and the hub does not have it or cannot be reached ({reason}). "
         f"Check the name and the connection, or give a folder. {_what_is_here()}"
     )
 
