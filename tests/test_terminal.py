@@ -1,13 +1,17 @@
 """Tables in the terminal."""
 
 import io
+import math
+import re
 import sys
 
 import pytest
+import torch
 from rich.cells import cell_len
 
 from headscope import links, models, terminal
 from headscope.links import Head
+from headscope.monitor import HeadStats
 from headscope.tokens import tokenize
 
 TEXT = "The animal didn't cross the street because it was too tired."
@@ -81,6 +85,15 @@ def test_a_terminal_that_cannot_show_a_character_does_not_stop(monkeypatch: pyte
     terminal.print_line("她 x")
     file.flush()
     assert file.buffer.getvalue() == b"? x\n"  # type: ignore[attr-defined]
+
+
+def test_each_head_in_training_is_a_number_or_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    share = torch.tensor([[0.42, 0.2, math.nan, math.nan]]).double()
+    dead, finite = torch.tensor([[False, True, False, False]]), torch.tensor([[True, True, True, False]])
+    terminal.print_head_stats(HeadStats(50, ("layers.0",), share, share, share, share, dead, finite, (4,)))
+    out = capsys.readouterr().out
+    assert "Heads at step 50" in out
+    assert re.search(r"layers\.0 +42% +dead +– +not finite", out)
 
 
 def test_stages_are_timed_and_silent_when_piped(capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,7 +126,7 @@ def _stream(
     asked = list(zip(reductions, states, strict=True))
     for strip in strips(scores, held=known is None and not online):
         if online:
-            _online(scores, strip, found, buffers, asked, plain)
+            _online(scores, strip, found, buffers, asked, plain, size)
             continue
         if known is not None:
             blocks = _known_blocks(scores, strip, known.top, offset, buffers, size)
@@ -245,7 +245,13 @@ def _known_blocks(
 
 
 def _online(
-    scores: Scores, strip: Strip, found: Normalizer, buffers: Buffers, asked: list[tuple[Reduction, Any]], plain: bool
+    scores: Scores,
+    strip: Strip,
+    found: Normalizer,
+    buffers: Buffers,
+    asked: list[tuple[Reduction, Any]],
+    plain: bool,
+    size: int,
 ) -> None:
     """No block waits: each is centered on one number a row, and what was counted is rescaled at the end.
 
@@ -256,7 +262,6 @@ def _online(
     center, total = torch.zeros_like(top), torch.zeros_like(top)
     at = (strip.batch, _heads(scores, strip), strip.rows)
     offset = torch.zeros_like(top)
-    size = _ALONE if len(asked) <= 1 else _BLOCK
     for x, keys, tiles in _raw_blocks(scores, strip, buffers, size):
         if not plain:
             _hide(x, tiles)

@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from headscope import terminal
-from headscope.monitor import HeadStats
+from headscope import experiments, terminal
 from headscope.training import TASKS, Step, Stopped, TrainConfig, TrainResult, make_task, train
 from headscope.training.logs import has_tensorboard, tensorboard
 from headscope.training.processes import rank
@@ -139,14 +138,14 @@ def add_commands(app: typer.Typer, reported: Reported) -> None:
             )
             _train(config, out or Path("runs") / task, save_every, device, as_json)
 
-    experiments = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-    app.add_typer(experiments, name="experiment")
+    group = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+    app.add_typer(group, name="experiment")
 
-    @experiments.callback(help="Questions that training answers.")
+    @group.callback(help="Questions that training answers.")
     def _start() -> None:  # so that the experiment's name is a word of its own while there is only one
         pass
 
-    @experiments.command(name="one-or-many", help=_ONE_OR_MANY)
+    @group.command(name="one-or-many", help=_ONE_OR_MANY)
     def one_or_many_(quick: Quick = False, out: ExperimentOut = None) -> None:
         with reported():
             _one_or_many(quick, out or Path("out") / ("one-or-many-quick" if quick else "one-or-many"))
@@ -196,7 +195,7 @@ def _train(config: TrainConfig, folder: Path, save_every: int, device: str, as_j
 
 
 def _tell_result(config: TrainConfig, result: TrainResult, as_json: bool) -> None:
-    held_out, task = result.held_out, config.make_task()
+    held_out, heads, task = result.held_out, result.heads, config.make_task()
     if as_json:
         data = {
             "config": config.as_data(),
@@ -205,7 +204,7 @@ def _tell_result(config: TrainConfig, result: TrainResult, as_json: bool) -> Non
             "held_out": {"loss": held_out.loss, "bits": held_out.bits, "exact": held_out.exact, "rows": held_out.rows},
             "seconds": round(result.seconds, 1),
             "checkpoint": str(result.checkpoint),
-            "heads": None if result.heads is None else {"step": result.heads.step, "table": _plain(result.heads)},
+            "heads": heads and {"step": heads.step, "table": experiments.plain(heads.table())},
         }
         sys.stdout.write(json.dumps(data, allow_nan=False, indent=1) + "\n")
         return
@@ -220,24 +219,14 @@ def _tell_result(config: TrainConfig, result: TrainResult, as_json: bool) -> Non
     )
     if held_out.exact is not None:
         terminal.print_line(f"Written without a mistake, token after token: {held_out.exact:.1%} of them.")
-    if result.heads is not None:
-        terminal.print_head_stats(result.heads)
+    if heads is not None:
+        terminal.print_head_stats(heads)
     terminal.print_line(f"Checkpoint: {result.checkpoint}")
     if not has_tensorboard():
         terminal.print_line("For TensorBoard's logs: pip install 'headscope[train]'", error=True)
 
 
-def _plain(heads: HeadStats) -> list[dict[str, Any]]:
-    """A row a head; None where no query has two keys to choose from, or a number is not finite."""
-    return [
-        {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
-        for row in heads.table()
-    ]
-
-
 def _one_or_many(quick: bool, folder: Path) -> None:
-    from headscope import experiments
-
     with terminal.running("one or many") as tell:
         try:
             plan = experiments.QUICK if quick else experiments.FULL

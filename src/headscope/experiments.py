@@ -24,7 +24,19 @@ from headscope.training import TrainConfig, make_task, train
 from headscope.training.tasks import generator
 from headscope.transformer import Transformer
 
-__all__ = ["FULL", "QUICK", "Mean", "Outcome", "Plan", "Report", "Row", "head_distance", "mean_of", "one_or_many"]
+__all__ = [
+    "FULL",
+    "QUICK",
+    "Mean",
+    "Outcome",
+    "Plan",
+    "Report",
+    "Row",
+    "head_distance",
+    "mean_of",
+    "one_or_many",
+    "plain",
+]
 
 # Student's t that leaves 2.5 % on each side, for 1, 2, … degrees of freedom; above 30 the normal distribution's.
 _T = (
@@ -187,14 +199,14 @@ class Report:
         """The same as plain data; NaN becomes None."""
         rows = [asdict(row) for row in self.rows]
         outcomes = [asdict(outcome) for outcome in self.outcomes]
-        return {"rows": _plain(rows), "runs": _plain(outcomes), "verdicts": self.verdicts}
+        return {"rows": plain(rows), "runs": plain(outcomes), "verdicts": self.verdicts}
 
     def csv(self) -> str:
         """Every run, one a line."""
         text = io.StringIO()
         writer = csv.DictWriter(text, list(Outcome.__dataclass_fields__), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(_plain([asdict(outcome) for outcome in self.outcomes]))
+        writer.writerows(plain([asdict(outcome) for outcome in self.outcomes]))
         return text.getvalue()
 
 
@@ -305,7 +317,7 @@ def _run(folder: Path, config: TrainConfig, heads: int, on_step: Callable[[Any],
     distance = head_distance(result.model, task.held_out(_TEXTS).tokens.to(result.model.embedding.weight.device))
     size = sum(parameter.numel() for parameter in result.model.parameters())
     outcome = Outcome(config.task, heads, config.seed, result.held_out.loss, distance, size, result.seconds)
-    _write(folder, {path.name: json.dumps(run | {"outcome": _plain(asdict(outcome))}, indent=1)})
+    _write(folder, {path.name: json.dumps(run | {"outcome": plain(asdict(outcome))}, indent=1)})
     return outcome
 
 
@@ -362,13 +374,13 @@ def _verdict(task: str, heads: int, before: int, gain: Mean, seeds: int) -> str:
     )
 
 
-def _plain(value: Any) -> Any:
-    """NaN as None, in lists and tables too."""
+def plain(value: Any) -> Any:
+    """Numbers that JSON does not know, NaN and infinities, as None, in lists and tables too."""
     if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
+        return {name: plain(part) for name, part in value.items()}
     if isinstance(value, list):
-        return [_plain(part) for part in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return [plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:

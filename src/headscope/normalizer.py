@@ -1,4 +1,4 @@
-"""What makes weights of a row's scores: its log-sum-exp, and who told it."""
+"""What makes weights of a row's scores: its log-sum-exp, in two numbers."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -285,14 +286,21 @@ def print_head_stats(stats: HeadStats) -> None:
         table.add_column(str(head), justify="right")
     for _, group in groupby(stats.table(), key=lambda row: row["layer"]):
         rows = list(group)
-        table.add_row(
-            Text(rows[0]["site"]), *(Text("dead" if r["dead"] else f"{r['entropy_share']:.0%}") for r in rows)
-        )
+        table.add_row(Text(rows[0]["site"]), *(Text(_head_state(row)) for row in rows))
     console = _console()
     console.print(table)
     console.print(
         Text("Entropy, as a share of what looking evenly would have: 0% looks at one place, 100% at all alike.")
     )
+
+
+def _head_state(row: dict[str, Any]) -> str:
+    """One head of HeadStats.table() in a word."""
+    if not row["finite"]:
+        return "not finite"
+    if row["dead"]:
+        return "dead"
+    return "–" if math.isnan(row["entropy_share"]) else f"{row['entropy_share']:.0%}"
 
 
 def print_models(entries: Sequence[ModelEntry]) -> None:

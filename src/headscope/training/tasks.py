@@ -241,20 +241,20 @@ class Bytes(Task):
     @property
     def identity(self) -> str:
         """The library changes from one Python to the next, and with it the task."""
-        return f"bytes 1 {self._library().digest}"
+        return f"bytes 1 {self._checked_library().digest}"
 
     def batch(self, seed: int, step: int, size: int) -> Batch:
         """Windows that begin anywhere in the training files."""
-        data = self._library().train
+        data = self._checked_library().train
         random = generator(seed, self.name, "batch", step)
         return self._windows(data, torch.randint(len(data) - self.length, (size,), generator=random))
 
     def held_out(self, size: int) -> Batch:
         """Windows spread evenly over the held-out files."""
-        data = self._library().held_out
+        data = self._checked_library().held_out
         return self._windows(data, torch.arange(size) * (len(data) - self.length - 1) // size)
 
-    def _library(self) -> _Library:
+    def _checked_library(self) -> _Library:
         library = _library()
         if self.length >= len(library.held_out):
             raise ValueError(
