@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils.checkpoint import checkpoint
 
 from headscope.normalizer import Normalizer
+from headscope.precision import FEW_ROWS, is_emulated
 from headscope.rowwise import by_rows
 from headscope.scores import Scores
 
@@ -44,9 +45,12 @@ def is_fused(scores: Scores, dropout_p: float = 0.0) -> bool:
 
 def product(scores: Scores, value: Tensor, dropout_p: float = 0.0) -> Tensor:
     """P @ value as [B, H, L, N], differentiable; value is [B, G, S, N] or [B, H, S, N]."""
+    given = value.dtype
+    if is_emulated(value) and scores.shape[2] >= FEW_ROWS:
+        scores, value = scores.at_least(torch.float32), value.float()
     if is_fused(scores, dropout_p):
-        return fused(scores, value)
-    return by_strips(scores, value, dropout_p).to(value.dtype)
+        return fused(scores, value).to(given)
+    return by_strips(scores, value, dropout_p).to(given)
 
 
 def by_strips(scores: Scores, value: Tensor, dropout_p: float = 0.0) -> Tensor:

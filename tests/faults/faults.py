@@ -20,6 +20,20 @@ class Fault:
 
 FAULTS = [
     Fault(
+        "many rows are multiplied in a precision that the CPU emulates",
+        "precision.py",
+        "F.linear(x.float(), weight.float(), ",
+        "F.linear(x, weight, bias) if x.shape else F.linear(x.float(), weight.float(), ",
+        "test_precision.py::test_many_rows_are_multiplied_in_float32_and_few_are_not",
+    ),
+    Fault(
+        "half precision in, float32 out, where the CPU emulates it",
+        "kernels.py",
+        "fused(scores, value).to(given)",
+        "fused(scores, value)",
+        "test_precision.py::test_attention_gives_the_precision_it_was_given",
+    ),
+    Fault(
         "a row that sees nothing is believed to have the sum 0",
         "kernels.py",
         "(sums == 0) | ",

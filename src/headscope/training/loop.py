@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from headscope.errors import HeadscopeError
 from headscope.monitor import HeadStats, Monitor, monitor
+from headscope.precision import multiplies
 from headscope.training import checkpoint
 from headscope.training.config import TrainConfig
 from headscope.training.processes import Processes, joined
@@ -170,7 +171,7 @@ class _Run:
         self.step, self.loss = 0, math.nan
         self.path: Path | None = None
         self.halves = config.precision == "bfloat16" or (
-            config.precision == "auto" and _is_faster_in_bfloat16(processes.device)
+            config.precision == "auto" and bool(multiplies(torch.bfloat16, processes.device))
         )
 
     def resume(self, note: Callable[[str], None]) -> None:
@@ -313,14 +314,3 @@ def _own_randomness(device: torch.device) -> Iterator[None]:
     """The block may seed torch's random numbers; afterwards they go on as before."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
-
-
-def _is_faster_in_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 itself; without that, casting costs more than it saves."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text("utf-8").split())
-    except OSError:  # not Linux
-        return False
-    return device.type == "cpu" and not flags.isdisjoint({"amx_bf16", "avx512_bf16"})
