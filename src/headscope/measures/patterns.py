@@ -1,4 +1,4 @@
-"""The measures that every atlas holds; docs/measures.md says what each is for."""
+"""The measures that every atlas holds; docs/heads.md says what each is for."""
 
 from __future__ import annotations
 
