@@ -41,7 +41,7 @@ format: .venv/.installed-dev
 	$(PYTHON) -m ruff check --fix .
 
 bench: .venv/.installed-dev
-	@$(INSTALL) '.[bench]'
+	@$(INSTALL) -e '.[bench]'
 	@ls benchmarks/*.py >/dev/null 2>&1 || { echo 'There is no benchmarks/*.py to run.' >&2; exit 1; }
 	@for script in benchmarks/*.py; do echo "$$script"; $(PYTHON) "$$script" || exit 1; done
 

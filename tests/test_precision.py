@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headscope import MultiHeadAttention, Transformer, TransformerConfig, attention, masks, positions, precision, record
+from headscope import MultiHeadAttention, Transformer, TransformerConfig, attention, masks, positions, processor, record
+from headscope.linear import Linear
 
 HALVES = (torch.bfloat16, torch.float16)
 ERROR = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # half a unit of the last bit, of numbers around 1
@@ -19,7 +20,7 @@ ERROR = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # half a unit of the las
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A CPU without instructions for half precision, whatever this one has."""
-    monkeypatch.setattr(precision, "_EMULATED", frozenset(HALVES))
+    monkeypatch.setattr(processor, "_EMULATED", frozenset(HALVES))
     return
 
 
@@ -32,20 +33,20 @@ def test_what_a_cpu_says_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"fp", "asimd", "asimdhp", "bf16"}, True, True),
         (set(), None, None),
     ):
-        monkeypatch.setattr(precision, "_FLAGS", frozenset(flags))
-        assert precision.multiplies(torch.bfloat16, cpu) is bfloat16
-        assert precision.multiplies(torch.float16, cpu) is float16
-        assert precision.multiplies(torch.float32, cpu) is True
-    assert precision.multiplies(torch.float16, torch.device("cuda")) is True
-    assert precision.multiplies(torch.bfloat16, torch.device("mps")) is None
+        monkeypatch.setattr(processor, "_WORDS", frozenset(flags))
+        assert processor.multiplies(torch.bfloat16, cpu) is bfloat16
+        assert processor.multiplies(torch.float16, cpu) is float16
+        assert processor.multiplies(torch.float32, cpu) is True
+    assert processor.multiplies(torch.float16, torch.device("cuda")) is True
+    assert processor.multiplies(torch.bfloat16, torch.device("mps")) is None
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("rows", [1, precision.FEW_ROWS - 1, precision.FEW_ROWS, 100])
+@pytest.mark.parametrize("rows", [1, processor.FEW_ROWS - 1, processor.FEW_ROWS, 100])
 def test_many_rows_are_multiplied_in_float32_and_few_are_not(
     dtype: torch.dtype, rows: int, emulated: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer, x = precision.Linear(64, 48).to(dtype), torch.randn(rows, 64).to(dtype)
+    layer, x = Linear(64, 48).to(dtype), torch.randn(rows, 64).to(dtype)
     weight, bias = layer.weight, layer.bias
     own, seen = F.linear, []
 
@@ -55,7 +56,7 @@ def test_many_rows_are_multiplied_in_float32_and_few_are_not(
 
     monkeypatch.setattr(F, "linear", watched)
     out = layer(x)
-    assert seen == [((torch.float32 if rows >= precision.FEW_ROWS else dtype),) * 3]
+    assert seen == [((torch.float32 if rows >= processor.FEW_ROWS else dtype),) * 3]
     wide = own(x.double(), weight.double(), bias.double())
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), wide, rtol=2 * ERROR[dtype], atol=2 * ERROR[dtype])
@@ -83,7 +84,7 @@ def test_the_module_is_as_exact_as_without_and_so_are_its_gradients(
     mask = None if kind == "cross" else masks.causal() & masks.padding([40, 23])
     found: dict[str, list[Tensor]] = {}
     for way in ("wide", "in float32", "emulated"):
-        monkeypatch.setattr(precision, "_EMULATED", frozenset(HALVES if way == "in float32" else ()))
+        monkeypatch.setattr(processor, "_EMULATED", frozenset(HALVES if way == "in float32" else ()))
         given = torch.float32 if way == "wide" else dtype
         module = copy.deepcopy(layer).to(given)
         inputs = [part.to(given).detach().clone().requires_grad_() for part in (x, *source)]
@@ -124,11 +125,11 @@ def test_what_is_recorded_is_what_the_module_computed(emulated: None) -> None:
 
 def test_under_autocast_torch_chooses(emulated: None) -> None:
     x = torch.randn(100, 8).bfloat16()
-    assert precision.is_emulated(x)
-    assert not precision.is_emulated(x.float())
-    assert not precision.is_emulated(x.to("meta"))
+    assert processor.is_emulated(x)
+    assert not processor.is_emulated(x.float())
+    assert not processor.is_emulated(x.to("meta"))
     with torch.autocast("cpu", torch.bfloat16):
-        assert not precision.is_emulated(x)
+        assert not processor.is_emulated(x)
 
 
 def test_a_transformer_in_half_precision_writes_what_the_whole_one_writes(emulated: None) -> None:

@@ -3,7 +3,7 @@
 Where the CPU's fused kernel is not taken, torch builds the L×S matrix without a word. It takes 4-D inputs with
 value width equal to D, no dropout, and a mask that is not 3-D and wants no gradient; so values are padded or
 split to width D, and masks that are more than causal are applied to one block of queries at a time.
-This is the only file that knows torch's private ops.
+This is the only file that knows torch's private ops of attention.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils.checkpoint import checkpoint
 
 from headscope.normalizer import Normalizer
-from headscope.precision import FEW_ROWS, is_emulated
+from headscope.processor import FEW_ROWS, is_emulated
 from headscope.rowwise import by_rows
 from headscope.scores import Scores
 

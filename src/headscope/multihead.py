@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from headscope import kernels, layouts
 from headscope.cache import KVCache
+from headscope.linear import Linear, linear
 from headscope.masks import Mask, shifted, sliding_window
 from headscope.matrix import AttentionMatrix
 from headscope.positions import Alibi, Rotary
-from headscope.precision import Linear, linear
 from headscope.scores import Scores, checked_mask
 
 __all__ = ["MultiHeadAttention"]

@@ -19,10 +19,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headscope.cache import KVCache
+from headscope.linear import Linear, linear
 from headscope.masks import Mask, causal
 from headscope.multihead import MultiHeadAttention
 from headscope.positions import Alibi, Rotary, alibi, alibi_slopes, rotary, sinusoidal
-from headscope.precision import Linear, linear
 
 __all__ = ["LayerCache", "Transformer", "TransformerConfig"]
 

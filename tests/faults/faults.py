@@ -20,8 +20,22 @@ class Fault:
 
 FAULTS = [
     Fault(
+        "a bias that alone is trained gets no gradient",
+        "linear.py",
+        "x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)",
+        "x.requires_grad or weight.requires_grad",
+        "test_linear.py::test_gradients_are_those_of_torchs_own_map",
+    ),
+    Fault(
+        "oneDNN is taken where torch.func looks on",
+        "processor.py",
+        "        and not torch._C._are_functorch_transforms_active()\n",
+        "",
+        "test_linear.py::test_torch_keeps_what_it_has_to_see",
+    ),
+    Fault(
         "many rows are multiplied in a precision that the CPU emulates",
-        "precision.py",
+        "linear.py",
         "F.linear(x.float(), weight.float(), ",
         "F.linear(x, weight, bias) if x.shape else F.linear(x.float(), weight.float(), ",
         "test_precision.py::test_many_rows_are_multiplied_in_float32_and_few_are_not",

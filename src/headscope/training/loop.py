@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from headscope.errors import HeadscopeError
 from headscope.monitor import HeadStats, Monitor, monitor
-from headscope.precision import multiplies
+from headscope.processor import multiplies
 from headscope.training import checkpoint
 from headscope.training.config import TrainConfig
 from headscope.training.processes import Processes, joined
