@@ -148,6 +148,23 @@ def test_a_stop_token_ends_a_row() -> None:
         assert set(row[end:]) <= {stop}
 
 
+@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
+@pytest.mark.parametrize("position", ["sinusoidal", "rotary", "alibi"])
+def test_texts_of_unequal_length_are_written_on_as_each_alone(kind: str, position: str) -> None:
+    model = model_of(kind=kind, position=position)
+    text, source = tokens(L, batch=3), tokens(S, batch=3) if kind == "encoder-decoder" else None
+    lengths = torch.tensor([4, L, 1])
+    padded = text.masked_fill(torch.arange(L) >= lengths[:, None], -100)  # what stands behind is not looked at
+    stop = int(text[0, 2])  # a prompt may hold it
+    written = model.generate(padded, source, max_new_tokens=3, lengths=lengths, stop_token=stop)
+    assert written.shape[1] == L + 3
+    for row, length in enumerate(lengths.tolist()):
+        own = None if source is None else source[row : row + 1]
+        alone = model.generate(text[row : row + 1, :length], own, max_new_tokens=L + 3 - length, stop_token=stop)
+        assert torch.equal(written[row, : alone.shape[1]], alone[0])
+        assert (written[row, alone.shape[1] :] == stop).all()
+
+
 def test_drawing_follows_the_shares() -> None:
     model = model_of(kind="decoder")
     text = tokens(4, batch=1).expand(4000, -1)
@@ -278,6 +295,10 @@ def test_edits_reach_the_module() -> None:
         ),
         (lambda: model_of(kind="decoder").generate(tokens(L)[0], max_new_tokens=2), r"tokens have shape \(7,\)"),
         (lambda: model_of(kind="decoder", max_length=9).generate(tokens(L), max_new_tokens=3), "text has 10 tokens"),
+        (
+            lambda: model_of(kind="decoder").generate(tokens(L), max_new_tokens=2, lengths=torch.tensor([3, 8])),
+            r"lengths are \[3, 8\], tokens have shape \(2, 7\): give each of the 2 rows one, from 1 to 7",
+        ),
         (lambda: model_of(kind="decoder").new_cache(0), "room for 0 positions"),
         (lambda: model_of(kind="decoder")(tokens(L), cache=model_of(kind="decoder").new_cache()[:1]), "of 1 layers"),
     ],

@@ -246,6 +246,7 @@ class Transformer(nn.Module):
         source: Int[Tensor, "B S"] | None = None,
         *,
         max_new_tokens: int,
+        lengths: Int[Tensor, " B"] | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         stop_token: int | None = None,
@@ -255,9 +256,11 @@ class Transformer(nn.Module):
         """The text with up to ``max_new_tokens`` more tokens, one after another, with a cache.
 
         Args:
-            tokens: [B, P], at least one token a row to begin with; all rows are of one length.
+            tokens: [B, P], at least one token a row to begin with.
             source: [B, S], for an encoder-decoder.
             max_new_tokens: how many are added at most.
+            lengths: [B], how many tokens of each row there are to begin with, where not all have P; what stands behind
+                them is not looked at. Each row writes on from its own end, and all end at P + ``max_new_tokens``.
             temperature: 0 takes the likeliest; 1 draws from the model's own shares; above, more evenly.
             top_p: draw from the likeliest tokens that together have this share (arXiv 1904.09751).
             stop_token: a row that has written it is done; it is filled up with it.
@@ -265,24 +268,27 @@ class Transformer(nn.Module):
             generator: for drawing.
 
         Raises:
-            ValueError: options out of range; a model that cannot write; a text that gets too long.
+            ValueError: options or lengths out of range; a model that cannot write; a text that gets too long.
         """
         if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or max_new_tokens < 1:
             raise ValueError(
                 f"temperature {temperature}, top_p {top_p}, max_new_tokens {max_new_tokens}: they must be a number of "
                 "at least 0, above 0 up to 1, and at least 1."
             )
-        self._check_tokens(tokens, tokens.shape[-1] + max_new_tokens)
+        prompt, given = _prompt(tokens, lengths, max_new_tokens)
+        self._check_tokens(prompt, prompt.shape[-1])
         memory = None if source is None else self.encode(source, source_mask)
-        cache = self.new_cache(tokens.shape[1] + max_new_tokens)
+        cache = self.new_cache(prompt.shape[1])
         done = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)
-        text = new = tokens
-        for _ in range(max_new_tokens):
+        shortest = int(given.all(0).sum())
+        text = new = prompt[:, :shortest]
+        for i in range(shortest, prompt.shape[1]):
             x = self.decode(new, memory, memory_mask=source_mask, cache=cache)
             new = _choose(self.logits(x[:, -1]), temperature, top_p, generator)
             if stop_token is not None:
                 new = torch.where(done, stop_token, new)
-                done = done | (new == stop_token)
+                done = done | ((new == stop_token) & ~given[:, i : i + 1])
+            new = torch.where(given[:, i : i + 1], prompt[:, i : i + 1], new)
             text = torch.cat((text, new), 1)
             if bool(done.all()):
                 break
@@ -318,6 +324,23 @@ def _position(config: TransformerConfig) -> Rotary | Alibi | None:
     if config.position == "rotary":
         return rotary()
     return alibi(alibi_slopes(config.num_heads)) if config.position == "alibi" else None
+
+
+def _prompt(tokens: Tensor, lengths: Tensor | None, more: int) -> tuple[Tensor, Tensor]:
+    """The texts with room for ``more`` tokens, [B, P + more], 0 where nothing is given; and where something is."""
+    if tokens.dim() != 2:
+        raise ValueError(f"tokens have shape {tuple(tokens.shape)}, wanted [batch, length], both above 0.")
+    batch, longest = tokens.shape
+    if lengths is None:
+        lengths = torch.full((batch,), longest)
+    if lengths.shape != (batch,) or not bool(((lengths >= 1) & (lengths <= longest)).all()):
+        raise ValueError(
+            f"lengths are {lengths.tolist()}, tokens have shape {tuple(tokens.shape)}: give each of the {batch} rows "
+            f"one, from 1 to {longest}."
+        )
+    at = torch.arange(longest + more, device=tokens.device)
+    given = at < lengths.to(tokens.device)[:, None]
+    return nn.functional.pad(tokens, (0, more)).masked_fill(~given, 0), given
 
 
 def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
