@@ -273,6 +273,8 @@ def test_what_is_given_twice_is_refused(decoder: Loaded, tmp_path: Path) -> None
         profile(decoder, copy, plan=plan)
     with pytest.raises(AtlasError, match="a and b hold the same sentences"):
         profile(decoder, documents("owl"), examples={"a": few()["some"], "b": few()["some"]}, plan=plan)
+    with pytest.raises(AtlasError, match=r"a and b both hold .*: its sentences would count twice"):
+        profile(decoder, documents("owl"), examples={"a": few()["some"], "b": few()["some"][:-1]}, plan=plan)
     first = profile(decoder, documents("owl"), plan=plan)
     with pytest.raises(AtlasError, match="both atlases hold 'copy' and 0 more"):
         first.merge(profile(decoder, copy[2:], plan=plan))

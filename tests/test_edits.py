@@ -360,3 +360,32 @@ def test_torchs_module_returns_the_edited_weights(average: bool, batched: bool, 
     wanted = wanted.mean(1) if average else wanted
     torch.testing.assert_close(weights, wanted if batched else wanted[0])
     assert (weights - plain).abs().amax() > 1e-3
+
+
+def test_no_edit_undoes_an_ablation_whatever_the_order() -> None:
+    model = llama()
+    with torch.no_grad(), record(model) as recording:
+        model(ids(2, 7, seed=5))
+    for other in (knock_out(5, 2), patch(1, 3, from_=recording), freeze(from_=recording)):
+        first, last = logits(model, ablate(1, 3), other), logits(model, other, ablate(1, 3))
+        assert torch.equal(first, last)
+        assert (first - logits(model, other)).abs().max() > 0.01
+
+
+def test_edits_of_heads_that_share_keys_come_in_any_order() -> None:
+    """A patched head has keys of its own, so that values are no longer shared as the model shares them."""
+    model = llama()
+    with torch.no_grad(), record(model) as recording:
+        model(ids(2, 7, seed=5))
+    with torch.no_grad(), edit(model, patch(0, 1, from_=recording)), record(model) as patched:
+        alone = model(TEXT).logits
+    torch.testing.assert_close(logits(model, freeze(from_=patched)), alone)
+    for head in (1, 2):  # the patched head's own link, and another's
+        edits = patch(0, 1, from_=recording), knock_out(5, 2, layers=[0], heads=[head])
+        with torch.no_grad(), edit(model, *edits), record(model) as seen:
+            model(TEXT)
+        whole = seen[0].dense()
+        torch.testing.assert_close(whole.sum(-1), torch.ones_like(whole[..., 0]))
+        assert bool((whole[:, head, 5, 2] == 0).all())
+        others = [h for h in range(whole.shape[1]) if h != head]
+        torch.testing.assert_close(whole[:, others], patched[0].dense()[:, others])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,7 @@ def _worth(atlas: HeadAtlas) -> Figure:
         values = [v for v in (float(zero[head]) for head in heads) if not math.isnan(v)]
         axes.plot(values, [y] * len(values), "o", color=_GREY if name == "no role" else _BLUE, alpha=0.6, markersize=4)
         if values:
-            middle = sorted(values)[len(values) // 2]
-            axes.plot([middle], [y], "|", color=_ORANGE, markersize=14, markeredgewidth=2)
+            axes.plot([statistics.median(values)], [y], "|", color=_ORANGE, markersize=14, markeredgewidth=2)
     axes.axvline(0, color="#888888", linewidth=0.6)
     most = max((float(v) for v in zero.abs().flatten() if not math.isnan(v)), default=1.0)
     axes.set_xscale("symlog", linthresh=max(most / 20, 1e-6))

@@ -103,10 +103,11 @@ class KnockOut(Edit):
             rule = rule & masks.heads(self.heads)
         allowed = ~rule if call.scores.mask is None else call.scores.mask & ~rule
         edited = replace(call.scores, mask=allowed)
+        value = _per_head(call.value, edited.key.shape[1])  # a patched head has keys of its own
         outputs = call.head_outputs().clone()
         for row in here:
             part = edited.narrow(slice(0, batch), slice(0, num_heads), slice(row, row + 1))
-            new = kernels.product(part, call.value)
+            new = kernels.product(part, value)
             outputs[:, list(chosen), row] = new[:, list(chosen), 0].to(outputs.dtype)
         return with_output(call, outputs, edited)
 
@@ -140,7 +141,7 @@ class Freeze(Edit):
         """Attend with the recorded queries and keys to the values of now."""
         _refuse_dropout(self, call)
         given = _same_shape("freeze", self.source(call, place), call)
-        new = kernels.product(given, call.value)
+        new = kernels.product(given, _per_head(call.value, given.key.shape[1]))
         return with_output(call, new.to(call.value.dtype), given)
 
 
@@ -199,7 +200,7 @@ def freeze(*, from_: Recording, layers: Layers = None) -> Freeze:
     ``edit(model, ablate(3, 1), freeze(from_=clean))`` removes what head 3.1 adds to the values that later layers
     read, and not what they look at: pattern-preserving ablation (Olsson et al. 2022, arXiv 2209.11895). The heads
     attend again with the recorded queries and keys; no pattern is built. At a site with several edits ``freeze`` acts
-    first, wherever it stands, so that it does not undo an ablation.
+    first, wherever it stands; ablations come last, so that nothing undoes them.
 
     Args:
         from_: a recording of the same text (or one at least as long) by the same model.
@@ -250,7 +251,7 @@ def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
     used: set[int] = set()
     forwards: list[Forward] = []
     tracker = Tracker()
-    order = sorted(range(len(edits)), key=lambda number: not isinstance(edits[number], Freeze))
+    order = sorted(range(len(edits)), key=lambda number: _turn(edits[number]))
 
     def change(call: AttentionCall, forward: Forward) -> AttentionCall:
         place = tracker.place(call, forward)
@@ -271,6 +272,11 @@ def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
             f"{unused[0]} changed nothing: no attention call had such a layer, query or key. Layers count from 0 "
             "in the order of calls, or are module names as record() lists them; positions count from 0 in the text."
         )
+
+
+def _turn(given: Edit) -> int:
+    """When an edit is made, whatever the order they are given in: a pattern computed anew would undo an ablation."""
+    return 0 if isinstance(given, Freeze) else 2 if isinstance(given, Ablate) else 1
 
 
 def _patterns(edit_name: str, recording: Recording) -> Callable[[AttentionCall, Place], Scores]:

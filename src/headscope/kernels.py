@@ -144,6 +144,8 @@ def _gives_lse(scores: Scores) -> bool:
 
 def _fused(scores: Scores, value: Tensor, want_lse: bool) -> tuple[Tensor, Tensor | None]:
     query, key = _dense_rows(scores.query), _dense_rows(scores.key)
+    if value.shape[1] % key.shape[1]:  # the kernel would divide by zero, and the process end
+        raise ValueError(f"value has {value.shape[1]} heads, key has {key.shape[1]}: the first is a multiple of it.")
     if value.shape[1] != key.shape[1]:  # a value for each query head: the keys follow
         key = key.repeat_interleave(value.shape[1] // key.shape[1], 1)
     width, size = value.shape[-1], query.shape[-1]

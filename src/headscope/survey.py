@@ -213,6 +213,11 @@ def _collections(examples: dict[str, list[Example]]) -> dict[str, dict[str, Any]
         if names.setdefault(same, name) != name:
             raise AtlasError(f"{names[same]} and {name} hold the same sentences: give them once.")
         clusters = sorted({example.cluster for example in given})
+        for other, held in found.items():
+            if both := sorted(set(clusters) & set(held["clusters"])):
+                raise AtlasError(
+                    f"{other} and {name} both hold {both[0]!r}: its sentences would count twice. Give one of them."
+                )
         found[name] = {"language": given[0].language, "sha256": same, "clusters": clusters}
     return found
 

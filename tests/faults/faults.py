@@ -20,6 +20,20 @@ class Fault:
 
 FAULTS = [
     Fault(
+        "a link that is hidden after an ablation brings the head back",
+        "edits.py",
+        "2 if isinstance(given, Ablate) else 1",
+        "1",
+        "test_edits.py::test_no_edit_undoes_an_ablation_whatever_the_order",
+    ),
+    Fault(
+        "collections that share sentences count them twice",
+        "survey.py",
+        'if both := sorted(set(clusters) & set(held["clusters"])):',
+        "if both := list[str]():",
+        "test_atlas.py::test_what_is_given_twice_is_refused",
+    ),
+    Fault(
         "a bias that alone is trained gets no gradient",
         "linear.py",
         "x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)",
