@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load, save
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers import models as token_models
 from torch import Tensor
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from headscope.errors import HeadscopeError
+from headscope.examples import pair_looks
 from headscope.models import Loaded
 from headscope.recording import record
 from headscope.relations import (
@@ -236,6 +237,24 @@ def test_texts_that_are_too_long_are_skipped_and_counted(letters: Loaded) -> Non
     nothing = count_relations(loaded(letters.model, letters.tokenizer, context=3), [short, long])
     assert (nothing.examples, nothing.skipped, nothing.keys) == (0, 2, ())
     assert scores(nothing) == []
+
+
+def test_sentences_that_the_tokenizer_drops_are_left_out_and_said(letters: Loaded) -> None:
+    odd = Example("\u200b", ((0, 1),), (), "odd", 1, "")
+    bare = word_level(["a", "b", "c", "d"])
+    bare.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    notes: list[str] = []
+    model = loaded(letters.model, bare)
+    counts = count_relations(model, [odd, example("a b c d", (3, 0))], on_note=notes.append)
+    assert counts.examples == 1
+    assert notes == ["Sentences of which the tokenizer keeps nothing were left out: 1."]
+    assert reads(model, ["\u200b", "a b"]) == (True, "")
+
+
+def test_examples_pass_over_what_the_model_cannot_read(letters: Loaded) -> None:
+    short, long = example("a b c d", (3, 0)), example("a b c d e f g", (6, 0))
+    shown = pair_looks(loaded(letters.model, letters.tokenizer, context=7), [long, short], "r", 0, 0)
+    assert [look.text for look in shown] == ["a b c d"]
 
 
 def test_attention_that_is_not_between_the_tokens_is_refused(letters: Loaded) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from headscope.corpus import Batch, Document, Piece, batches, cut
+from headscope.errors import TextError
 from headscope.links import run as run_tokens
 from headscope.measures import Visibility
 from headscope.measures.questions import MaxAmong
@@ -109,7 +110,7 @@ def pair_looks(
 
     Args:
         loaded: The model.
-        examples: Sentences; those without this relation are passed over.
+        examples: Sentences; those without this relation are passed over, and those that the model cannot read.
         relation: Its name.
         layer: From 0.
         head: From 0.
@@ -120,7 +121,12 @@ def pair_looks(
         pairs = [pair for pair in example.pairs if pair.relation == relation]
         if not pairs:
             continue
-        tokens = tokenize(example.text, loaded.tokenizer, start_token_id=loaded.start_token_id, limit=loaded.context)
+        try:
+            tokens = tokenize(
+                example.text, loaded.tokenizer, start_token_id=loaded.start_token_id, limit=loaded.context
+            )
+        except TextError:  # not counted either: nothing is left of it, or it is longer than the model reads
+            continue
         with torch.no_grad():
             weights = all_words(run_tokens(loaded, tokens)[layer], Positions(tokens))[head]
         starts = [word.start for word in tokens.words]

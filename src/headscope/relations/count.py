@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headscope.corpus import by_length
-from headscope.errors import HeadscopeError, is_out_of_memory
+from headscope.errors import HeadscopeError, TextError, is_out_of_memory
 from headscope.models import Loaded, reader
 from headscope.recording import record
 from headscope.reductions import Pool
@@ -185,9 +185,13 @@ def count_relations(
     Raises:
         HeadscopeError: The model's attention is not between the tokens of its text.
     """
-    ready, skipped = [], 0
+    ready, skipped, empty = [], 0, 0
     for example in examples:
-        tokens = tokenize(example.text, loaded.tokenizer, start_token_id=loaded.start_token_id)
+        try:
+            tokens = tokenize(example.text, loaded.tokenizer, start_token_id=loaded.start_token_id)
+        except TextError:
+            empty += 1
+            continue
         if loaded.context is not None and len(tokens) > loaded.context:
             skipped += 1
             continue
@@ -216,6 +220,8 @@ def count_relations(
         if on_batch is not None:
             on_batch(done, len(ready))
     counts.examples, counts.skipped = len(ready), skipped
+    if empty and on_note is not None:
+        on_note(f"Sentences of which the tokenizer keeps nothing were left out: {empty}.")
     return counts
 
 
@@ -310,7 +316,10 @@ def reads(loaded: Loaded, texts: Sequence[str]) -> tuple[bool, str]:
     """
     tokens = unknown = characters = chinese = 0
     for text in texts:
-        cut = tokenize(text, loaded.tokenizer)
+        try:
+            cut = tokenize(text, loaded.tokenizer)
+        except TextError:  # nothing is left of it to be known or unknown
+            continue
         tokens += len(cut) - sum(cut.special)
         unknown += sum(cut.unknown)
         characters += sum(not c.isspace() for c in text)
