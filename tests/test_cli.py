@@ -248,3 +248,31 @@ def test_ctrl_c_ends_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_version() -> None:
     assert command("--version").stdout.startswith("headscope ")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError("unable to mmap 9")],
+)
+def test_too_little_memory_is_one_message(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(cli.models, "load", fails)
+    done = command("see", TEXT)
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: There is not enough memory")
+
+
+def test_other_errors_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str) -> None:
+        raise RuntimeError("something of ours is wrong")
+
+    monkeypatch.setattr(cli.models, "load", fails)
+    assert str(command("see", TEXT).exception) == "something of ours is wrong"
+
+
+def test_heads_refuses_a_figure_of_another_kind_before_it_measures(tmp_path: Path) -> None:
+    done = command("heads", "--model", str(tmp_path / "none"), "--figure", str(tmp_path / "a.xyz"))
+    assert done.exit_code == 1
+    assert ".png, .svg or .pdf" in done.stderr

@@ -15,7 +15,7 @@ import typer
 
 from headscope import models, output, terminal
 from headscope.commands import add_commands
-from headscope.errors import HeadscopeError, TextError
+from headscope.errors import HeadscopeError, TextError, is_out_of_memory
 from headscope.files import check_writable
 from headscope.forbid_command import add_forbid
 from headscope.heads_command import add_heads
@@ -101,7 +101,9 @@ def _reported() -> Iterator[None]:
     except (HeadscopeError, ValueError) as error:
         terminal.print_error(str(error))
         raise typer.Exit(1) from None
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         terminal.print_error("There is not enough memory for this text with this model. Try a shorter text.")
         raise typer.Exit(1) from None
     except BrokenPipeError:  # the reader of our output has gone, as in: headscope see | head

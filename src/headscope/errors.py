@@ -57,5 +57,5 @@ class AtlasError(HeadscopeError):
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory did not suffice: torch on the CPU raises a plain RuntimeError for it."""
     told = str(error).lower()
-    known = ("out of memory", "can't allocate", "cannot allocate", "not enough memory")
+    known = ("out of memory", "can't allocate", "cannot allocate", "not enough memory", "unable to mmap")
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(text in told for text in known))

@@ -98,6 +98,10 @@ def add_heads(app: typer.Typer, reported: Reported, fetch: Callable[[str], None]
         again: Again = False,
     ) -> None:
         with reported():
+            if figure is not None:
+                from headscope import figures
+
+                figures.check_extension(figure)
             for path in (out, figure):
                 if path is not None:
                     check_writable(path)

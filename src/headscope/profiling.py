@@ -25,7 +25,19 @@ from headscope.sums import Sums, weights_of
 
 __all__ = ["Measured", "columns_of", "measure", "output_weight", "run"]
 
-_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "out_lin", "wo", "o", "dense", "to_out.0", "proj", "attention_output")
+_PROJECTIONS = (
+    "o_proj",
+    "out_proj",
+    "c_proj",
+    "out_lin",
+    "wo",
+    "Wo",
+    "o",
+    "dense",
+    "to_out.0",
+    "proj",
+    "attention_output",
+)
 _OUTSIDE = ("output.dense", "output.o_proj", "out_proj")
 
 

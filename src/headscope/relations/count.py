@@ -185,20 +185,7 @@ def count_relations(
     Raises:
         HeadscopeError: The model's attention is not between the tokens of its text.
     """
-    ready, skipped, empty = [], 0, 0
-    for example in examples:
-        try:
-            tokens = tokenize(example.text, loaded.tokenizer, start_token_id=loaded.start_token_id)
-        except TextError:
-            empty += 1
-            continue
-        if loaded.context is not None and len(tokens) > loaded.context:
-            skipped += 1
-            continue
-        words = words_of_tokens(tokens, example.words)
-        here = set(words)
-        present = [index in here for index in range(len(example.words))]
-        ready.append(_Ready(example, tokens.ids, words, present, questions_of(example, present, causal=loaded.causal)))
+    ready, skipped, empty = _tokenized(loaded, examples)
     counts = RelationCounts()
     done = 0
     work = list(by_length(ready, lambda item: len(item.ids), batch_tokens))
@@ -223,6 +210,25 @@ def count_relations(
     if empty and on_note is not None:
         on_note(f"Sentences of which the tokenizer keeps nothing were left out: {empty}.")
     return counts
+
+
+def _tokenized(loaded: Loaded, examples: Sequence[Example]) -> tuple[list[_Ready], int, int]:
+    """What can be run; how many are longer than the model reads, and of how many the tokenizer keeps nothing."""
+    ready, skipped, empty = [], 0, 0
+    for example in examples:
+        try:
+            tokens = tokenize(example.text, loaded.tokenizer, start_token_id=loaded.start_token_id)
+        except TextError:
+            empty += 1
+            continue
+        if loaded.context is not None and len(tokens) > loaded.context:
+            skipped += 1
+            continue
+        words = words_of_tokens(tokens, example.words)
+        here = set(words)
+        present = [index in here for index in range(len(example.words))]
+        ready.append(_Ready(example, tokens.ids, words, present, questions_of(example, present, causal=loaded.causal)))
+    return ready, skipped, empty
 
 
 def _count_batch(loaded: Loaded, batch: list[_Ready]) -> RelationCounts:
