@@ -201,6 +201,28 @@ def test_bfloat16_trains_too() -> None:
     assert half.model.embedding.weight.dtype == torch.float32
 
 
+def test_auto_takes_bfloat16_only_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    has = {"cpu": True, "cuda": True}
+    monkeypatch.setattr("headscope.training.config.multiplies", lambda dtype, device: has[device.type])
+    own, short = TrainConfig("bytes"), TrainConfig("copy")
+    assert own.in_bfloat16(cpu)
+    assert not short.in_bfloat16(cpu)
+    assert short.in_bfloat16(cuda)
+    assert TrainConfig("bytes", batch_size=16, length=64).in_bfloat16(cpu)
+    assert not TrainConfig("bytes", batch_size=16, length=63).in_bfloat16(cpu)
+    assert not TrainConfig("bytes", batch_size=16, length=64).in_bfloat16(cpu, processes=2)
+    assert TrainConfig("copy", precision="bfloat16").in_bfloat16(cpu)
+    assert not TrainConfig("bytes", precision="float32").in_bfloat16(cuda)
+    has["cpu"] = False
+    assert not own.in_bfloat16(cpu)
+
+
+def test_a_run_says_what_it_was_made_in() -> None:
+    assert train(small(steps=1)).precision == "float32"
+    assert train(small(steps=1, precision="bfloat16")).precision == "bfloat16"
+
+
 def test_only_matrices_decay_and_the_rate_follows_its_curve() -> None:
     config = TrainConfig("copy", steps=110, learning_rate=0.4, warmup=10)
     assert [config.rate(step) for step in (0, 4, 9, 10, 60, 110)] == pytest.approx([0.04, 0.2, 0.4, 0.4, 0.22, 0.04])

@@ -82,7 +82,7 @@ QkNorm = Annotated[
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the first weights, the data and the dropout.")]
 Precision = Annotated[
     Literal["auto", "float32", "bfloat16"],
-    typer.Option("--precision", help="auto: bfloat16 where the machine is faster with it."),
+    typer.Option("--precision", help="auto: bfloat16 where it is faster: on rows of 64 or more."),
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto: CUDA if there is any.")]
 SaveEvery = Annotated[int, typer.Option("--save-every", min=1, help="Steps between checkpoints; the last two stay.")]
@@ -203,6 +203,7 @@ def _tell_result(config: TrainConfig, result: TrainResult, as_json: bool) -> Non
             "loss": result.loss,
             "held_out": {"loss": held_out.loss, "bits": held_out.bits, "exact": held_out.exact, "rows": held_out.rows},
             "seconds": round(result.seconds, 1),
+            "precision": result.precision,
             "checkpoint": str(result.checkpoint),
             "heads": heads and {"step": heads.step, "table": experiments.plain(heads.table())},
         }

@@ -6,10 +6,17 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
+
+from headscope.processor import multiplies
 from headscope.training.tasks import Task, make_task
 from headscope.transformer import TransformerConfig
 
 __all__ = ["TrainConfig"]
+
+# What bfloat16 needs on a CPU to be faster, see docs/log.md: the fused kernel's way back is ten times as slow on rows
+# of 10 as in float32, and steps of few positions spend their time on turning weights into bfloat16.
+_LONG_ROWS, _MANY_POSITIONS = 64, 1024
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class TrainConfig:
         weight_decay: AdamW's (arXiv 1711.05101), for matrices only.
         clip: the gradient's largest norm.
         seed: of the first weights, the data and the dropout.
-        precision: "float32", "bfloat16", or "auto": bfloat16 where the machine is faster with it.
+        precision: "float32", "bfloat16", or "auto": bfloat16 where it is faster, see :meth:`in_bfloat16`.
 
     Raises:
         ValueError: no such task, numbers out of range, or a model that does not fit the task.
@@ -75,6 +82,26 @@ class TrainConfig:
     def make_task(self) -> Task:
         """The task, with rows of this length."""
         return make_task(self.task, self.length)
+
+    def in_bfloat16(self, device: torch.device, processes: int = 1) -> bool:
+        """Whether products are made in bfloat16; the weights stay float32.
+
+        With "auto" they are on a device with instructions for it; on a CPU only if the rows are long and there are many
+        positions in a step, for otherwise float32 is faster.
+
+        Args:
+            device: What the run is on.
+            processes: How many share each batch.
+
+        >>> TrainConfig("copy").in_bfloat16(torch.device("cpu"))
+        False
+        """
+        if self.precision != "auto":
+            return self.precision == "bfloat16"
+        if not multiplies(torch.bfloat16, device):
+            return False
+        positions = self.batch_size * self.length // processes
+        return device.type != "cpu" or (self.length >= _LONG_ROWS and positions >= _MANY_POSITIONS)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0.

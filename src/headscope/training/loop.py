@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from headscope.errors import HeadscopeError
 from headscope.monitor import HeadStats, Monitor, monitor
-from headscope.processor import multiplies
 from headscope.training import checkpoint
 from headscope.training.config import TrainConfig
 from headscope.training.processes import Processes, joined
@@ -78,6 +77,7 @@ class TrainResult:
         seconds: What this run took.
         checkpoint: The last checkpoint; None if the run has no folder.
         heads: What the heads did when they were last looked at; None if no step was left to do.
+        precision: What products were made in, "float32" or "bfloat16".
     """
 
     model: Transformer
@@ -87,6 +87,7 @@ class TrainResult:
     seconds: float
     checkpoint: Path | None
     heads: HeadStats | None
+    precision: str
 
 
 def train(
@@ -147,7 +148,8 @@ def train(
         if log is not None:
             log("held_out/loss", held_out.loss, run.step)
         heads = watch.history[-1] if watch is not None and watch.history else None
-        return TrainResult(run.model.eval(), run.loss, held_out, first, time.monotonic() - began, run.path, heads)
+        seconds, precision = time.monotonic() - began, "bfloat16" if run.halves else "float32"
+        return TrainResult(run.model.eval(), run.loss, held_out, first, seconds, run.path, heads, precision)
 
 
 class _Run:
@@ -170,9 +172,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW([decayed, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.98))
         self.step, self.loss = 0, math.nan
         self.path: Path | None = None
-        self.halves = config.precision == "bfloat16" or (
-            config.precision == "auto" and bool(multiplies(torch.bfloat16, processes.device))
-        )
+        self.halves = config.in_bfloat16(processes.device, processes.count)
 
     def resume(self, note: Callable[[str], None]) -> None:
         """Go to the last whole checkpoint, if there is one; what the main process reads, all others get."""
