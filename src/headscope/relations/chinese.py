@@ -75,6 +75,13 @@ _LISTS: tuple[Mapping[str, list[str]], ...] = (
     ),
 )
 
+_KINDS_OF_WORDS: Mapping[str, str] = {
+    **dict.fromkeys(("{man}", "{woman}", "{animal}", "{who}"), "noun"),
+    **dict.fromkeys((f"{{{name}}}" for name in ["stood", "left", "saw", "gave", "got"]), "verb"),
+    **dict.fromkeys(("他", "她", "它", "我们", "你们"), "pronoun"),
+    "{thing}": "thing",
+}
+
 # Who a pronoun stands for, who else is there, and the pronoun.
 _KINDS: tuple[Mapping[str, str], ...] = tuple(
     {"{a}": a, "{d}": d, "{p}": p}
@@ -131,29 +138,41 @@ def _coreference(half: int) -> list[Frame]:
             "{d} 后面 是 {a}/t ， 然后 * {p}/s 还 {left} 了 。",
         ),
     )
-    return combine("coreference-zh", skeletons[half], _MANNER[half], _KINDS)
+    return combine("coreference-zh", skeletons[half], _MANNER[half], _KINDS, _KINDS_OF_WORDS)
 
 
 def _giver_receiver(half: int) -> list[Frame]:
     skeletons = (
         (
-            "{who}/t * 把 {thing} 给 了 {who2}/s 。",
-            "{who}/t * 把 这 个 {thing} {gave} 给 了 {who2}/s 。",
-            "{who}/t * {gave} 给 {who2}/s 一 个 {thing} 。",
-            "{who2}/s * 从 {who}/t 那里 {got} 了 {thing} 。",
-            "{who2}/s * {got} 了 {who}/t 的 {thing} 。",
-            "{who2}/s 的 {thing} 是 * 从 {who}/t 那里 {got} 的 。",
+            "{who3} 也 在 ， {who}/t * 把 {thing} 给 了 {who2}/s 。",
+            "{who3} 也 在 ， {who}/t * {gave} 给 {who2}/s 一 个 {thing} 。",
+            "{who}/t 而 不 是 {who3} * 把 {thing} 给 了 {who2}/s 。",
+            "{who}/t 而 不 是 {who3} * {gave} 给 {who2}/s 一 个 {thing} 。",
+            "{who}/t * 把 这 个 {thing} {gave} 给 了 {who2}/s ， 不 是 {who3} 。",
+            "{who}/t * {gave} 给 {who2}/s 一 个 {thing} ， {who3} 也 在 。",
+            "{who3} 也 在 ， {who2}/s * 从 {who}/t 那里 {got} 了 {thing} 。",
+            "{who3} 也 在 ， {who2}/s * {got} 了 {who}/t 的 {thing} 。",
+            "{who2}/s 而 不 是 {who3} * 从 {who}/t 那里 {got} 了 {thing} 。",
+            "{who2}/s 而 不 是 {who3} * {got} 了 {who}/t 的 {thing} 。",
+            "{who2}/s * {got} 了 {who}/t 的 {thing} ， 不 是 {who3} 的 。",
+            "{who2}/s 的 {thing} 是 * 从 {who}/t 那里 {got} 的 ， {who3} 也 在 。",
         ),
         (
-            "{who}/t * 将 {thing} {gave} 给 {who2}/s 。",
-            "{who}/t * {gave} 了 那 个 {thing} 给 {who2}/s 。",
-            "那 个 {thing} ， {who}/t * 先 给 了 {who2}/s 。",
-            "{who2}/s * {got} 了 由 {who}/t {gave} 的 {thing} 。",
-            "{who2}/s * 有 了 {who}/t {gave} 的 {thing} 。",
-            "{who2}/s 那 个 {thing} ， * 是 由 {who}/t {gave} 的 。",
+            "{who3} 还 在 ， {who}/t * 将 {thing} {gave} 给 {who2}/s 。",
+            "{who3} 还 在 ， 那 个 {thing} {who}/t * 先 给 了 {who2}/s 。",
+            "{who}/t ， 不 是 {who3} ， * 将 {thing} {gave} 给 {who2}/s 。",
+            "那 个 {thing} ， {who}/t 不 是 {who3} * 先 给 了 {who2}/s 。",
+            "{who}/t * {gave} 了 那 个 {thing} 给 {who2}/s ， 不 给 {who3} 。",
+            "那 个 {thing} ， {who}/t * 先 给 了 {who2}/s ， {who3} 还 在 。",
+            "{who3} 还 在 ， {who2}/s * {got} 了 由 {who}/t {gave} 的 {thing} 。",
+            "{who3} 还 在 ， {who2}/s * 有 了 {who}/t {gave} 的 {thing} 。",
+            "{who2}/s ， 不 是 {who3} ， * {got} 了 由 {who}/t {gave} 的 {thing} 。",
+            "{who2}/s 不 是 {who3} * 有 了 {who}/t {gave} 的 {thing} 。",
+            "{who2}/s * {got} 了 由 {who}/t {gave} 的 {thing} ， 不 是 由 {who3} 。",
+            "{who2}/s 那 个 {thing} ， * 是 由 {who}/t {gave} 的 ， {who3} 还 在 。",
         ),
     )
-    return combine("giver-receiver-zh", skeletons[half], _MANNER[half])
+    return combine("giver-receiver-zh", skeletons[half], _MANNER[half], classes=_KINDS_OF_WORDS)
 
 
 def chinese() -> list[Example]:

@@ -19,7 +19,16 @@ from headscope.relations.pairs import Example
 from headscope.seam import AttentionCall
 from headscope.tokens import Tokens, tokenize
 
-__all__ = ["Question", "count_controls", "count_hits", "count_relations", "questions_of", "reads", "words_of_tokens"]
+__all__ = [
+    "Question",
+    "count_blind",
+    "count_controls",
+    "count_hits",
+    "count_relations",
+    "questions_of",
+    "reads",
+    "words_of_tokens",
+]
 
 _ROWS_AT_ONCE = 256  # query words of one text whose rows are held at the same time
 _MOST_UNKNOWN = 0.05
@@ -102,20 +111,58 @@ def count_hits(
         present: [B, W] bool, the words that have tokens.
         causal: Whether a word sees only those before it.
     """
-    weights = word_map[text, :, row]  # [N, H, W]
-    columns = torch.arange(word_map.shape[-1], device=word_map.device)
-    choice = present[text] & (columns < query[:, None] if causal else columns != query[:, None])
-    on_gold = weights.gather(-1, gold[:, None, None].expand(-1, weights.shape[1], 1))[..., 0]
-    others = choice & (columns != gold[:, None])
-    return on_gold > weights.masked_fill(~others[:, None], -1.0).amax(-1)
+    right = torch.arange(word_map.shape[-1], device=word_map.device) == gold[:, None]
+    return _strongest_in(right, word_map[text, :, row], _choice(text, query, present, causal))
+
+
+def count_blind(
+    word_map: Tensor,
+    row: Tensor,
+    text: Tensor,
+    query: Tensor,
+    gold: Tensor,
+    present: Tensor,
+    classes: Tensor,
+    *,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """What each head would hit if it took any word of the gold word's class alike: [N, H]; and which have rivals, [N].
+
+    A head that looks at a noun, and not at which one, is right for one pair in two where there are two.
+
+    Args:
+        word_map: As in `count_hits`, and so are the arguments that follow it.
+        row: [N]
+        text: [N]
+        query: [N]
+        gold: [N]
+        present: [B, W] bool.
+        classes: [B, W], a number for each class of words, -1 for none.
+        causal: Whether a word sees only those before it.
+    """
+    choice = _choice(text, query, present, causal)
+    its = classes[text].gather(1, gold[:, None])
+    alike = choice & (classes[text] == its) & (its >= 0)  # the gold word among them
+    found = _strongest_in(alike, word_map[text, :, row], choice)
+    number = alike.sum(-1)
+    return found / number.clamp(min=1)[:, None], number > 1
 
 
 def count_controls(
-    word_map: Tensor, words: Tensor, text: Tensor, query: Tensor, gold: Tensor, present: Tensor, *, causal: bool
+    word_map: Tensor,
+    words: Tensor,
+    text: Tensor,
+    query: Tensor,
+    gold: Tensor,
+    present: Tensor,
+    classes: Tensor,
+    *,
+    causal: bool,
 ) -> Tensor:
-    """How often a head's strongest weight is on the gold word from the other words that may see it: [N, H], 0 to 1.
+    """How often a head's strongest weight is on the gold word from other words that may see it: [N, H], 0 to 1.
 
-    A head that likes the gold word whoever asks has not found a relation.
+    A head that likes the gold word whoever asks has not found a relation. The others are the words of the query's
+    class; where there are none, all.
 
     Args:
         word_map: [B, H, R, W], as in `count_hits`.
@@ -124,6 +171,7 @@ def count_controls(
         query: [N], the word that looks.
         gold: [N], the word that it should look at.
         present: [B, W] bool, the words that have tokens.
+        classes: [B, W], a number for each class of words, -1 for none.
         causal: Whether a word sees only those before it.
     """
     columns = torch.arange(word_map.shape[-1], device=word_map.device)
@@ -133,8 +181,24 @@ def count_controls(
     others = (words[text] >= 0) & (words[text] != query[:, None]) & (words[text] != gold[:, None])
     if causal:
         others &= words[text] > gold[:, None]
+    theirs = classes.gather(1, words.clamp(min=0))[text]  # [N, R]
+    its = classes[text].gather(1, query[:, None])
+    alike = others & (theirs == its) & (its >= 0)
+    others = torch.where(alike.any(-1, keepdim=True), alike, others)
     hits = (chosen[text] == gold[:, None, None]) & others[:, None]
     return hits.sum(-1) / others.sum(-1).clamp(min=1)[:, None]
+
+
+def _choice(text: Tensor, query: Tensor, present: Tensor, causal: bool) -> Tensor:
+    """Which words a question chooses from, [N, W]."""
+    columns = torch.arange(present.shape[-1], device=present.device)
+    return present[text] & (columns < query[:, None] if causal else columns != query[:, None])
+
+
+def _strongest_in(right: Tensor, weights: Tensor, choice: Tensor) -> Tensor:
+    """Whether the strongest of a choice [N, W] is among the right ones, by weights [N, H, W]; a tie is not: [N, H]."""
+    inside = weights.masked_fill(~(choice & right)[:, None], -1.0).amax(-1)
+    return inside > weights.masked_fill(~(choice & ~right)[:, None], -1.0).amax(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +270,7 @@ def count_relations(
         done += len(batch)
         if on_batch is not None:
             on_batch(done, len(ready))
-    counts.examples, counts.skipped = len(ready), skipped
+    counts.examples, counts.skipped, counts.empty = len(ready), skipped, empty
     if empty and on_note is not None:
         on_note(f"Sentences of which the tokenizer keeps nothing were left out: {empty}.")
     return counts
@@ -237,39 +301,53 @@ def _count_batch(loaded: Loaded, batch: list[_Ready]) -> RelationCounts:
     mask = torch.zeros(len(batch), length, dtype=torch.long)
     columns = torch.full((len(batch), length), -1)
     present = torch.zeros(len(batch), max(len(item.present) for item in batch), dtype=torch.bool)
+    classes = torch.full(present.shape, -1)
     for i, item in enumerate(batch):
         ids[i, : len(item.ids)] = torch.tensor(item.ids)
         mask[i, : len(item.ids)] = 1
         columns[i, : len(item.ids)] = torch.tensor(item.words)
         present[i, : len(item.present)] = torch.tensor(item.present)
+        classes[i, : len(item.present)] = _numbered(item.example)
     chunks = list(_chunks(batch, columns))
     total = sum(len(item.questions) for item in batch)
     used = int(columns.max()) + 1  # words behind the last one with tokens have no column
 
-    def hits_of(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    def hits_of(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if tuple(call.shape[-2:]) != (length, length) or call.shape[0] != len(batch):
             raise HeadscopeError(
                 f"{loaded.name} has attention of shape {tuple(call.shape)}, but was given {len(batch)} texts of "
                 f"{length} tokens: its positions are not those of the text, so no words can be put on them."
             )
         hits = torch.zeros(total, call.shape[1], dtype=torch.bool)
-        controls = torch.zeros(total, call.shape[1])
+        controls, blind = torch.zeros(2, total, call.shape[1])
+        contested = torch.zeros(total, 1, dtype=torch.bool)
         for chunk in chunks:
             (pooled,) = call.matrix().reduce(Pool(chunk.pool_rows, columns, "mass"))
+            words, kinds, causal = pooled.cpu(), classes[:, :used], loaded.causal
             asked = (chunk.text, chunk.query, chunk.gold, present[:, :used])
-            hits[chunk.index] = count_hits(pooled.cpu(), chunk.row, *asked, causal=loaded.causal)
-            controls[chunk.index] = count_controls(pooled.cpu(), chunk.words, *asked, causal=loaded.causal)
-        return hits, controls
+            hits[chunk.index] = count_hits(words, chunk.row, *asked, causal=causal)
+            controls[chunk.index] = count_controls(words, chunk.words, *asked, kinds, causal=causal)
+            blind[chunk.index], contested[chunk.index, 0] = count_blind(words, chunk.row, *asked, kinds, causal=causal)
+        return hits, controls, blind, contested
 
     layers = _answers(loaded, ids, mask, hits_of)
-    counts = RelationCounts([layer.shape[1] for layer, _ in layers])
-    hits, controls = (_side_by_side([layer[which] for layer in layers]) for which in (0, 1))
+    counts = RelationCounts([layer[0].shape[1] for layer in layers])
+    hits, controls, blind = (_side_by_side([layer[which] for layer in layers]) for which in range(3))
+    contested = layers[0][3]
     everyone = [(item, question) for item in batch for question in item.questions]
     for number, (item, question) in enumerate(everyone):
         direction = direction_of(question.relation, question.reverse)
         key = (question.relation, direction, item.example.half)
-        counts.add(key, item.example.cluster, hits[number], question.gold - question.query, controls[number])
+        rivals = blind[number] if contested[number] else None
+        offset = question.gold - question.query
+        counts.add(key, item.example.cluster, hits[number], offset, controls[number], rivals)
     return counts
+
+
+def _numbered(example: Example) -> Tensor:
+    """Each word's class as a number, -1 for none."""
+    known = {name: number for number, name in enumerate(sorted(set(example.classes) - {""}))}
+    return torch.tensor([known.get(example.class_of(i), -1) for i in range(len(example.words))])
 
 
 def _side_by_side(layers: Sequence[Tensor]) -> Tensor:

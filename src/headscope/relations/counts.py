@@ -34,18 +34,30 @@ class Tally:
 
     Attributes:
         clusters: The names of the C clusters.
-        hits: How many pairs each head hit, [C, layers, heads]; 0 for heads that a layer does not have.
         pairs: How many pairs were counted, [C].
         offsets: How many pairs are this many words apart, [C, 61]: the key is from 30 before the query to 30
             behind it.
-        controls: As ``hits``, but how often the other words of the sentence, on average, chose the same word.
+        contested: How many pairs have rivals: other words of the right word's class to choose from, [C].
+        hits: How many pairs each head hit, [C, layers, heads]; 0 for heads that a layer does not have.
+        controls: As ``hits``, but how often other words of the query's class (of any, where there are none) chose
+            the same word, on average.
+        contested_hits: As ``hits``, of the contested pairs alone.
+        blind: As ``contested_hits``, but what the head would hit if it chose as often a word of the right class, and
+            any of them alike.
     """
 
     clusters: tuple[str, ...]
-    hits: Tensor
     pairs: Tensor
     offsets: Tensor
+    contested: Tensor
+    hits: Tensor
     controls: Tensor
+    contested_hits: Tensor
+    blind: Tensor
+
+
+_BY_HEAD = ("hits", "controls", "contested_hits", "blind")
+_BY_PAIR = {"pairs": (), "offsets": (2 * MAX_OFFSET + 1,), "contested": ()}
 
 
 class RelationCounts:
@@ -55,13 +67,15 @@ class RelationCounts:
         heads: How many heads each layer has.
         examples: How many examples were run.
         skipped: How many were not, because the model cannot read so many tokens.
+        empty: How many were not, because the tokenizer keeps nothing of them.
     """
 
     def __init__(self, heads: Sequence[int] = ()) -> None:
         self.heads = tuple(heads)
         self.examples = 0
         self.skipped = 0
-        self._rows: dict[Key, dict[str, tuple[Tensor, Tensor, Tensor]]] = {}
+        self.empty = 0
+        self._rows: dict[Key, dict[str, dict[str, Tensor]]] = {}
 
     @property
     def keys(self) -> tuple[Key, ...]:
@@ -73,41 +87,59 @@ class RelationCounts:
         """The names of the relations that were counted, sorted."""
         return tuple(sorted({relation for relation, _, _ in self._rows}))
 
-    def add(self, key: Key, cluster: str, hits: Tensor, offset: int, controls: Tensor | None = None) -> None:
-        """Count one pair: hits and controls [layers, heads], and by how many words the key follows the query."""
-        sums, flat, others = self._row(key, cluster)
-        sums += hits
-        if controls is not None:
-            others += controls
-        flat[-1] += 1
-        if abs(offset) <= MAX_OFFSET:
-            flat[offset + MAX_OFFSET] += 1
+    def add(
+        self,
+        key: Key,
+        cluster: str,
+        hits: Tensor,
+        offset: int,
+        controls: Tensor | None = None,
+        blind: Tensor | None = None,
+    ) -> None:
+        """Count one pair.
 
-    def _row(self, key: Key, cluster: str) -> tuple[Tensor, Tensor, Tensor]:
-        """The sums of a cluster: hits, the counts of offsets with the number of pairs at the end, controls."""
+        Args:
+            key: Its relation, direction and half.
+            cluster: Its frame or document.
+            hits: [layers, heads], which heads hit it.
+            offset: By how many words the key follows the query.
+            controls: [layers, heads], as in `Tally`; none hit if not given.
+            blind: The same; None if the pair is not contested.
+        """
+        row = self._row(key, cluster)
+        row["hits"] += hits
+        row["pairs"] += 1
+        if controls is not None:
+            row["controls"] += controls
+        if blind is not None:
+            row["contested"] += 1
+            row["contested_hits"] += hits
+            row["blind"] += blind
+        if abs(offset) <= MAX_OFFSET:
+            row["offsets"][offset + MAX_OFFSET] += 1
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        by_head = len(self.heads), max(self.heads, default=0)
+        return {**_BY_PAIR, **dict.fromkeys(_BY_HEAD, by_head)}
+
+    def _row(self, key: Key, cluster: str) -> dict[str, Tensor]:
+        """The sums of a cluster."""
         rows = self._rows.setdefault(key, {})
         if cluster not in rows:
-            shape = len(self.heads), max(self.heads, default=0)
-            rows[cluster] = (
-                torch.zeros(shape, dtype=torch.float64),
-                torch.zeros(2 * MAX_OFFSET + 2, dtype=torch.float64),
-                torch.zeros(shape, dtype=torch.float64),
-            )
+            rows[cluster] = {name: torch.zeros(size, dtype=torch.float64) for name, size in self._shapes().items()}
         return rows[cluster]
 
     def tally(self, relation: str, direction: str, half: int) -> Tally:
         """The counts of one relation, direction and half, its clusters sorted by name; empty if there are none."""
         rows = self._rows.get((relation, direction, half), {})
         names = tuple(sorted(rows))
-        shape = len(self.heads), max(self.heads, default=0)
-        if not names:
-            empty = controls = torch.zeros(0, *shape, dtype=torch.float64)
-            flat = torch.zeros(0, 2 * MAX_OFFSET + 2, dtype=torch.float64)
-        else:
-            empty = torch.stack([rows[name][0] for name in names])
-            flat = torch.stack([rows[name][1] for name in names])
-            controls = torch.stack([rows[name][2] for name in names])
-        return Tally(names, empty, flat[:, -1], flat[:, :-1], controls)
+        sums = {
+            name: torch.stack([rows[cluster][name] for cluster in names])
+            if names
+            else torch.zeros((0, *size), dtype=torch.float64)
+            for name, size in self._shapes().items()
+        }
+        return Tally(names, **sums)
 
     def merge(self, other: RelationCounts) -> None:
         """Add the counts of another part of the corpus. Clusters of the same name become one.
@@ -124,10 +156,12 @@ class RelationCounts:
             )
         self.examples += other.examples
         self.skipped += other.skipped
+        self.empty += other.empty
         for key, rows in other._rows.items():
             for cluster, theirs in rows.items():
-                for mine, added in zip(self._row(key, cluster), theirs, strict=True):
-                    mine.add_(added)
+                mine = self._row(key, cluster)
+                for name, added in theirs.items():
+                    mine[name] += added
 
     def without(self, clusters: Collection[str]) -> RelationCounts:
         """The counts of all other clusters; how many examples these came from is not known, and 0."""
@@ -144,12 +178,11 @@ class RelationCounts:
         names = []
         for number, key in enumerate(self.keys):
             tally = self.tally(*key)
-            tensors |= {f"{number}.hits": tally.hits, f"{number}.pairs": tally.pairs.clone()}
-            tensors |= {f"{number}.offsets": tally.offsets.clone(), f"{number}.controls": tally.controls}
+            tensors |= {f"{number}.{name}": getattr(tally, name) for name in self._shapes()}
             relation, direction, half = key
             names.append({"relation": relation, "direction": direction, "half": half, "clusters": list(tally.clusters)})
-        told = {"heads": list(self.heads), "examples": self.examples, "skipped": self.skipped, "keys": names}
-        return tensors, told
+        told: dict[str, Any] = {"heads": list(self.heads), "examples": self.examples, "skipped": self.skipped}
+        return tensors, told | {"empty": self.empty, "keys": names}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], names: Mapping[str, Any]) -> RelationCounts:
@@ -159,28 +192,18 @@ class RelationCounts:
             ValueError: A tensor is missing, or its shape does not fit the names.
         """
         counts = cls(names["heads"])
-        counts.examples, counts.skipped = names["examples"], names["skipped"]
-        shape = len(counts.heads), max(counts.heads, default=0)
+        counts.examples, counts.skipped, counts.empty = names["examples"], names["skipped"], names["empty"]
         for number, told in enumerate(names["keys"]):
             key = (told["relation"], told["direction"], told["half"])
             clusters = told["clusters"]
-            wanted = {
-                f"{number}.hits": (len(clusters), *shape),
-                f"{number}.pairs": (len(clusters),),
-                f"{number}.offsets": (len(clusters), 2 * MAX_OFFSET + 1),
-                f"{number}.controls": (len(clusters), *shape),
-            }
-            for name, size in wanted.items():
-                found = tuple(tensors[name].shape) if name in tensors else None
-                if found != size:
+            for name, size in counts._shapes().items():
+                wanted, stored = (len(clusters), *size), f"{number}.{name}"
+                found = tuple(tensors[stored].shape) if stored in tensors else None
+                if found != wanted:
                     raise ValueError(
-                        f"The counts of {told['direction']!r} need the tensor {name!r} of shape {size}, and got "
+                        f"The counts of {told['direction']!r} need the tensor {stored!r} of shape {wanted}, and got "
                         f"{'none' if found is None else found}. Give what to_tensors() returned, both parts."
                     )
-            hits, pairs, offsets, controls = (tensors[name].double() for name in wanted)
-            for row, cluster in enumerate(clusters):
-                mine = counts._row(key, cluster)
-                mine[0].add_(hits[row])
-                mine[1].add_(torch.cat([offsets[row], pairs[row, None]]))
-                mine[2].add_(controls[row])
+                for cluster, row in zip(clusters, tensors[stored].double(), strict=True):
+                    counts._row(key, cluster)[name] += row
         return counts

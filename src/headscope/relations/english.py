@@ -3,6 +3,10 @@
 A relation's frames are its skeletons, each with every insertion of its list. Half 0 and half 1 have their own
 skeletons, insertions and word lists: they share function words alone. A skeleton's pair has one order; most
 relations have skeletons in both orders, because a decoder sees only what stands before.
+
+Where another word of the right word's class could be taken for it, it stands before both words of the pair in a third
+of the skeletons of an order, between them in a third, behind both in a third, and comes from the same word list. So
+the nearest word of a class, the first and the last are each the right one in half of the pairs that have a rival.
 """
 
 from __future__ import annotations
@@ -11,11 +15,14 @@ from collections.abc import Callable
 
 from headscope.relations.english_words import (
     BEFORE_NOUN,
+    CLAUSE,
     COMPOUND,
     FUNCTION_WORDS,
     KINDS,
+    KINDS_OF_WORDS,
     LISTS,
     MANNER,
+    NOUNS,
     PLACE,
     WHO,
 )
@@ -50,98 +57,126 @@ def _coreference(half: int) -> list[Frame]:
             "We {saw} the {a}/t and the {d} * before {p}/s {moved} again .",
             "We {saw} the {d} and the {a}/t * before {p}/s {moved} again .",
             "With the {d} {stood} some {adj} {a}/t * and then {p}/s {moved} .",
-            "The {adj} {a}/t {stood} with our {d} * , and then {p}/s {moved} .",
+            "The {adj} {a}/t {stood} with our {d} * and then {p}/s {moved} .",
         ),
         (
             "I {saw} the {a}/t but not the {d} * when {p}/s {moved} .",
             "I {saw} not only the {d} but also the {a}/t * when {p}/s {moved} .",
             "Behind the {d} {stood} the {a}/t * while {p}/s {moved} .",
             "The {a}/t {stood} behind the {d} * while {p}/s {moved} .",
-            "By the {adj} {d} {stood} the {a}/t * , but later {p}/s {moved} .",
-            "That {a}/t {stood} by the {adj} {d} * , but later {p}/s {moved} .",
+            "By the {adj} {d} {stood} the {a}/t * but later {p}/s {moved} .",
+            "That {a}/t {stood} by the {adj} {d} * but later {p}/s {moved} .",
         ),
     )
-    return combine("coreference", skeletons[half], MANNER[half], KINDS)
+    return combine("coreference", skeletons[half], MANNER[half], KINDS, NOUNS)
 
 
 def _cause(half: int) -> list[Frame]:
     skeletons = (
         (
             "Because/t the {person} {slept} * , the {person2} {moved}/s .",
-            "Because/t of the {thing} the {adj} {person} * {moved}/s .",
+            "Because/t the {person} {slept} * , the {person2} {moved}/s near the {person3} who {slept2} .",
             "And because/t the {person} {took} the {thing} * , we all {moved}/s .",
-            "The {person} {moved}/s * because/t the {person2} {slept} .",
-            "The {person} {took}/s the {thing} * because/t of the {person2} .",
-            "We {slept}/s * , and all because/t the {person} {moved} .",
+            "Because/t of the {thing} * the {person} who {slept} {moved}/s .",
+            "The {person} who {slept2} {moved}/s * because/t the {person2} {slept} .",
+            "The {person} {moved}/s near the {person3} who {slept2} * because/t the {person2} {slept} .",
+            "The {person} who {slept2} {took}/s the {thing} * because/t of the {person2} .",
+            "We {slept}/s * with the {person} who {moved2} , and all because/t the {person2} {moved} .",
         ),
         (
             "It was because/t the {person} {slept} * that the {person2} {moved}/s .",
+            "It was because/t the {person} {slept} * that the {person2} {moved}/s by the {person3} that {slept2} .",
             "Just because/t the {person} {took} the {thing} * , our {person2} {slept}/s .",
-            "When , because/t of our {person} * , the {person2} {moved}/s , I {slept} .",
-            "The {person} {moved}/s * , but only because/t the {person2} {slept} .",
-            "I {slept}/s * just because/t every {person} {moved} .",
-            "Each {person} {took}/s the {thing} * only because/t I {slept} .",
+            "Only because/t of our {person} * a {person2} that {slept} {moved}/s .",
+            "The {person} that {slept2} {moved}/s * , but only because/t the {person2} {slept} .",
+            "The {person} {moved}/s by the {person3} that {slept2} * , but only because/t the {person2} {slept} .",
+            "Each {person} that {slept2} {took}/s the {thing} * only because/t I {slept} .",
+            "I {slept}/s * by the {person} that {moved2} , just because/t every {person2} {moved} .",
         ),
     )
-    return combine("cause", skeletons[half], PLACE[half])
+    return combine("cause", skeletons[half], PLACE[half], classes=KINDS_OF_WORDS)
 
 
 def _subject_verb(half: int) -> list[Frame]:
     before = (
         (
-            "The {person}/t * {moved}/s .",
-            "In the {place3} the {adj} {person}/t * then {took}/s the {thing} .",
-            "We {saw} that the {person}/t * had {slept}/s .",
+            "Near the {person2} who {slept2} the {person}/t * {moved}/s .",
+            "With the {person2} who {moved2} some {adj} {person}/t * then {took}/s the {thing} .",
+            "The {person}/t near the {person2} who {slept2} * {moved}/s .",
+            "This {adj} {person}/t with the {person2} who {moved2} * then {took}/s the {thing} .",
+            "The {person}/t * {moved}/s near the {person2} who {slept2} .",
+            "The {adj} {person}/t * had {slept}/s with the {person2} who {moved2} .",
         ),
         (
-            "Our {person}/t * {moved}/s .",
-            "By the {place3} some {adj} {person}/t * later {took}/s the {thing} .",
-            "I {saw} that each {person}/t * had {slept}/s .",
+            "By our {person2} that {slept2} a {person}/t * {moved}/s .",
+            "Behind each {person2} that {moved2} the {adj} {person}/t * later {took}/s a {thing} .",
+            "Our {person}/t by the {person2} that {slept2} * {moved}/s .",
+            "That {adj} {person}/t behind a {person2} that {moved2} * later {took}/s the {thing} .",
+            "Our {person}/t * {moved}/s by a {person2} that {slept2} .",
+            "Another {adj} {person}/t * had {slept}/s behind each {person2} that {moved2} .",
         ),
     )
     after = (
         (
-            "Near the {place3} {stood}/s * the {person}/t .",
-            "With the {thing} {stood}/s * , as before , the {adj} {person}/t .",
-            "In this {place3} {slept}/s * some {person}/t and the {person2} .",
+            "Near the {person2} who {stood2} {stood}/s * the {person}/t .",
+            "In this {place3} with the {person2} who {moved2} {slept}/s * some {person}/t .",
+            "Near the {place3} {stood}/s * with the {person2} who {stood2} the {person}/t .",
+            "In this {place3} {slept}/s * near the {person2} who {moved2} some {person}/t .",
+            "Near the {place3} {stood}/s * the {person}/t with the {person2} who {stood2} .",
+            "In this {place3} {slept}/s * some {person}/t near the {person2} who {moved2} .",
         ),
         (
-            "Behind the {place3} {stood}/s * a {person}/t .",
-            "On the {thing} {stood}/s * , as ever , each {adj} {person}/t .",
-            "By that {place3} {slept}/s * our {person}/t , but no {person2} .",
+            "Behind a {person2} that {stood2} {stood}/s * our {person}/t .",
+            "By that {place3} behind each {person2} that {moved2} {slept}/s * a {person}/t .",
+            "Behind the {place3} {stood}/s * by the {person2} that {stood2} a {person}/t .",
+            "By that {place3} {slept}/s * behind our {person2} that {moved2} another {person}/t .",
+            "Behind the {place3} {stood}/s * a {person}/t by the {person2} that {stood2} .",
+            "By that {place3} {slept}/s * each {person}/t behind our {person2} that {moved2} .",
         ),
     )
-    relation = "subject-verb"
-    return combine(relation, before[half], WHO[half]) + combine(relation, after[half], PLACE[half])
+    made = combine("subject-verb", before[half], WHO[half], classes=KINDS_OF_WORDS)
+    return made + combine("subject-verb", after[half], PLACE[half], classes=KINDS_OF_WORDS)
 
 
 def _object_verb(half: int) -> list[Frame]:
     after = (
         (
-            "The {person} {took}/t * the {thing}/s .",
-            "We {took}/t * some {adj} {thing}/s with the {person} .",
-            "In the {place3} the {person} {saw}/t * the very {adj} {thing}/s .",
+            "Near the {person2} who {took2} the {thing2} the {person} {took}/t * the {thing}/s .",
+            "With the {person2} who {saw2} this {thing2} we {saw}/t * some {adj} {thing}/s .",
+            "The {person} {took}/t * with the {person2} who {took2} the {thing2} the {thing}/s .",
+            "We {saw}/t * near the {person2} who {saw2} this {thing2} the very {adj} {thing}/s .",
+            "The {person} {took}/t * the {thing}/s with the {person2} who {took2} the {thing2} .",
+            "We {saw}/t * some {adj} {thing}/s near the {person2} who {saw2} this {thing2} .",
         ),
         (
-            "Our {person} {took}/t * a {thing}/s .",
-            "I {took}/t * each {adj} {thing}/s by the {person} .",
-            "By the {place3} some {person} {saw}/t * that rather {adj} {thing}/s .",
+            "By our {person2} that {took2} a {thing2} the {person} {took}/t * each {thing}/s .",
+            "Behind each {person2} that {saw2} that {thing2} I {saw}/t * another {adj} {thing}/s .",
+            "Our {person} {took}/t * by the {person2} that {took2} a {thing2} the {thing}/s .",
+            "I {saw}/t * behind a {person2} that {saw2} that {thing2} each rather {adj} {thing}/s .",
+            "Our {person} {took}/t * a {thing}/s by the {person2} that {took2} the {thing2} .",
+            "I {saw}/t * another {adj} {thing}/s behind a {person2} that {saw2} each {thing2} .",
         ),
     )
     before = (
         (
-            "The {thing}/s that the {person} * {took}/t was very {adj} .",
-            "It was the {thing}/s that this {adj} {person} * {took}/t .",
-            "This was the {thing}/s , and the {person} * then {took}/t it .",
+            "Near the {person2} who {took2} the {thing2} was the {thing}/s that the {person} * {took}/t .",
+            "With the {person2} who {saw2} this {thing2} was the {thing}/s that this {adj} {person} * {saw}/t .",
+            "The {thing}/s that the {person} with the {person2} who {took2} the {thing2} * {took}/t was {adj} .",
+            "It was the {thing}/s that this {adj} {person} near the {person2} who {saw2} some {thing2} * {saw}/t .",
+            "The {thing}/s that the {person} * {took}/t was with the {person2} who {took2} the {thing2} .",
+            "It was the {thing}/s that this {adj} {person} * {saw}/t near the {person2} who {saw2} some {thing2} .",
         ),
         (
-            "That {thing}/s our {person} * {took}/t later .",
-            "Not the {thing2} but the {thing}/s was that which each {person} * {took}/t .",
-            "The {adj} {thing}/s , as ever , our {adj2} {person} * {took}/t .",
+            "By our {person2} that {took2} a {thing2} was the {thing}/s which a {person} * {took}/t .",
+            "Behind each {person2} that {saw2} that {thing2} was a {thing}/s which our {adj} {person} * {saw}/t .",
+            "That {thing}/s which the {person} by a {person2} that {took2} the {thing2} * {took}/t was {adj} .",
+            "It was a {thing}/s which each {adj} {person} behind our {person2} that {saw2} a {thing2} * {saw}/t .",
+            "That {thing}/s which the {person} * {took}/t was by a {person2} that {took2} the {thing2} .",
+            "It was a {thing}/s which each {adj} {person} * {saw}/t behind our {person2} that {saw2} a {thing2} .",
         ),
     )
-    relation = "object-verb"
-    return combine(relation, after[half], PLACE[half]) + combine(relation, before[half], WHO[half])
+    made = combine("object-verb", after[half], PLACE[half], classes=KINDS_OF_WORDS)
+    return made + combine("object-verb", before[half], WHO[half], classes=KINDS_OF_WORDS)
 
 
 def _determiner_noun(half: int) -> list[Frame]:
@@ -163,7 +198,7 @@ def _determiner_noun(half: int) -> list[Frame]:
             "It was a {person} that {took} the/s * {thing}/t later .",
         ),
     )
-    return combine("determiner-noun", skeletons[half], BEFORE_NOUN[half])
+    return combine("determiner-noun", skeletons[half], BEFORE_NOUN[half], classes=NOUNS)
 
 
 def _adjective_noun(half: int) -> list[Frame]:
@@ -183,69 +218,105 @@ def _adjective_noun(half: int) -> list[Frame]:
     )
     after = (
         (
-            "The {person}/t * was {adj}/s .",
-            "We {saw} that this {person}/t * was very {adj}/s .",
-            "In the {place3} the {person}/t * was then {adj}/s and {adj2} .",
+            "Near the {person2} the {person}/t * was {adj}/s .",
+            "With this {person2} the {person}/t * was then {adj}/s and {adj2} .",
+            "The {person}/t near the {person2} * was {adj}/s .",
+            "This {person}/t with the {person2} * was very {adj}/s .",
+            "The {person}/t * was {adj}/s near the {person2} .",
+            "We {saw} that this {person}/t * was very {adj}/s with the {person2} .",
         ),
         (
-            "Our {person}/t * was {adj}/s .",
-            "I {saw} that each {person}/t * was so {adj}/s .",
-            "By that {place3} a {person}/t * was not just {adj}/s but {adj2} .",
+            "By our {person2} a {person}/t * was {adj}/s .",
+            "Behind each {person2} the {person}/t * was not just {adj}/s but {adj2} .",
+            "Our {person}/t by the {person2} * was {adj}/s .",
+            "That {person}/t behind a {person2} * was so {adj}/s .",
+            "Our {person}/t * was {adj}/s by the {person2} .",
+            "I {saw} that each {person}/t * was so {adj}/s behind a {person2} .",
         ),
     )
-    relation = "adjective-noun"
-    return combine(relation, before[half], COMPOUND[half]) + combine(relation, after[half], WHO[half])
+    made = combine("adjective-noun", before[half], COMPOUND[half], classes=NOUNS)
+    return made + combine("adjective-noun", after[half], CLAUSE[half], classes=NOUNS)
 
 
 def _giver_receiver(half: int) -> list[Frame]:
     giver_first = (
         (
-            "The {person}/t * {gave} the {thing} to the {person2}/s .",
-            "In the {place3} the {person}/t * {gave} the {person2}/s some {thing} .",
-            "It was the {person}/t * who then {gave} this {adj} {thing} to the {person2}/s .",
+            "Near the {person3} the {person}/t * {gave} the {thing} to the {person2}/s .",
+            "With the {person3} some {person}/t * {gave} the {person2}/s the {thing} .",
+            "The {person}/t * , not the {person3} , {gave} the {person2}/s some {thing} .",
+            "It was the {person}/t * and not the {person3} who {gave} this {adj} {thing} to the {person2}/s .",
+            "The {person}/t * {gave} this {person2}/s , not the {person3} , the {thing} .",
+            "It was the {person}/t * who {gave} this {adj} {thing} to the {person2}/s near the {person3} .",
         ),
         (
-            "A {person}/t * {gave} that {thing} to our {person2}/s .",
-            "By the {place3} a {person}/t * {gave} each {person2}/s another {thing} .",
-            "Our {person}/t * later {gave} that rather {adj} {thing} to a {person2}/s .",
+            "By our {person3} a {person}/t * {gave} that {thing} to the {person2}/s .",
+            "Behind each {person3} the {person}/t * {gave} our {person2}/s a {thing} .",
+            "A {person}/t * , but no {person3} , {gave} each {person2}/s another {thing} .",
+            "Our {person}/t * rather than the {person3} later {gave} that {adj} {thing} to a {person2}/s .",
+            "A {person}/t * {gave} each {person2}/s , but no {person3} , another {thing} .",
+            "Our {person}/t * later {gave} that rather {adj} {thing} to a {person2}/s by the {person3} .",
         ),
     )
     receiver_first = (
         (
-            "The {person2}/s * {got} the {thing} from the {person}/t .",
-            "The {person2}/s * was {given} the {adj} {thing} by this {person}/t .",
-            "This {person2}/s * was then {given} the {thing} , and by the {person}/t .",
+            "Near the {person3} the {person2}/s * {got} the {thing} from the {person}/t .",
+            "With the {person3} this {person2}/s * was {given} the {adj} {thing} by some {person}/t .",
+            "The {person2}/s * , not the {person3} , {got} some {thing} from the {person}/t .",
+            "The {person2}/s * and not the {person3} was then {given} the {thing} by this {person}/t .",
+            "The {person2}/s * {got} the {thing} from the {person}/t , not from the {person3} .",
+            "This {person2}/s * was then {given} the {adj} {thing} by the {person}/t near the {person3} .",
         ),
         (
-            "Our {person2}/s * {got} that {thing} from a {person}/t .",
-            "Each {person2}/s * was {given} our {adj} {thing} by another {person}/t .",
-            "A {person2}/s * was later {given} a {thing} , but only by our {adj} {person}/t .",
+            "By our {person3} the {person2}/s * {got} that {thing} from a {person}/t .",
+            "Behind each {person3} a {person2}/s * was {given} our {adj} {thing} by another {person}/t .",
+            "Each {person2}/s * , but no {person3} , {got} a {thing} from our {person}/t .",
+            "A {person2}/s * rather than the {person3} was later {given} a {thing} by that {person}/t .",
+            "Each {person2}/s * {got} that {thing} from our {person}/t , but from no {person3} .",
+            "A {person2}/s * was later {given} the {adj} {thing} by another {person}/t behind the {person3} .",
         ),
     )
-    relation = "giver-receiver"
-    return combine(relation, giver_first[half], WHO[half]) + combine(relation, receiver_first[half], WHO[half])
+    made = combine("giver-receiver", giver_first[half], WHO[half], classes=KINDS_OF_WORDS)
+    return made + combine("giver-receiver", receiver_first[half], WHO[half], classes=KINDS_OF_WORDS)
 
 
 def _before_after(half: int) -> list[Frame]:
-    skeletons = (
+    earlier_first = (
         (
-            "After the {person} {slept}/t * , the {person2} {moved}/s .",
-            "The {person} {slept}/t * and then the {person2} {took}/s the {thing} .",
-            "The {person} {moved}/t * before the very {adj} {person2} {slept}/s .",
-            "Before the {person} {slept}/s * , the {person2} {moved}/t .",
-            "The {person} {moved}/s * after the {adj} {person2} {slept}/t .",
-            "We {took}/s the {thing} * , but after the {person} {moved}/t .",
+            "After the {person} who {moved2} {slept}/t * , the {person2} {moved}/s .",
+            "The {person} who {slept2} {moved}/t * before the {adj} {person2} {slept}/s .",
+            "After the {person} {slept}/t * , the {person2} who {slept2} {moved}/s .",
+            "The {person} {slept}/t * and then the {person2} who {moved2} {took}/s the {thing} .",
+            "The {person} {slept}/t * and then the {person2} {moved}/s with the {person3} who {moved2} .",
+            "The {person} {moved}/t * before the {adj} {person2} {slept}/s near the {person3} who {slept2} .",
         ),
         (
-            "Once the {person} {slept}/t * , our {person2} {moved}/s .",
-            "First the {person} {slept}/t * , but later our {person2} {took}/s the {thing} .",
-            "I {moved}/t * long before that {adj} {person2} {slept}/s .",
-            "Long before the {person} {slept}/s * , a {person2} {moved}/t .",
-            "I {moved}/s * only once each {adj} {person2} {slept}/t .",
-            "Our {person} {took}/s a {thing} * just after the {person2} {moved}/t .",
+            "Once the {person} that {moved2} {slept}/t * , our {person2} {moved}/s .",
+            "A {person} that {slept2} {moved}/t * long before that {adj} {person2} {slept}/s .",
+            "Once the {person} {slept}/t * , our {person2} that {slept2} {moved}/s .",
+            "First the {person} {slept}/t * , but later our {person2} that {moved2} {took}/s the {thing} .",
+            "First the {person} {slept}/t * , but later our {person2} {moved}/s by the {person3} that {moved2} .",
+            "I {moved}/t * long before that {adj} {person2} {slept}/s behind a {person3} that {slept2} .",
         ),
     )
-    return combine("before-after", skeletons[half], PLACE[half])
+    later_first = (
+        (
+            "Before the {person} who {moved2} {slept}/s * , the {person2} {moved}/t .",
+            "The {person} who {slept2} {moved}/s * after the {adj} {person2} {slept}/t .",
+            "Before the {person} {slept}/s * , the {person2} who {slept2} {moved}/t .",
+            "The {person} {moved}/s * after the {adj} {person2} who {moved2} {slept}/t .",
+            "Before the {person} {slept}/s * , the {person2} {moved}/t with the {person3} who {moved2} .",
+            "We {took}/s the {thing} * , but after the {person} {moved}/t near the {person2} who {slept} .",
+        ),
+        (
+            "Long before the {person} that {moved2} {slept}/s * , a {person2} {moved}/t .",
+            "A {person} that {slept2} {moved}/s * only once each {adj} {person2} {slept}/t .",
+            "Long before the {person} {slept}/s * , a {person2} that {slept2} {moved}/t .",
+            "I {moved}/s * only once each {adj} {person2} that {moved2} {slept}/t .",
+            "Long before the {person} {slept}/s * , a {person2} {moved}/t by the {person3} that {moved2} .",
+            "Our {person} {took}/s a {thing} * just after the {person2} {moved}/t behind each {person3} that {slept} .",
+        ),
+    )
+    return combine("before-after", earlier_first[half] + later_first[half], PLACE[half], classes=KINDS_OF_WORDS)
 
 
 _MAKERS: tuple[Callable[[int], list[Frame]], ...] = (

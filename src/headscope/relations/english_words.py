@@ -8,7 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["BEFORE_NOUN", "COMPOUND", "FUNCTION_WORDS", "KINDS", "LISTS", "MANNER", "PLACE", "WHO"]
+__all__ = [
+    "BEFORE_NOUN",
+    "CLAUSE",
+    "COMPOUND",
+    "FUNCTION_WORDS",
+    "KINDS",
+    "KINDS_OF_WORDS",
+    "LISTS",
+    "MANNER",
+    "NOUNS",
+    "PLACE",
+    "WHO",
+]
 
 
 def _words(listed: str) -> frozenset[str]:
@@ -18,8 +30,25 @@ def _words(listed: str) -> frozenset[str]:
 FUNCTION_WORDS = _words(
     """a after again all also and another as at because before behind but by each ever every first from had
     he i in indeed it just later long near neither no nor not of on once only or our rather she so some
-    that the then they this though to until very was we when which while who with"""
+    than that the then there they this though to until very was we when which while who with"""
 )
+
+# The class of a slot's words, and of words: those of one class are rivals of each other.
+KINDS_OF_WORDS: Mapping[str, str] = {
+    **dict.fromkeys(("{man}", "{woman}", "{person}", "{people}"), "person"),
+    **{f"{{{name}}}": name for name in ("thing", "place", "material")},
+    **dict.fromkeys(
+        (f"{{{name}}}" for name in ["stood", "moved", "slept", "saw", "took", "gave", "given", "got"]), "verb"
+    ),
+    "{adj}": "adjective",
+    "{adv}": "adverb",
+    **dict.fromkeys(("he", "she", "it", "they", "we", "i"), "pronoun"),
+    **dict.fromkeys(("the", "a", "this", "some", "every", "each", "no", "our", "another"), "determiner"),
+}
+# The same where any noun could be meant.
+NOUNS: Mapping[str, str] = {
+    word: "noun" if kind in ("person", "thing", "place", "material") else kind for word, kind in KINDS_OF_WORDS.items()
+}
 
 
 def _lists(**lists: str) -> dict[str, list[str]]:
@@ -127,27 +156,50 @@ PLACE = (
         "behind the {adj4} , {adj5} {place} by the {place2}",
     ),
 )
-# What may follow a noun for a person.
+# Where a person is from, without another person, thing or verb.
 WHO = (
     (
         "",
-        "who {slept4}",
+        "there",
         "from the {place}",
-        "with the {adj4} {thing4}",
-        "who {slept4} in the {place}",
-        "with the {thing4} from the {place}",
-        ", who {slept4} in the {place} ,",
-        "with the {adj4} {thing4} from the {adj5} {place}",
+        "from the {adj4} {place}",
+        "from the very {adj4} {place}",
+        "from the {place} of the {place2}",
+        "from the {adj4} {place} of the {place2}",
+        "from the {adj4} and {adj5} {place} of the {place2}",
+    ),
+    (
+        "",
+        "there",
+        "by the {place}",
+        "behind that {adj4} {place}",
+        "by the {adj4} , {adj5} {place}",
+        "behind the {place} by that {place2}",
+        "by the {adj4} {place} behind the {place2}",
+        "behind that rather {adj4} {place} by the {place2}",
+    ),
+)
+# What a person did, without a noun.
+CLAUSE = (
+    (
+        "",
+        "who {slept4}",
+        "who {slept4} {adv}",
+        "who {slept4} very {adv}",
+        "who {slept4} {adv} and {adv2}",
+        "who {slept4} very {adv} and {adv2}",
+        ", who {slept4} {adv} and very {adv2} ,",
+        "who then {slept4} {adv} and very {adv2} indeed",
     ),
     (
         "",
         "that {slept4}",
-        "by the {place}",
-        "who {slept4} so {adv}",
-        "who {slept4} by the {place}",
-        "on the {thing4} by the {place}",
-        ", that {slept4} by the {place} ,",
-        "by the {adj4} {place} , who {slept4} so {adv} ,",
+        "that {slept4} so {adv}",
+        "that {slept4} , though {adv} ,",
+        "that {slept4} {adv} or {adv2}",
+        "that {slept4} not so {adv} but {adv2}",
+        ", that {slept4} as {adv} as ever ,",
+        ", that later {slept4} not {adv} but rather {adv2} ,",
     ),
 )
 # What may stand between a determiner and its noun.

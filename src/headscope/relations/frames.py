@@ -3,7 +3,8 @@
 A frame is a line of words set apart by spaces. ``{place}`` is a slot, filled from the word list "place";
 ``{place2}`` is filled from the same list with another word. ``/s`` marks the word that should look and ``/t``
 the word that it should look at: "The {person}/t in the {place} {slept}/s ." A ``*`` in a skeleton is where an
-insertion goes; with insertions of many lengths no fixed distance fits the pair.
+insertion goes; with insertions of many lengths no fixed distance fits the pair. Word classes are known by slot
+("{person}") or by word ("he").
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import random
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from headscope.relations.pairs import Example, Pair
 
@@ -33,11 +34,13 @@ class Frame:
         template: The line of words, as this file's docstring describes it.
         variants: Replacements in the template, for instance which noun a pronoun stands for; the
             fillings take turns in them. One empty variant if there are none.
+        classes: The class of a slot's words, or of a word in small letters.
     """
 
     relation: str
     template: str
     variants: tuple[tuple[tuple[str, str], ...], ...] = ((),)
+    classes: Mapping[str, str] = field(default_factory=dict)
 
 
 def combine(
@@ -45,6 +48,7 @@ def combine(
     skeletons: Sequence[str],
     insertions: Sequence[str],
     variants: Sequence[Mapping[str, str]] = ({},),
+    classes: Mapping[str, str] | None = None,
 ) -> list[Frame]:
     """Every skeleton with every insertion in the place of its ``*``.
 
@@ -53,27 +57,35 @@ def combine(
     """
     chosen = tuple(tuple(variant.items()) for variant in variants)
     return [
-        Frame(relation, " ".join(skeleton.replace("*", insertion).split()), chosen)
+        Frame(relation, " ".join(skeleton.replace("*", insertion).split()), chosen, classes or {})
         for skeleton in skeletons
         for insertion in insertions
     ]
 
 
 def fill(
-    template: str, lists: WordLists, rng: random.Random, *, spaced: bool = True
-) -> tuple[str, list[tuple[int, int]], int, int]:
-    """The sentence, the spans of its words, and the places of the marked words.
+    template: str,
+    lists: WordLists,
+    rng: random.Random,
+    *,
+    spaced: bool = True,
+    classes: Mapping[str, str] | None = None,
+) -> tuple[str, list[tuple[int, int]], list[str], int, int]:
+    """The sentence, the spans of its words, their classes, and the places of the marked words.
 
     Args:
         template: The frame's line.
         lists: The words of each slot.
         rng: Chooses the words; none is used twice in a sentence.
         spaced: Whether the language puts spaces between words.
+        classes: As in `Frame`; "" for what is not in it.
 
-    >>> fill("The {cat}/t {sat}/s .", {"cat": ["cat"], "sat": ["sat"]}, random.Random(0))
-    ('The cat sat.', [(0, 3), (4, 7), (8, 11), (11, 12)], 2, 1)
+    >>> lists = {"cat": ["cat"], "sat": ["sat"]}
+    >>> fill("The {cat}/t {sat}/s .", lists, random.Random(0), classes={"{cat}": "animal"})
+    ('The cat sat.', [(0, 3), (4, 7), (8, 11), (11, 12)], ['', 'animal', '', ''], 2, 1)
     """
     words: list[str] = []
+    kinds: list[str] = []
     marks: dict[str, int] = {}
     used: set[str] = set()
     for item in template.split():
@@ -81,6 +93,7 @@ def fill(
         if slash:
             marks[mark] = len(words)
         match = _SLOT.fullmatch(body)
+        kinds.append((classes or {}).get(f"{{{match[1]}}}" if match else body.lower(), ""))
         if match:
             body = rng.choice([word for word in lists[match[1]] if word not in used])
             used.add(body)
@@ -91,7 +104,7 @@ def fill(
             text += " "
         spans.append((len(text), len(text) + len(word)))
         text += word
-    return text, spans, marks["s"], marks["t"]
+    return text, spans, kinds, marks["s"], marks["t"]
 
 
 def fill_all(
@@ -116,11 +129,11 @@ def fill_all(
                 template = frame.template
                 for old, new in frame.variants[(number + turn) % len(frame.variants)]:
                     template = template.replace(old, new)
-                text, spans, source, target = fill(template, words, rng, spaced=spaced)
+                text, spans, kinds, source, target = fill(template, words, rng, spaced=spaced, classes=frame.classes)
                 if text not in seen:
                     seen.add(text)
                     pair = Pair(frame.relation, source, target)
-                    examples.append(Example(text, tuple(spans), (pair,), cluster, half, language))
+                    examples.append(Example(text, tuple(spans), (pair,), cluster, half, language, tuple(kinds)))
                 if len(seen) == fillings:
                     break
     return examples

@@ -33,6 +33,8 @@ class Example:
         cluster: The frame or the document that it comes from. Sentences of one cluster are alike.
         half: 0 or 1. Heads are picked on one half and reported on the other.
         language: "en", "zh"; empty if it is not known.
+        classes: For each word its class, such as its part of speech; empty if it has none. Words of one class are
+            rivals: a head that looks at any of them has not found the right one. None known: an empty tuple.
 
     >>> example = Example("It fell.", ((0, 2), (3, 7), (7, 8)), (Pair("nsubj", 0, 1),), "doc 1", 0, "en")
     >>> example.word(1)
@@ -45,11 +47,16 @@ class Example:
     cluster: str
     half: int
     language: str
+    classes: tuple[str, ...] = ()
 
     def word(self, index: int) -> str:
         """The text of a word."""
         start, end = self.words[index]
         return self.text[start:end]
+
+    def class_of(self, index: int) -> str:
+        """The class of a word; empty if it has none."""
+        return self.classes[index] if self.classes else ""
 
 
 @dataclass(frozen=True, slots=True)

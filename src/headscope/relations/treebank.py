@@ -35,7 +35,8 @@ def read_conllu(path: str | os.PathLike[str]) -> list[Example]:
     Subtypes are kept ("nsubj:pass"); roots and punctuation are left out. A document ("# newdoc") is a cluster,
     and a hash of its id chooses its half; a file without documents is cut into blocks of 10 sentences. Words
     of a multiword token share its surface if their forms make it up ("gonna": gon, na); otherwise the
-    surface is one word ("du": de, le), and dependencies inside it are left out. Empty nodes are skipped.
+    surface is one word ("du": de, le), and dependencies inside it are left out. Empty nodes are skipped. A word's
+    class is its universal part of speech.
 
     Args:
         path: The file, in UTF-8.
@@ -129,6 +130,7 @@ def _example(sentence: Any, lines: _Lines, cluster: str, language: str) -> Examp
     units = _units(sentence, lines)
     text, spans = _placed(units, sentence.metadata.get("text") or "")
     words: list[Span] = []
+    classes: list[str] = []
     word_of: dict[int, int] = {}
     for unit, (start, end) in zip(units, spans, strict=True):
         forms = [member["form"] for member in unit[1:]]
@@ -136,9 +138,11 @@ def _example(sentence: Any, lines: _Lines, cluster: str, language: str) -> Examp
         if len(split) == end - start and split.lower() == text[start:end].lower():
             for member in unit[1:]:
                 word_of[member["id"]] = len(words)
+                classes.append(_class({member["upos"]}))
                 words.append((start, start := start + len(member["form"])))
         else:
             word_of |= {member["id"]: len(words) for member in unit[1:]}
+            classes.append(_class({member["upos"] for member in unit[1:]}))
             words.append((start, end))
     pairs = []
     for token, number in zip(sentence, lines.words, strict=True):
@@ -157,7 +161,13 @@ def _example(sentence: Any, lines: _Lines, cluster: str, language: str) -> Examp
         if source != target:
             pairs.append(Pair(relation, source, target))
     half = zlib.crc32(cluster.encode()) & 1
-    return Example(text, tuple(words), tuple(pairs), cluster, half, language)
+    return Example(text, tuple(words), tuple(pairs), cluster, half, language, tuple(classes))
+
+
+def _class(parts_of_speech: set[str | None]) -> str:
+    """The part of speech of a word; "" where none is given, or the words behind one surface have several."""
+    (first, *others) = parts_of_speech
+    return first if first and first != "_" and not others else ""
 
 
 def _units(sentence: Any, lines: _Lines) -> list[list[Any]]:
