@@ -23,7 +23,7 @@ from tests.sentences import CHINESE, ENGLISH, FRAMES, of
 def test_a_slot_is_filled_from_its_list_and_no_word_twice() -> None:
     lists = {"cat": ["cat", "dog"], "sat": ["sat"]}
     for seed in range(5):
-        text, spans, source, target = fill("{cat} , {cat2}/t and I {sat}/s .", lists, random.Random(seed))
+        text, spans, _, source, target = fill("{cat} , {cat2}/t and I {sat}/s .", lists, random.Random(seed))
         assert text in ("cat, dog and I sat.", "dog, cat and I sat.")
         assert [text[a:b] for a, b in spans][source] == "sat"
         assert text[slice(*spans[target])] == text[5:8]

@@ -428,8 +428,11 @@ def test_what_other_words_look_at_by_hand() -> None:
     rows[0, 1, 2:, 1] = 0.9
     where = torch.arange(5)[None], torch.tensor([0]), torch.tensor([4]), torch.tensor([1])
     present = torch.ones(1, 5, dtype=torch.bool)
-    assert count_controls(rows, *where, present, causal=True).tolist() == [[0.5, 1.0]]
-    assert count_controls(rows, *where, present, causal=False)[0, 0] == pytest.approx(2 / 3)  # word 0 sees it as well
+    none = torch.full((1, 5), -1)
+    assert count_controls(rows, *where, present, none, causal=True).tolist() == [[0.5, 1.0]]
+    assert count_controls(rows, *where, present, none, causal=False)[0, 0] == pytest.approx(
+        2 / 3
+    )  # word 0 sees it as well
 
 
 def test_a_head_that_likes_a_word_whoever_asks_has_no_role() -> None:

@@ -74,8 +74,7 @@ class Evidence:
         layer: From 0.
         head: From 0.
         score: The measure on the half that did not choose the head.
-        null: The same for uniform attention; for a relation, for the best fixed offset or for what the sentence's
-            other words look at in this head, whichever is better.
+        null: The same for uniform attention; for a relation what luck reaches, see `RelationScore.null`.
         low: Lower end of the score's 95 % interval, documents (or frames) drawn again.
         high: Its upper end.
         picked: The measure on the half that chose it.
@@ -161,7 +160,7 @@ def _of_relation(row: RelationScore) -> Evidence:
         layer=row.layer,
         head=row.head,
         score=row.accuracy,
-        null=max(row.baseline, row.control),
+        null=row.null,
         low=row.low,
         high=row.high,
         picked=row.picked_accuracy,

@@ -165,7 +165,7 @@ def print_head(atlas: HeadAtlas, layer: int, head: int) -> None:
         table.add_column(name, justify="right", no_wrap=True, width=7)
     table.add_column("what it is", no_wrap=True, overflow="ellipsis", ratio=1)
     mine = [row for row in atlas.relation_scores() if (row.layer, row.head) == (layer, head)]
-    fixed = {f"relation:{row.direction}": max(row.baseline, row.control) for row in mine}
+    fixed = {f"relation:{row.direction}": row.null for row in mine}
     for name, values in atlas.columns().items():
         value = float(values[layer, head])
         if math.isnan(value) or name.endswith(("_low", "_high")) or _far_offset(name):

@@ -7,10 +7,11 @@ Sentences whose pairs are known come from `english`, `chinese` or a treebank (`r
 
 from headscope.relations.chinese import RELATIONS as _CHINESE
 from headscope.relations.chinese import chinese
-from headscope.relations.count import count_controls, count_hits, count_relations, reads
+from headscope.relations.count import count_relations, reads
 from headscope.relations.counts import RelationCounts, Tally
 from headscope.relations.english import RELATIONS as _ENGLISH
 from headscope.relations.english import english
+from headscope.relations.hits import count_blind, count_controls, count_hits
 from headscope.relations.pairs import Example, Pair, Relation
 from headscope.relations.score import RelationScore, best_heads, scores
 
@@ -24,6 +25,7 @@ __all__ = [
     "Tally",
     "best_heads",
     "chinese",
+    "count_blind",
     "count_controls",
     "count_hits",
     "count_relations",

@@ -218,20 +218,20 @@ def _adjective_noun(half: int) -> list[Frame]:
     )
     after = (
         (
-            "Near the {person2} the {person}/t * was {adj}/s .",
-            "With this {person2} the {person}/t * was then {adj}/s and {adj2} .",
-            "The {person}/t near the {person2} * was {adj}/s .",
-            "This {person}/t with the {person2} * was very {adj}/s .",
-            "The {person}/t * was {adj}/s near the {person2} .",
-            "We {saw} that this {person}/t * was very {adj}/s with the {person2} .",
+            "Near the {adj2} {person2} the {person}/t * was {adj}/s .",
+            "With this {adj2} {person2} the {person}/t * was then {adj}/s .",
+            "The {person}/t near the {adj2} {person2} * was {adj}/s .",
+            "This {person}/t with the {adj2} {person2} * was very {adj}/s .",
+            "The {person}/t * was {adj}/s near the {adj2} {person2} .",
+            "We {saw} that this {person}/t * was very {adj}/s with the {adj2} {person2} .",
         ),
         (
-            "By our {person2} a {person}/t * was {adj}/s .",
-            "Behind each {person2} the {person}/t * was not just {adj}/s but {adj2} .",
-            "Our {person}/t by the {person2} * was {adj}/s .",
-            "That {person}/t behind a {person2} * was so {adj}/s .",
-            "Our {person}/t * was {adj}/s by the {person2} .",
-            "I {saw} that each {person}/t * was so {adj}/s behind a {person2} .",
+            "By our {adj2} {person2} a {person}/t * was {adj}/s .",
+            "Behind each {adj2} {person2} the {person}/t * was rather {adj}/s .",
+            "Our {person}/t by the {adj2} {person2} * was {adj}/s .",
+            "That {person}/t behind a {adj2} {person2} * was so {adj}/s .",
+            "Our {person}/t * was {adj}/s by the {adj2} {person2} .",
+            "I {saw} that each {person}/t * was so {adj}/s behind a {adj2} {person2} .",
         ),
     )
     made = combine("adjective-noun", before[half], COMPOUND[half], classes=NOUNS)

@@ -14,10 +14,11 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from headscope.relations.pairs import Example, Pair
 
-__all__ = ["Frame", "combine", "fill", "fill_all"]
+__all__ = ["Filled", "Frame", "combine", "fill", "fill_all"]
 
 _SLOT = re.compile(r"\{([a-z_]+)(\d*)\}")
 _CLOSING = frozenset(",.;:!?")  # no space before these
@@ -63,6 +64,16 @@ def combine(
     ]
 
 
+class Filled(NamedTuple):
+    """A sentence: its text, the spans and the classes of its words, and the places of the marked words."""
+
+    text: str
+    words: list[tuple[int, int]]
+    classes: list[str]
+    source: int
+    target: int
+
+
 def fill(
     template: str,
     lists: WordLists,
@@ -70,8 +81,8 @@ def fill(
     *,
     spaced: bool = True,
     classes: Mapping[str, str] | None = None,
-) -> tuple[str, list[tuple[int, int]], list[str], int, int]:
-    """The sentence, the spans of its words, their classes, and the places of the marked words.
+) -> Filled:
+    """The sentence of a template.
 
     Args:
         template: The frame's line.
@@ -81,8 +92,9 @@ def fill(
         classes: As in `Frame`; "" for what is not in it.
 
     >>> lists = {"cat": ["cat"], "sat": ["sat"]}
-    >>> fill("The {cat}/t {sat}/s .", lists, random.Random(0), classes={"{cat}": "animal"})
-    ('The cat sat.', [(0, 3), (4, 7), (8, 11), (11, 12)], ['', 'animal', '', ''], 2, 1)
+    >>> filled = fill("The {cat}/t {sat}/s .", lists, random.Random(0), classes={"{cat}": "animal"})
+    >>> filled.text, filled.classes, filled.source, filled.target
+    ('The cat sat.', ['', 'animal', '', ''], 2, 1)
     """
     words: list[str] = []
     kinds: list[str] = []
@@ -104,7 +116,7 @@ def fill(
             text += " "
         spans.append((len(text), len(text) + len(word)))
         text += word
-    return text, spans, kinds, marks["s"], marks["t"]
+    return Filled(text, spans, kinds, marks["s"], marks["t"])
 
 
 def fill_all(
@@ -129,11 +141,12 @@ def fill_all(
                 template = frame.template
                 for old, new in frame.variants[(number + turn) % len(frame.variants)]:
                     template = template.replace(old, new)
-                text, spans, kinds, source, target = fill(template, words, rng, spaced=spaced, classes=frame.classes)
-                if text not in seen:
-                    seen.add(text)
-                    pair = Pair(frame.relation, source, target)
-                    examples.append(Example(text, tuple(spans), (pair,), cluster, half, language, tuple(kinds)))
+                made = fill(template, words, rng, spaced=spaced, classes=frame.classes)
+                if made.text not in seen:
+                    seen.add(made.text)
+                    spans, classes = tuple(made.words), tuple(made.classes)
+                    pair = Pair(frame.relation, made.source, made.target)
+                    examples.append(Example(made.text, spans, (pair,), cluster, half, language, classes))
                 if len(seen) == fillings:
                     break
     return examples

@@ -1,9 +1,9 @@
-"""How well each head finds the words that belong to each other, against the best fixed distance.
+"""How well each head finds the words that belong to each other, against three ways of being right by luck.
 
-Heads are picked on one half of the sentences and reported on the other. A head has a relation's role if on both
-halves it beats always looking the same number of words away, and beats what the sentence's other words look at in
-it: on the first, which picks, by itself; on the second after Holm's correction over all heads and both directions.
-Clusters of sentences are the cases.
+A head may look the same number of words away always; it may like the right word whoever asks; it may look at any word
+of the right word's class. Heads are picked on one half of the sentences and reported on the other. A head has a
+relation's role if on both halves it is better than each of the three: on the first, which picks, by itself; on the
+second after Holm's correction over all heads and both directions, and by a lead. Clusters of sentences are the cases.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor
 from headscope.relations.counts import MAX_OFFSET, RelationCounts, Tally, direction_of
 from headscope.statistics import cluster_bootstrap, cluster_score_test, holm
 
-__all__ = ["LEVEL", "RelationScore", "best_heads", "scores"]
+__all__ = ["LEAD", "LEVEL", "RelationScore", "best_heads", "scores"]
 
 LEVEL = 0.05  # of a role, on either half
+LEAD = 0.1  # what a role's accuracy is above the largest null at least
 _MOST_FIXED = 0.5  # a baseline above it says that the sentences hardly vary
 
 
@@ -34,10 +35,15 @@ class RelationScore:
         accuracy: The share of pairs whose gold word has the head's strongest weight.
         baseline: The same for the best fixed offset.
         baseline_offset: That offset in words; -1 is the word before.
-        control: How often the sentence's other words, on average, chose the same word in this head.
+        control: How often other words of the query's class (of any, where there are none), on average, chose the
+            same word in this head.
+        contested: How many pairs have rivals: other words of the right word's class to choose from.
+        contested_accuracy: The accuracy in these; NaN if there are none.
+        blind: What it would be there if the head chose as often a word of the right class, and any of them alike.
         low: The lower end of the accuracy's 95 % interval, clusters drawn again.
         high: Its upper end.
-        p: One-sided p that the head hits more than the best fixed offset, and more than its control.
+        p: One-sided p that the head hits more than the best fixed offset, more than its control, and among rivals more
+            than blind.
         p_holm: The same after Holm's correction over all heads and both directions of the relation.
         pairs: How many pairs were asked.
         clusters: From how many frames or documents.
@@ -54,6 +60,9 @@ class RelationScore:
     baseline: float
     baseline_offset: int
     control: float
+    contested: int
+    contested_accuracy: float
+    blind: float
     low: float
     high: float
     p: float
@@ -65,10 +74,16 @@ class RelationScore:
     too_fixed: bool
 
     @property
+    def null(self) -> float:
+        """The largest of what luck reaches: the best fixed offset, the control, and blind where there are rivals."""
+        return max(self.baseline, self.control, self.blind if self.contested else 0.0)
+
+    @property
     def role(self) -> bool:
         """Whether the head has this relation's role."""
-        good = self.picked_p < LEVEL and self.p_holm < LEVEL and self.accuracy > max(self.baseline, self.control)
-        return good and not self.too_fixed
+        good = self.picked_p < LEVEL and self.p_holm < LEVEL and not self.too_fixed
+        leads = self.accuracy >= max(self.baseline, self.control) + LEAD
+        return good and leads and (not self.contested or self.contested_accuracy >= self.blind + LEAD)
 
 
 def scores(counts: RelationCounts, *, half: int = 1) -> list[RelationScore]:
@@ -117,6 +132,8 @@ class _Part:
         low, high = cluster_bootstrap(self.hits, self.tally.pairs)
         accuracy = (self.hits.sum(-1) / self.total).tolist()
         control = (self.tally.controls[:, self.there].sum(0) / self.total).tolist()
+        contested = self.tally.contested.sum()  # no pair: 0 ÷ 0 is NaN
+        hit, blind = (x[:, self.there].sum(0) / contested for x in (self.tally.contested_hits, self.tally.blind))
         return [
             RelationScore(
                 relation=self.relation,
@@ -127,6 +144,9 @@ class _Part:
                 baseline=self.baseline,
                 baseline_offset=self.best - MAX_OFFSET,
                 control=control[i],
+                contested=int(contested),
+                contested_accuracy=float(hit[i]),
+                blind=float(blind[i]),
                 low=float(low[i]),
                 high=float(high[i]),
                 p=self.p[i],
@@ -153,13 +173,15 @@ def _best_offset(tally: Tally) -> int:
 
 
 def _p(tally: Tally, there: Tensor) -> list[float]:
-    """For each head the p that it hits more than the best fixed offset, and more than other words choose the same.
+    """For each head the p that it hits more than each of the three kinds of luck.
 
-    It must do both, so the larger of the two counts (an intersection-union test).
+    It must do all, so the largest counts (an intersection-union test). Where no pair has rivals, there are two kinds.
     """
-    hits, controls = tally.hits[:, there].T, tally.controls[:, there].T
-    fixed = cluster_score_test(hits - tally.offsets[:, _best_offset(tally)])
-    found: list[float] = torch.maximum(fixed, cluster_score_test(hits - controls)).tolist()
+    hits = tally.hits[:, there].T
+    legs = [hits - tally.offsets[:, _best_offset(tally)], hits - tally.controls[:, there].T]
+    if tally.contested.sum() > 0:
+        legs.append((tally.contested_hits - tally.blind)[:, there].T)
+    found: list[float] = torch.stack([cluster_score_test(leg) for leg in legs]).amax(0).tolist()
     return found
 
 
