@@ -341,10 +341,10 @@ def test_files_that_are_no_atlas(atlas: HeadAtlas, tmp_path: Path) -> None:
     held = dict(table.schema.metadata)
     told = json.loads(held[b"headscope.atlas"])
     for name, value, match in (
-        (b"headscope.atlas", json.dumps(told | {"format": 7}).encode(), "format 7; this version reads format 2"),
+        (b"headscope.atlas", json.dumps(told | {"format": 7}).encode(), "format 7; this version reads format 3"),
         (b"headscope.atlas", b"{", "is damaged"),
         (b"headscope.sums", b"\x00\x01", "is damaged"),
-        (b"headscope.atlas", json.dumps({"format": 2}).encode(), "is not a whole atlas"),
+        (b"headscope.atlas", json.dumps({"format": 3}).encode(), "is not a whole atlas"),
     ):
         pyarrow.parquet.write_table(table.replace_schema_metadata(held | {name: value}), other)
         with pytest.raises(AtlasError, match=match):
@@ -401,6 +401,23 @@ def test_texts_that_cannot_be_read(tmp_path: Path, decoder: Loaded) -> None:
         corpus.documents_of([], text="a\ud800")[0].read()
     with pytest.raises(TextError, match="2 tokens a piece leave no room"):
         corpus.cut(decoder, documents("owl")[0], 0, length=2)
+
+
+def test_what_a_tokenizer_does_not_know_is_text_and_no_sink(decoder: Loaded) -> None:
+    odd = Document("odd", lambda: "a “b” ’ c")  # the marks have no token of their own
+    (piece,) = corpus.cut(decoder, odd, 0, length=64)
+    assert piece.ids.count(1) == 3
+    assert piece.sinks == (True, *[False] * (len(piece.ids) - 1))
+    assert [t for t, delimiter in zip(piece.texts, piece.delimiters, strict=True) if delimiter] == ["“", "”", "’"]
+    (written,) = corpus.cut(decoder, Document("written", lambda: "a <s> b"), 0, length=64)
+    assert [t for t, sink in zip(written.texts, written.sinks, strict=True) if sink] == ["", "<s>"]
+
+
+def test_delimiters_that_are_sinks_are_no_text(decoder: Loaded) -> None:
+    piece = corpus.cut(decoder, documents("owl")[0], 0, length=64)[0]
+    marks = tuple(sink or delimiter for sink, delimiter in zip(piece.sinks, piece.delimiters, strict=True))
+    values = measure(decoder, [replace(piece, sinks=marks)], standard()).sums.value("delimiter")
+    assert float(values.nan_to_num().max()) == 0
 
 
 def test_a_language_that_the_model_does_not_read_is_said(decoder: Loaded) -> None:

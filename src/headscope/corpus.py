@@ -19,6 +19,7 @@ from torch import Tensor
 
 from headscope.errors import HeadscopeError, TextError
 from headscope.models import Loaded
+from headscope.tokens import special_tokens
 
 __all__ = [
     "Batch",
@@ -259,7 +260,7 @@ def cut(loaded: Loaded, document: Document, half: int, *, length: int = 512, mos
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     texts = [text[start:end] for start, end in offsets]
     delimiters = [is_delimiter(piece) for piece in texts]
-    special = set(loaded.tokenizer.all_special_ids)
+    special = special_tokens(text, loaded.tokenizer, ids, offsets, [False] * len(ids))
     pieces = []
     starts = range(0, len(ids), room)
     for start in starts if most is None else starts[:most]:
@@ -269,7 +270,7 @@ def cut(loaded: Loaded, document: Document, half: int, *, length: int = 512, mos
         pieces.append(
             Piece(
                 ids=(*before, *ids[part], *after),
-                sinks=(*(True for _ in before), *(i in special for i in ids[part]), *(True for _ in after)),
+                sinks=(*(True for _ in before), *special[part], *(True for _ in after)),
                 delimiters=(*(False for _ in before), *delimiters[part], *(False for _ in after)),
                 document=document.name,
                 half=half,

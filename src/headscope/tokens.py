@@ -193,7 +193,7 @@ def tokenize(text: str, tokenizer: Any, *, start_token_id: int | None = None, li
             f"The text has {len(ids)} tokens, and the model reads at most {limit}. "
             "Shorten the text, or use a model with a longer context."
         )
-    special = _special(text, tokenizer, ids, offsets, added)
+    special = special_tokens(text, tokenizer, ids, offsets, added)
     unknown_id = getattr(tokenizer, "unk_token_id", None)
     words = _words(text, offsets, special)
     if not words:
@@ -251,8 +251,11 @@ def _folded(text: str) -> str:
     return unicodedata.normalize("NFC", text).casefold()
 
 
-def _special(text: str, tokenizer: Any, ids: list[int], offsets: list[Span], added: list[bool]) -> list[bool]:
-    """True for tokens that the tokenizer added, and for control tokens written in the text."""
+def special_tokens(text: str, tokenizer: Any, ids: list[int], offsets: list[Span], added: list[bool]) -> list[bool]:
+    """True for tokens that the tokenizer added, and for control tokens written in the text.
+
+    What a tokenizer does not know is text, though its token for that is among the special ones.
+    """
     declared = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     return [
         flag or (i in declared and text[start:end].strip() in ("", declared[i]))

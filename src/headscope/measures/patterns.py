@@ -245,7 +245,7 @@ class Repeats(Measure):
 
 def _mass(page: Page) -> Product:
     """Masses on text, sinks, the first position and delimiters, in this order."""
-    groups = torch.stack([page.text, page.batch.sinks, _first(page), page.batch.delimiters], -1)
+    groups = torch.stack([page.text, page.batch.sinks, _first(page), page.batch.delimiters & page.text], -1)
     return Product(groups.unsqueeze(1).float())
 
 
