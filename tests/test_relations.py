@@ -257,6 +257,21 @@ def test_examples_pass_over_what_the_model_cannot_read(letters: Loaded) -> None:
     assert [look.text for look in shown] == ["a b c d"]
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_examples_are_right_where_they_were_counted_as_right(letters: Loaded, reverse: bool) -> None:
+    """Words of other bounds than the tokenizer's own, which a treebank has, too."""
+    halves = [example("ab cd ef gh ij", (3, 0), (2, 1), (4, 2)), example("ij ab gh k l", (1, 3), (0, 4))]
+    odd = Example("abcd ef", ((0, 2), (2, 4), (5, 7)), (Pair("r", 2, 1), Pair("r", 2, 0)), "c", 1, "en")
+    counts = count_relations(letters, [*halves, odd])
+    hits = counts.tally("r", "r (reverse)" if reverse else "r", 1).hits.sum(0)
+    assert hits.any()
+    for layer in range(hits.shape[0]):
+        for head in range(hits.shape[1]):
+            shown = pair_looks(letters, [*halves, odd], "r", layer, head, reverse=reverse)
+            assert sum(look.hit for look in shown) == hits[layer, head]
+            assert all((look.chosen == look.gold) == look.hit for look in shown)
+
+
 def test_attention_that_is_not_between_the_tokens_is_refused(letters: Loaded) -> None:
     class Halved(torch.nn.Module):
         """A model that reads every second token."""

@@ -15,10 +15,10 @@ from headscope.measures import Visibility
 from headscope.measures.questions import MaxAmong
 from headscope.models import Loaded
 from headscope.profiling import run
-from headscope.relations import Example
+from headscope.relations import Example, count_hits
+from headscope.relations.count import Question, questions_of, words_of_tokens
 from headscope.seam import AttentionCall
 from headscope.tokens import tokenize
-from headscope.words import Positions, all_words
 
 __all__ = ["PairLook", "TokenLook", "pair_looks", "token_looks"]
 
@@ -118,8 +118,7 @@ def pair_looks(
     """
     found = []
     for example in examples:
-        pairs = [pair for pair in example.pairs if pair.relation == relation]
-        if not pairs:
+        if not any(pair.relation == relation for pair in example.pairs):
             continue
         try:
             tokens = tokenize(
@@ -127,22 +126,30 @@ def pair_looks(
             )
         except TextError:  # not counted either: nothing is left of it, or it is longer than the model reads
             continue
-        with torch.no_grad():
-            weights = all_words(run_tokens(loaded, tokens)[layer], Positions(tokens))[head]
-        starts = [word.start for word in tokens.words]
-        for pair in pairs:
-            query, gold = (example.words[i][0] for i in (pair.source, pair.target))
-            query, gold = (gold, query) if reverse else (query, gold)
-            if query not in starts or gold not in starts:
-                continue
-            i, j = starts.index(query), starts.index(gold)
-            row = weights[i, : len(starts)].clone()
-            row[i] = 0
-            if loaded.causal:
-                row[i:] = 0
-                if j > i:
-                    continue
-            best = int(row.argmax())
-            asked, right, chosen = (tokens.words[k].text for k in (i, j, best))
-            found.append(PairLook(example.text, asked, right, chosen, float(row[j]), best == j))
+        words = words_of_tokens(tokens, example.words)
+        present = [index in words for index in range(len(example.words))]
+        asked = questions_of(example, present, causal=loaded.causal)
+        mine = [question for question in asked if (question.relation, question.reverse) == (relation, reverse)]
+        if mine:
+            groups = torch.tensor(words)
+            with torch.no_grad():
+                weights = run_tokens(loaded, tokens)[layer].pool(groups, groups, "mass")[:, head : head + 1].cpu()
+            here = torch.tensor([present[: weights.shape[-1]]])
+            found += [_pair_look(example, weights, here, question, causal=loaded.causal) for question in mine]
     return sorted(found, key=lambda look: (-look.hit, -look.weight))
+
+
+def _pair_look(example: Example, weights: Tensor, here: Tensor, question: Question, *, causal: bool) -> PairLook:
+    """One question to one head's weights between words, [1, 1, W, W]: judged as when they are counted."""
+    query, gold = question.query, question.gold
+    asks, first, right_one = torch.tensor([query]), torch.tensor([0]), torch.tensor([gold])
+    hit = bool(count_hits(weights, asks, first, asks, right_one, here, causal=causal))
+    row = weights[0, 0, query].masked_fill(~here[0], -1.0)
+    row[query] = -1.0
+    if causal:
+        row[query:] = -1.0
+    right = float(row[gold])
+    if not hit:
+        row[gold] = -1.0  # a tie is no hit
+    chosen = gold if hit else int(row.argmax())
+    return PairLook(example.text, example.word(query), example.word(gold), example.word(chosen), right, hit)

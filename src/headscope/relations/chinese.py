@@ -90,6 +90,7 @@ _KINDS: tuple[Mapping[str, str], ...] = tuple(
         ("{woman}", "{man}", "她"),
         ("{animal}", "{man}", "它"),
         ("{man}", "{animal}", "他"),
+        ("{animal}", "{woman}", "它"),
         ("{woman}", "{animal}", "她"),
     )
 )

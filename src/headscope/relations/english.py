@@ -65,7 +65,7 @@ def _coreference(half: int) -> list[Frame]:
             "Behind the {d} {stood} the {a}/t * while {p}/s {moved} .",
             "The {a}/t {stood} behind the {d} * while {p}/s {moved} .",
             "By the {adj} {d} {stood} the {a}/t * but later {p}/s {moved} .",
-            "That {a}/t {stood} by the {adj} {d} * but later {p}/s {moved} .",
+            "The {a}/t {stood} by the {adj} {d} * but later {p}/s {moved} .",
         ),
     )
     return combine("coreference", skeletons[half], MANNER[half], KINDS, NOUNS)
@@ -74,24 +74,24 @@ def _coreference(half: int) -> list[Frame]:
 def _cause(half: int) -> list[Frame]:
     skeletons = (
         (
-            "Because/t the {person} {slept} * , the {person2} {moved}/s .",
-            "Because/t the {person} {slept} * , the {person2} {moved}/s near the {person3} who {slept2} .",
-            "And because/t the {person} {took} the {thing} * , we all {moved}/s .",
-            "Because/t of the {thing} * the {person} who {slept} {moved}/s .",
-            "The {person} who {slept2} {moved}/s * because/t the {person2} {slept} .",
-            "The {person} {moved}/s near the {person3} who {slept2} * because/t the {person2} {slept} .",
-            "The {person} who {slept2} {took}/s the {thing} * because/t of the {person2} .",
-            "We {slept}/s * with the {person} who {moved2} , and all because/t the {person2} {moved} .",
+            "Because/t the {person} {acted} * , the {person2} {acted2}/s .",
+            "Because/t the {person} {acted} * , the {person2} {acted2}/s near the {person3} who {acted3} .",
+            "And because/t the {person} {acted} * , we all {acted2}/s .",
+            "Because/t of the {thing} * the {person} who {acted} {acted2}/s .",
+            "The {person} who {acted} {acted2}/s * because/t the {person2} {acted3} .",
+            "The {person} {acted}/s near the {person3} who {acted2} * because/t the {person2} {acted3} .",
+            "The {person} who {acted} {acted2}/s * because/t of the {person2} .",
+            "We {acted}/s * with the {person} who {acted2} , and all because/t the {person2} {acted3} .",
         ),
         (
-            "It was because/t the {person} {slept} * that the {person2} {moved}/s .",
-            "It was because/t the {person} {slept} * that the {person2} {moved}/s by the {person3} that {slept2} .",
-            "Just because/t the {person} {took} the {thing} * , our {person2} {slept}/s .",
-            "Only because/t of our {person} * a {person2} that {slept} {moved}/s .",
-            "The {person} that {slept2} {moved}/s * , but only because/t the {person2} {slept} .",
-            "The {person} {moved}/s by the {person3} that {slept2} * , but only because/t the {person2} {slept} .",
-            "Each {person} that {slept2} {took}/s the {thing} * only because/t I {slept} .",
-            "I {slept}/s * by the {person} that {moved2} , just because/t every {person2} {moved} .",
+            "It was because/t the {person} {acted} * that the {person2} {acted2}/s .",
+            "It was because/t the {person} {acted} * that the {person2} {acted2}/s by the {person3} that {acted3} .",
+            "Just because/t the {person} {acted} * , our {person2} {acted2}/s .",
+            "Only because/t of our {person} * a {person2} that {acted} {acted2}/s .",
+            "The {person} that {acted} {acted2}/s * , but only because/t the {person2} {acted3} .",
+            "The {person} {acted}/s by the {person3} that {acted2} * , but only because/t the {person2} {acted3} .",
+            "Each {person} that {acted} {acted2}/s * only because/t I {acted3} .",
+            "I {acted}/s * by the {person} that {acted2} , just because/t every {person2} {acted3} .",
         ),
     )
     return combine("cause", skeletons[half], PLACE[half], classes=KINDS_OF_WORDS)
@@ -100,38 +100,38 @@ def _cause(half: int) -> list[Frame]:
 def _subject_verb(half: int) -> list[Frame]:
     before = (
         (
-            "Near the {person2} who {slept2} the {person}/t * {moved}/s .",
-            "With the {person2} who {moved2} some {adj} {person}/t * then {took}/s the {thing} .",
-            "The {person}/t near the {person2} who {slept2} * {moved}/s .",
-            "This {adj} {person}/t with the {person2} who {moved2} * then {took}/s the {thing} .",
-            "The {person}/t * {moved}/s near the {person2} who {slept2} .",
-            "The {adj} {person}/t * had {slept}/s with the {person2} who {moved2} .",
+            "Near the {person2} who {acted} the {person}/t * {acted2}/s .",
+            "With the {person2} who {acted} some {adj} {person}/t * then {acted2}/s .",
+            "The {person}/t near the {person2} who {acted} * {acted2}/s .",
+            "This {adj} {person}/t with the {person2} who {acted} * then {acted2}/s .",
+            "The {person}/t * {acted}/s near the {person2} who {acted2} .",
+            "The {adj} {person}/t * had {acted}/s with the {person2} who {acted2} .",
         ),
         (
-            "By our {person2} that {slept2} a {person}/t * {moved}/s .",
-            "Behind each {person2} that {moved2} the {adj} {person}/t * later {took}/s a {thing} .",
-            "Our {person}/t by the {person2} that {slept2} * {moved}/s .",
-            "That {adj} {person}/t behind a {person2} that {moved2} * later {took}/s the {thing} .",
-            "Our {person}/t * {moved}/s by a {person2} that {slept2} .",
-            "Another {adj} {person}/t * had {slept}/s behind each {person2} that {moved2} .",
+            "By our {person2} that {acted} a {person}/t * {acted2}/s .",
+            "Behind each {person2} that {acted} the {adj} {person}/t * later {acted2}/s .",
+            "Our {person}/t by the {person2} that {acted} * {acted2}/s .",
+            "That {adj} {person}/t behind a {person2} that {acted} * later {acted2}/s .",
+            "Our {person}/t * {acted}/s by a {person2} that {acted2} .",
+            "Another {adj} {person}/t * had {acted}/s behind each {person2} that {acted2} .",
         ),
     )
     after = (
         (
             "Near the {person2} who {stood2} {stood}/s * the {person}/t .",
-            "In this {place3} with the {person2} who {moved2} {slept}/s * some {person}/t .",
+            "In this {place3} with the {person2} who {acted} {acted2}/s * some {person}/t .",
             "Near the {place3} {stood}/s * with the {person2} who {stood2} the {person}/t .",
-            "In this {place3} {slept}/s * near the {person2} who {moved2} some {person}/t .",
+            "In this {place3} {acted}/s * near the {person2} who {acted2} some {person}/t .",
             "Near the {place3} {stood}/s * the {person}/t with the {person2} who {stood2} .",
-            "In this {place3} {slept}/s * some {person}/t near the {person2} who {moved2} .",
+            "In this {place3} {acted}/s * some {person}/t near the {person2} who {acted2} .",
         ),
         (
             "Behind a {person2} that {stood2} {stood}/s * our {person}/t .",
-            "By that {place3} behind each {person2} that {moved2} {slept}/s * a {person}/t .",
+            "By that {place3} behind each {person2} that {acted} {acted2}/s * a {person}/t .",
             "Behind the {place3} {stood}/s * by the {person2} that {stood2} a {person}/t .",
-            "By that {place3} {slept}/s * behind our {person2} that {moved2} another {person}/t .",
+            "By that {place3} {acted}/s * behind our {person2} that {acted2} another {person}/t .",
             "Behind the {place3} {stood}/s * a {person}/t by the {person2} that {stood2} .",
-            "By that {place3} {slept}/s * each {person}/t behind our {person2} that {moved2} .",
+            "By that {place3} {acted}/s * each {person}/t behind our {person2} that {acted2} .",
         ),
     )
     made = combine("subject-verb", before[half], WHO[half], classes=KINDS_OF_WORDS)
@@ -182,38 +182,38 @@ def _object_verb(half: int) -> list[Frame]:
 def _determiner_noun(half: int) -> list[Frame]:
     skeletons = (
         (
-            "The/s * {person}/t {slept} .",
-            "In this/s * {place}/t the {person} {slept} .",
-            "The {person} {took} every/s * {thing}/t .",
-            "We {saw} some/s * {people}/t near the {place} .",
-            "The {person} {moved} and the/s * {person2}/t {slept} .",
-            "It was this/s * {thing}/t that the {person} {took} .",
+            "Near {det2} {person2} {slept} {det}/s * {person}/t .",
+            "And {det}/s * {person}/t {slept} near {det2} {person2} .",
+            "With {det2} {thing2} we {saw} {det}/s * {thing}/t .",
+            "We {took} {det}/s * {thing}/t with {det2} {thing2} .",
+            "It was with {det2} {thing2} that {det3} {person} {took} {det}/s * {thing}/t .",
+            "Then {det}/s * {person}/t {took} {det2} {thing} near {det3} {person2} .",
         ),
         (
-            "That/s * {person}/t {slept} .",
-            "By the/s * {place}/t I {slept} .",
-            "I {took} another/s * {thing}/t .",
-            "I {saw} no/s * {people}/t by the {place} .",
-            "The {person} {moved} but each/s * {person2}/t {slept} .",
-            "It was a {person} that {took} the/s * {thing}/t later .",
+            "By {det2} {person2} {slept} {det}/s * {person}/t .",
+            "But {det}/s * {person}/t {slept} by {det2} {person2} .",
+            "Behind {det2} {thing2} I {saw} {det}/s * {thing}/t .",
+            "I {took} {det}/s * {thing}/t by {det2} {thing2} .",
+            "It was by {det2} {thing2} that {det3} {person} {took} {det}/s * {thing}/t later .",
+            "Later {det}/s * {person}/t {took} {det2} {thing} behind {det3} {person2} .",
         ),
     )
-    return combine("determiner-noun", skeletons[half], BEFORE_NOUN[half], classes=NOUNS)
+    return combine("determiner-noun", skeletons[half], BEFORE_NOUN[half], classes=KINDS_OF_WORDS)
 
 
 def _adjective_noun(half: int) -> list[Frame]:
     before = (
         (
-            "The {person} {took} the {adj}/s * {thing}/t .",
-            "In this very {adj}/s * {place}/t the {person} {slept} .",
-            "Some {adj}/s * {thing}/t was in the {place} .",
-            "We {saw} the {adj}/s * {thing}/t and the {person} .",
+            "Near the {thing2} {stood} the {adj}/s * {thing}/t .",
+            "With some {thing2} we {saw} this very {adj}/s * {thing}/t .",
+            "Some {adj}/s * {thing}/t was near the {thing2} .",
+            "We {saw} the {adj}/s * {thing}/t and the {thing2} .",
         ),
         (
-            "I {took} that {adj}/s * {thing}/t .",
-            "By our rather {adj}/s * {place}/t a {person} {slept} .",
-            "Another {adj}/s * {thing}/t was by the {place} .",
-            "A {person} {saw} each {adj}/s * {thing}/t but no {person2} .",
+            "By that {thing2} {stood} our {adj}/s * {thing}/t .",
+            "Behind each {thing2} I {saw} another rather {adj}/s * {thing}/t .",
+            "A {adj}/s * {thing}/t was behind that {thing2} .",
+            "I {saw} each {adj}/s * {thing}/t but no {thing2} .",
         ),
     )
     after = (
@@ -234,8 +234,8 @@ def _adjective_noun(half: int) -> list[Frame]:
             "I {saw} that each {person}/t * was so {adj}/s behind a {adj2} {person2} .",
         ),
     )
-    made = combine("adjective-noun", before[half], COMPOUND[half], classes=NOUNS)
-    return made + combine("adjective-noun", after[half], CLAUSE[half], classes=NOUNS)
+    made = combine("adjective-noun", before[half], COMPOUND[half], classes=KINDS_OF_WORDS)
+    return made + combine("adjective-noun", after[half], CLAUSE[half], classes=KINDS_OF_WORDS)
 
 
 def _giver_receiver(half: int) -> list[Frame]:
@@ -282,38 +282,38 @@ def _giver_receiver(half: int) -> list[Frame]:
 def _before_after(half: int) -> list[Frame]:
     earlier_first = (
         (
-            "After the {person} who {moved2} {slept}/t * , the {person2} {moved}/s .",
-            "The {person} who {slept2} {moved}/t * before the {adj} {person2} {slept}/s .",
-            "After the {person} {slept}/t * , the {person2} who {slept2} {moved}/s .",
-            "The {person} {slept}/t * and then the {person2} who {moved2} {took}/s the {thing} .",
-            "The {person} {slept}/t * and then the {person2} {moved}/s with the {person3} who {moved2} .",
-            "The {person} {moved}/t * before the {adj} {person2} {slept}/s near the {person3} who {slept2} .",
+            "After the {person} who {acted} {acted2}/t * , the {person2} {acted3}/s .",
+            "The {person} who {acted} {acted2}/t * before the {adj} {person2} {acted3}/s .",
+            "After the {person} {acted}/t * , the {person2} who {acted2} {acted3}/s .",
+            "The {person} {acted}/t * and then the {person2} who {acted2} {acted3}/s .",
+            "The {person} {acted}/t * and then the {person2} {acted2}/s with the {person3} who {acted3} .",
+            "The {person} {acted}/t * before the {adj} {person2} {acted2}/s near the {person3} who {acted3} .",
         ),
         (
-            "Once the {person} that {moved2} {slept}/t * , our {person2} {moved}/s .",
-            "A {person} that {slept2} {moved}/t * long before that {adj} {person2} {slept}/s .",
-            "Once the {person} {slept}/t * , our {person2} that {slept2} {moved}/s .",
-            "First the {person} {slept}/t * , but later our {person2} that {moved2} {took}/s the {thing} .",
-            "First the {person} {slept}/t * , but later our {person2} {moved}/s by the {person3} that {moved2} .",
-            "I {moved}/t * long before that {adj} {person2} {slept}/s behind a {person3} that {slept2} .",
+            "Once the {person} that {acted} {acted2}/t * , our {person2} {acted3}/s .",
+            "A {person} that {acted} {acted2}/t * long before that {adj} {person2} {acted3}/s .",
+            "Once the {person} {acted}/t * , our {person2} that {acted2} {acted3}/s .",
+            "First the {person} {acted}/t * , but later our {person2} that {acted2} {acted3}/s .",
+            "First the {person} {acted}/t * , but later our {person2} {acted2}/s by the {person3} that {acted3} .",
+            "I {acted}/t * long before that {adj} {person2} {acted2}/s behind a {person3} that {acted3} .",
         ),
     )
     later_first = (
         (
-            "Before the {person} who {moved2} {slept}/s * , the {person2} {moved}/t .",
-            "The {person} who {slept2} {moved}/s * after the {adj} {person2} {slept}/t .",
-            "Before the {person} {slept}/s * , the {person2} who {slept2} {moved}/t .",
-            "The {person} {moved}/s * after the {adj} {person2} who {moved2} {slept}/t .",
-            "Before the {person} {slept}/s * , the {person2} {moved}/t with the {person3} who {moved2} .",
-            "We {took}/s the {thing} * , but after the {person} {moved}/t near the {person2} who {slept} .",
+            "Before the {person} who {acted} {acted2}/s * , the {person2} {acted3}/t .",
+            "The {person} who {acted} {acted2}/s * after the {adj} {person2} {acted3}/t .",
+            "Before the {person} {acted}/s * , the {person2} who {acted2} {acted3}/t .",
+            "The {person} {acted}/s * after the {adj} {person2} who {acted2} {acted3}/t .",
+            "Before the {person} {acted}/s * , the {person2} {acted2}/t with the {person3} who {acted3} .",
+            "We {acted}/s * , but after the {person} {acted2}/t near the {person2} who {acted3} .",
         ),
         (
-            "Long before the {person} that {moved2} {slept}/s * , a {person2} {moved}/t .",
-            "A {person} that {slept2} {moved}/s * only once each {adj} {person2} {slept}/t .",
-            "Long before the {person} {slept}/s * , a {person2} that {slept2} {moved}/t .",
-            "I {moved}/s * only once each {adj} {person2} that {moved2} {slept}/t .",
-            "Long before the {person} {slept}/s * , a {person2} {moved}/t by the {person3} that {moved2} .",
-            "Our {person} {took}/s a {thing} * just after the {person2} {moved}/t behind each {person3} that {slept} .",
+            "Long before the {person} that {acted} {acted2}/s * , a {person2} {acted3}/t .",
+            "A {person} that {acted} {acted2}/s * only once each {adj} {person2} {acted3}/t .",
+            "Long before the {person} {acted}/s * , a {person2} that {acted2} {acted3}/t .",
+            "I {acted}/s * only once each {adj} {person2} that {acted2} {acted3}/t .",
+            "Long before the {person} {acted}/s * , a {person2} {acted2}/t by the {person3} that {acted3} .",
+            "Our {person} {acted}/s * just after the {person2} {acted2}/t behind each {person3} that {acted3} .",
         ),
     )
     return combine("before-after", earlier_first[half] + later_first[half], PLACE[half], classes=KINDS_OF_WORDS)

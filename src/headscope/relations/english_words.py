@@ -36,18 +36,18 @@ FUNCTION_WORDS = _words(
 # The class of a slot's words, and of words: those of one class are rivals of each other.
 KINDS_OF_WORDS: Mapping[str, str] = {
     **dict.fromkeys(("{man}", "{woman}", "{person}", "{people}"), "person"),
-    **{f"{{{name}}}": name for name in ("thing", "place", "material")},
+    **{f"{{{name}}}": name for name in ("thing", "place")},
     **dict.fromkeys(
-        (f"{{{name}}}" for name in ["stood", "moved", "slept", "saw", "took", "gave", "given", "got"]), "verb"
+        ("{acted}", "{gave}", "{given}", "{got}", "{moved}", "{saw}", "{slept}", "{stood}", "{took}"), "verb"
     ),
     "{adj}": "adjective",
     "{adv}": "adverb",
     **dict.fromkeys(("he", "she", "it", "they", "we", "i"), "pronoun"),
-    **dict.fromkeys(("the", "a", "this", "some", "every", "each", "no", "our", "another"), "determiner"),
+    **dict.fromkeys(("{det}", "the", "a", "this", "some", "every", "each", "no", "our", "another"), "determiner"),
 }
 # The same where any noun could be meant.
 NOUNS: Mapping[str, str] = {
-    word: "noun" if kind in ("person", "thing", "place", "material") else kind for word, kind in KINDS_OF_WORDS.items()
+    word: "noun" if kind in ("person", "thing", "place") else kind for word, kind in KINDS_OF_WORDS.items()
 }
 
 
@@ -63,12 +63,13 @@ LISTS: tuple[Mapping[str, list[str]], ...] = (
         people="neighbours tourists students workers",
         thing="letter basket hammer lamp ball cup",
         place="garden kitchen village station church market",
-        material="stone silver paper winter",
+        det="the this every some",
         adj="old small heavy bright strange dirty",
         adv="slowly quietly silently patiently",
         stood="stood sat",
         moved="moved vanished returned",
         slept="slept laughed waited smiled",
+        acted="moved vanished returned slept laughed waited smiled",
         saw="saw noticed remembered",
         took="carried lifted painted broke",
         gave="gave handed sold sent",
@@ -82,12 +83,13 @@ LISTS: tuple[Mapping[str, list[str]], ...] = (
         people="children guests players visitors",
         thing="book box knife chair key plate",
         place="forest library office harbour school castle",
-        material="iron gold glass summer",
+        det="that each another our",
         adj="new large light dark plain clean",
         adv="quickly calmly carefully gladly",
         stood="remained rested",
         moved="disappeared dropped turned",
         slept="cried arrived shouted coughed",
+        acted="disappeared dropped turned cried arrived shouted coughed",
         saw="watched spotted described",
         took="cleaned opened pushed hid",
         gave="lent offered passed brought",
@@ -96,16 +98,19 @@ LISTS: tuple[Mapping[str, list[str]], ...] = (
     ),
 )
 
-# Who a pronoun stands for, who else is there, and the pronoun.
+# Who a pronoun stands for, who else is there, and the pronoun. Any two kinds stand both ways: none is right more often.
 KINDS: tuple[Mapping[str, str], ...] = tuple(
     {"{a}": a, "{d}": d, "{p}": p}
     for a, d, p in (
         ("{man}", "{woman}", "he"),
         ("{woman}", "{man}", "she"),
-        ("{people}", "{person}", "they"),
         ("{thing}", "{man}", "it"),
-        ("{man}", "{woman}", "he"),
-        ("{woman}", "{man}", "she"),
+        ("{man}", "{thing}", "he"),
+        ("{people}", "{woman}", "they"),
+        ("{woman}", "{people}", "she"),
+        ("{man}", "{people}", "he"),
+        ("{people}", "{man}", "they"),
+        ("{woman}", "{thing}", "she"),
         ("{thing}", "{woman}", "it"),
     )
 )
@@ -229,18 +234,18 @@ BEFORE_NOUN = (
 COMPOUND = (
     (
         "",
-        "{material}",
-        "{material} {material2}",
-        "{material} and {material2}",
-        "{material} , {material2} and {material3}",
-        "{material} , {material2} , {material3} and {material4}",
+        "{thing3}",
+        "{thing3} {thing4}",
+        "{thing3} and {thing4}",
+        "{thing3} , {thing4} and {thing5}",
+        "{thing3} , {thing4} , {thing5} and {thing6}",
     ),
     (
         "",
-        "{material}",
-        "{material} {material2}",
-        "{material} or {material2}",
-        "{material} , {material2} or {material3}",
-        "{material} , {material2} , {material3} or {material4}",
+        "{thing3}",
+        "{thing3} {thing4}",
+        "{thing3} or {thing4}",
+        "{thing3} , {thing4} or {thing5}",
+        "{thing3} , {thing4} , {thing5} or {thing6}",
     ),
 )
