@@ -123,7 +123,7 @@ def test_out_of_memory_means_smaller_batches(decoder: Loaded, monkeypatch: pytes
     wanted = measure(decoder, pieces, standard())
     monkeypatch.setattr(profiling, "_measure_batch", small)
     found = measure(decoder, pieces, standard())
-    assert found.notes[0] == f"Not enough memory for {len(pieces)} texts at once: smaller batches were used."
+    assert found.notes == ["Not enough memory for whole batches of texts: smaller ones were used."]
     torch.testing.assert_close(found.sums.value("entropy"), wanted.sums.value("entropy"), atol=1e-6, rtol=1e-6)
 
 
@@ -345,6 +345,8 @@ def test_files_that_are_no_atlas(atlas: HeadAtlas, tmp_path: Path) -> None:
         (b"headscope.atlas", b"{", "is damaged"),
         (b"headscope.sums", b"\x00\x01", "is damaged"),
         (b"headscope.atlas", json.dumps({"format": 3}).encode(), "is not a whole atlas"),
+        (b"headscope.atlas", json.dumps([told]).encode(), "is not a whole atlas"),
+        (b"headscope.atlas", json.dumps(told | {"info": {"columns": {}}}).encode(), "is not a whole atlas: 'model'"),
     ):
         pyarrow.parquet.write_table(table.replace_schema_metadata(held | {name: value}), other)
         with pytest.raises(AtlasError, match=match):
@@ -668,7 +670,7 @@ def test_too_few_texts_give_no_roles_and_it_is_said(decoder: Loaded, monkeypatch
 
 def test_texts_of_which_only_the_beginning_is_read_are_said(decoder: Loaded) -> None:
     plan = replace(PLAN, repeats=0, worth=0)
-    told = "Of longer texts only the beginning was read, 1 times 24 tokens at most; --pieces 0 reads all."
+    told = "Of longer texts only the beginning was read, 24 tokens at most; --pieces 0 reads all."
     assert told in profile(decoder, documents(), plan=plan).measured.notes
     assert told not in profile(decoder, documents(), plan=replace(plan, pieces=0)).measured.notes
 

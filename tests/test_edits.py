@@ -162,6 +162,7 @@ def test_the_model_is_as_before_after_the_block() -> None:
     ("change", "text"),
     [
         (ablate(17, 0), r"layers=\(17,\).*changed nothing"),
+        (ablate([0, 99], 0), r"names the layer 99, and no attention call had it"),
         (ablate(0, 41), "has 6 heads, counted from 0; there is no head 41"),
         (knock_out(500, 2), "changed nothing"),
     ],
@@ -196,6 +197,10 @@ def test_positions_are_checked() -> None:
         ablate(0, -3)
     with pytest.raises(EditError, match="query is"):
         knock_out([], 3)
+    with pytest.raises(EditError, match="head is True"):
+        ablate(0, True)
+    with pytest.raises(ValueError, match="a layer is True"):
+        ablate(True, 0)
 
 
 def test_mean_ablation_writes_the_mean_at_every_position() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from headscope.roles import Evidence, find_roles
 from headscope.statistics import cluster_bootstrap
 
 __all__ = ["HeadAtlas", "Worth"]
+
+_PLANNED = {"length": "lengths of pieces", "period": "periods of repeats", "worth_tokens": "lengths of texts for worth"}
 
 
 @dataclass(eq=False)
@@ -51,6 +53,12 @@ class Worth:
         self.clean = torch.cat([self.clean, other.clean])
         self.documents = self.documents + other.documents
         self.unit = other.unit
+
+    def without(self, documents: Sequence[str]) -> Worth:
+        """The worth on all other texts."""
+        kept = [i for i, name in enumerate(self.documents) if name not in documents]
+        values = {method: value[kept] for method, value in self.values.items()}
+        return Worth(values, self.clean[kept], [self.documents[i] for i in kept], self.unit)
 
     def sorted(self) -> Worth:
         """The same in the order of the documents, so that it does not matter who finished first."""
@@ -219,7 +227,12 @@ class HeadAtlas:
             relations = RelationCounts.from_tensors(_under(tensors, "relations/"), data["relations"])
             told = data["worth"]
             worth = Worth(_under(tensors, "worth/"), tensors["worth_clean"], list(told["documents"]), told["unit"])
-            return cls(data["info"], measured, relations, worth)
+            info = data["info"]
+            for name in ("model", "columns", "plan", "texts", "documents", "examples", "versions"):
+                _ = info[name]
+            for name in ("name", "type", "weights", "heads", "causal"):
+                _ = info["model"][name]
+            return cls(info, measured, relations, worth)
         except (KeyError, TypeError, ValueError) as error:
             raise AtlasError(f"{where} is not a whole atlas: {error}. Make it again with headscope heads.") from error
 
@@ -239,32 +252,47 @@ class HeadAtlas:
     def merge(self, other: HeadAtlas) -> HeadAtlas:
         """The atlas of both corpora together; neither is changed.
 
+        Collections of sentences and random tokens that both read count once, and so do texts if both read the same.
+
         Raises:
-            AtlasError: Another model, other definitions, or a document that both have: it would count twice.
-                Collections of sentences and random tokens that both read count once.
+            AtlasError: Another model, other definitions, pieces of another length; or a document that both have while
+                others differ: it would count twice.
         """
         for name, ours, theirs in (
             ("types", self.info["model"]["type"], other.info["model"]["type"]),
             ("weights", self.info["model"]["weights"], other.info["model"]["weights"]),
             ("definitions", self.info["columns"], other.info["columns"]),
+            *((_PLANNED[name], self.info["plan"][name], other.info["plan"][name]) for name in _PLANNED),
         ):
             if ours != theirs:
                 raise AtlasError(f"two atlases of different {name} cannot be merged: {self.name} and {other.name}.")
         ours, known = self.info["texts"], set(self.info["texts"].values())
         both = sorted(name for name, text in other.info["texts"].items() if name in ours or text in known)
-        if both:
+        same = ours == other.info["texts"] and self.info["documents"] == other.info["documents"]
+        if both and not same:
             raise AtlasError(f"both atlases hold {both[0]!r} and {len(both) - 1} more: they would be counted twice.")
         merged = HeadAtlas(self.info)
         merged.measured.merge(self.measured)
-        merged.measured.merge(self._new_in(other))
+        if same:
+            merged.measured.notes += [note for note in other.measured.notes if note not in merged.measured.notes]
+        else:
+            merged.measured.merge(self._new_in(other))
         merged.relations.merge(self.relations)
         merged.relations.merge(self._new_relations(other))
         for part in (self, other):
-            merged.worth.merge(part.worth)
+            merged.worth.merge(part.worth.without(merged.worth.documents))
         for name in ("documents", "examples", "texts"):
             merged.info[name] = self.info[name] | other.info[name]
+        merged.info["merged"] = [*self._sources(), *other._sources()]
         merged.worth = merged.worth.sorted()
         return merged
+
+    def _sources(self) -> list[dict[str, Any]]:
+        """The plans and the versions behind this atlas: one, or those of all that were merged."""
+        found: list[dict[str, Any]] = self.info.get("merged") or [
+            {name: self.info[name] for name in ("plan", "versions")}
+        ]
+        return found
 
     def _new_in(self, other: HeadAtlas) -> Measured:
         """What another atlas measured that this one did not: repeated random tokens that both read count once."""

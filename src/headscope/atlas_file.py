@@ -98,8 +98,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise AtlasError(f"{path} is damaged: {error}") from None
 
 
-def check_format(data: Mapping[str, Any], where: object) -> None:
-    """Raises AtlasError when another version wrote this."""
+def check_format(data: object, where: object) -> None:
+    """Raises AtlasError when another version wrote this, or something else did."""
+    if not isinstance(data, Mapping):
+        raise AtlasError(f"{where} is not a whole atlas: its description is no JSON object.")
     if data.get("format") != FORMAT:
         raise AtlasError(
             f"{where} is an atlas of format {data.get('format')!r}; this version reads format {FORMAT}. "

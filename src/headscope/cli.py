@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from headscope.files import check_writable
 from headscope.forbid_command import add_forbid
 from headscope.heads_command import add_heads
 from headscope.links import View, ask, head_of, run
+from headscope.pipe import is_piped, read_pipe
 from headscope.recording import Recording
 from headscope.tokens import Tokens, tokenize
 from headscope.words import label
@@ -98,6 +98,7 @@ def _reported() -> Iterator[None]:
     """An error that is expected becomes one message and exit code 1; Ctrl-C becomes 130."""
     try:
         yield
+        sys.stdout.flush()  # a disk that is full says so here, and not when Python ends
     except (HeadscopeError, ValueError) as error:
         terminal.print_error(str(error))
         raise typer.Exit(1) from None
@@ -109,6 +110,11 @@ def _reported() -> Iterator[None]:
     except BrokenPipeError:  # the reader of our output has gone, as in: headscope see | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from None
+    except OSError as error:
+        terminal.print_error(f"{error.filename or 'The output'}: {error.strerror or error}.")
+        if error.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         terminal.print_line("Stopped.", error=True)
         raise typer.Exit(130) from None
@@ -212,21 +218,9 @@ def _text(text: str | None, file: Path | None) -> str:
             raise TextError(f"{file} is not UTF-8 text: byte {error.start} cannot be read. Save it as UTF-8.") from None
         except OSError as error:
             raise TextError(f"Cannot read {file}: {error.strerror}.") from None
-    if text == "-" or (text is None and _is_piped()):
-        try:
-            return sys.stdin.buffer.read().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise TextError(f"What came through the pipe is not UTF-8 text: byte {error.start}.") from None
+    if text == "-" or (text is None and is_piped()):
+        return read_pipe()
     return DEFAULT_TEXT if text is None else text
-
-
-def _is_piped() -> bool:
-    """Whether another program or a file feeds this one; a terminal or the null device does not."""
-    try:
-        mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (OSError, ValueError, AttributeError):
-        return False
-    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
 def _check_outputs(figure: Path | None, save: Path | None) -> None:

@@ -148,7 +148,7 @@ def documents_of(paths: Sequence[Path], *, text: str | None = None) -> list[Docu
 def _reader(path: Path) -> Callable[[], str]:
     def read() -> str:
         try:
-            return _checked(str(path), path.read_text("utf-8"))
+            return _checked(str(path), path.read_text("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise TextError(f"{path} is not UTF-8: byte {error.start} does not fit. Convert the file first.") from None
         except OSError as error:
@@ -160,6 +160,10 @@ def _reader(path: Path) -> Callable[[], str]:
 def _checked(name: str, text: str) -> str:
     if not text or text.isspace():
         raise TextError(f"{name} holds no text. Give a text with words in it, or leave it out.")
+    return _encodable(name, text)
+
+
+def _encodable(name: str, text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -251,7 +255,7 @@ def cut(loaded: Loaded, document: Document, half: int, *, length: int = 512, mos
     Raises:
         TextError: Fewer tokens fit than the model's special tokens need; or the text cannot be read.
     """
-    text = document.read()
+    text = _encodable(document.name, document.read())
     before, after = _around(loaded)
     room = min(length, loaded.context or length) - len(before) - len(after)
     if room < 2:

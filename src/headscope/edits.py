@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from operator import index as as_index
 
 import torch
 from torch import Tensor, nn
@@ -249,6 +250,7 @@ def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
                 f"edit() got {type(given).__name__}; wanted edits: ablate(…), knock_out(…), patch(…), freeze(…)."
             )
     used: set[int] = set()
+    seen: set[tuple[int, int | str]] = set()  # which edit's layers there were
     forwards: list[Forward] = []
     tracker = Tracker()
     order = sorted(range(len(edits)), key=lambda number: _turn(edits[number]))
@@ -258,6 +260,7 @@ def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
         for number in order:
             given = edits[number]
             if given.applies(forward.number, call):
+                seen.update((number, layer) for layer in (forward.number, call.name))
                 edited = given.at(forward.number).apply(call, place)
                 if edited is not call:
                     used.add(number)
@@ -272,6 +275,10 @@ def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
             f"{unused[0]} changed nothing: no attention call had such a layer, query or key. Layers count from 0 "
             "in the order of calls, or are module names as record() lists them; positions count from 0 in the text."
         )
+    for number, given in enumerate(edits):
+        missing = [layer for layer in given.layers or () if (number, layer) not in seen]
+        if missing and forwards:
+            raise EditError(f"{given} names the layer {missing[0]!r}, and no attention call had it.")
 
 
 def _turn(given: Edit) -> int:
@@ -362,7 +369,11 @@ def _refuse_dropout(edit: Edit, call: AttentionCall) -> None:
 
 
 def _positions(name: str, given: int | Iterable[int]) -> tuple[int, ...]:
-    found = (given,) if isinstance(given, int) else tuple(int(i) for i in given)
-    if not found or min(found) < 0:
+    items = tuple(given) if isinstance(given, Iterable) else (given,)
+    try:
+        found = tuple(as_index(item) for item in items)
+    except TypeError:
+        found = ()
+    if not found or min(found) < 0 or any(isinstance(item, bool) for item in items):
         raise EditError(f"{name} is {given!r}: wanted positions counted from 0.")
     return found

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from importlib import resources
 from itertools import islice
@@ -19,13 +18,17 @@ from headscope import corpus, models, terminal, terminal_heads
 from headscope.atlas import HeadAtlas
 from headscope.errors import AtlasError, HeadscopeError, TextError, TreebankError
 from headscope.files import check_writable
+from headscope.measures import standard
+from headscope.pipe import read_pipe
+from headscope.profiling import columns_of
 from headscope.relations import Example
-from headscope.survey import Plan, profile
+from headscope.survey import Plan, head_counts, profile, weights_hash
 from headscope.training.processes import processes, rank
 
 __all__ = ["add_heads"]
 
 Reported = Callable[[], AbstractContextManager[None]]
+_DEFAULT, _BY = "smollm2", "roles"
 
 _HEADS = """Profile every head of a model: what it does, with evidence, and what it is worth.
 
@@ -49,7 +52,12 @@ A run with --out that was stopped goes on where it was when you give the same co
 """
 
 Model = Annotated[
-    str, typer.Option("--model", metavar="NAME", help="smollm2, minilm, a folder, a .gguf file or a hub name.")
+    str,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        help="smollm2, minilm, a folder, a .gguf file or a hub name; of --atlas, where it is now.",
+    ),
 ]
 TextOption = Annotated[
     list[Path] | None,
@@ -83,14 +91,14 @@ def add_heads(app: typer.Typer, reported: Reported, fetch: Callable[[str], None]
 
     @app.command(name="heads", help=_HEADS)
     def heads(
-        model: Model = "smollm2",
+        model: Model = _DEFAULT,
         text: TextOption = None,
         treebank: Treebank = None,
         out: Out = None,
         atlas: AtlasOption = None,
         head: HeadOption = None,
         figure: Figure = None,
-        by: By = "roles",
+        by: By = _BY,
         worth: Worth = True,
         length: Length = 512,
         pieces: Pieces = 1,
@@ -98,23 +106,18 @@ def add_heads(app: typer.Typer, reported: Reported, fetch: Callable[[str], None]
         again: Again = False,
     ) -> None:
         with reported():
-            if figure is not None:
-                from headscope import figures
-
-                figures.check_extension(figure)
-            for path in (out, figure):
-                if path is not None:
-                    check_writable(path)
+            _check(out, atlas, head, figure, by)
             asked = {"--text": text, "--treebank": treebank, "--out": out, "--again": again, "--no-worth": not worth}
             asked |= {"--length": length != Plan.length, "--pieces": pieces != Plan.pieces}
             found = _held(model, atlas, [option for option, given in asked.items() if given])
             if found is None:
                 fetch(model)
-                found = _measure(model, text or [], treebank or [], out, worth=worth, length=length, pieces=pieces)
+                plan = Plan(length=length, pieces=pieces, worth=Plan.worth if worth else 0)
+                found = _measure(model, text or [], treebank or [], out, plan, head)
             if rank():
                 return
             if head is not None:
-                _one_head(found, head)
+                _one_head(found, head, found.name if atlas is None or model == _DEFAULT else model)
             else:
                 terminal_heads.print_atlas(found, all_heads=all_heads)
             if figure is not None:
@@ -122,6 +125,46 @@ def add_heads(app: typer.Typer, reported: Reported, fetch: Callable[[str], None]
 
                 atlas_figures.draw(found, figure, by=by)
                 terminal.print_line(f"Figure: {figure}")
+
+
+def _check(out: Path | None, atlas: Path | None, head: str | None, figure: Path | None, by: str) -> None:
+    """Say what cannot be before anything is measured."""
+    if head is not None:
+        _place(head)
+    if figure is None and by != _BY:
+        raise AtlasError(f"--by {by} says what a figure shall show: give --figure FILE, too.")
+    if figure is not None:
+        from headscope import figures
+
+        figures.check_extension(figure)
+        if atlas is None and not by.startswith("relation:") and by not in (known := _drawn()):
+            raise AtlasError(f"There is no measure {by!r} to draw. There are: {', '.join(known)}, relation:NAME.")
+    for path in (out, figure):
+        if path is not None:
+            check_writable(path)
+
+
+def _drawn() -> tuple[str, ...]:
+    """What `--by` can be for an atlas that is still to be measured."""
+    columns = (column.name for column in columns_of(standard()))
+    return _BY, "worth", *columns, "ablation_zero", "ablation_mean", "gradient"
+
+
+def _place(head: str) -> tuple[int, int]:
+    """The layer and the head of "13.8"."""
+    match = re.fullmatch(r"(\d+)\.(\d+)", head.strip())
+    if match is None:
+        raise AtlasError(f"{head!r} is not a head. Write layer.head, both counted from 0: 13.8")
+    return int(match[1]), int(match[2])
+
+
+def _check_head(head: str, heads: Sequence[int], name: str) -> None:
+    layer, number = _place(head)
+    if layer >= len(heads) or number >= heads[layer]:
+        raise AtlasError(
+            f"There is no head {head}: {name} has {len(heads)} layers with up to {max(heads)} heads, "
+            "both counted from 0."
+        )
 
 
 def _held(model: str, given: Path | None, asked: list[str]) -> HeadAtlas | None:
@@ -142,7 +185,7 @@ def _held(model: str, given: Path | None, asked: list[str]) -> HeadAtlas | None:
 
 
 def _measure(
-    model: str, texts: list[Path], treebanks: list[Path], out: Path | None, *, worth: bool, length: int, pieces: int
+    model: str, texts: list[Path], treebanks: list[Path], out: Path | None, plan: Plan, head: str | None
 ) -> HeadAtlas:
     """Profile the model; with several processes each does its share."""
     from headscope.relations.treebank import read_conllu
@@ -151,16 +194,18 @@ def _measure(
         raise AtlasError(
             f"{processes()} processes cannot read one pipe: put the text into a file, and give --text FILE."
         )
-    piped = sys.stdin.read() if Path("-") in texts else None
+    piped = read_pipe() if Path("-") in texts else None
     files = [path for path in texts if path != Path("-")]
     documents = corpus.documents_of(files, text=piped) if texts else None
     corpus.check_different(documents or [])  # what cannot be used is said before the work
     examples = _frames() | {str(path): read_conllu(path) for path in treebanks}
     loaded = models.load(model)
-    plan = Plan(length=length, pieces=pieces, worth=Plan.worth if worth else 0)
+    if head is not None:
+        _check_head(head, head_counts(loaded), loaded.name)
     parts = None if out is None else out.with_name(out.name + ".parts")
-    if parts is not None:
-        (parts / f"done-{rank()}").unlink(missing_ok=True)
+    if parts is not None:  # those of a run that was killed say nothing of this one
+        for path in parts.glob("done-*" if rank() == 0 else f"done-{rank()}"):
+            path.unlink(missing_ok=True)
     with terminal.running("measuring heads", shown=rank() == 0) as tell:
         found = profile(loaded, documents, examples=examples, plan=plan, parts=parts, on_part=tell)
     if out is not None and parts is not None:
@@ -185,22 +230,19 @@ def _remove(parts: Path, patience: float = 60.0) -> None:
     shutil.rmtree(parts, ignore_errors=True)
 
 
-def _one_head(atlas: HeadAtlas, head: str) -> None:
+def _one_head(atlas: HeadAtlas, head: str, model: str) -> None:
     """All about one head; its examples need the model, and are left out where it is not here."""
-    match = re.fullmatch(r"(\d+)\.(\d+)", head.strip())
-    if match is None:
-        raise AtlasError(f"{head!r} is not a head. Write layer.head, both counted from 0: 13.8")
-    layer, number = int(match[1]), int(match[2])
-    if layer >= len(atlas.heads) or number >= atlas.heads[layer]:
-        raise AtlasError(
-            f"There is no head {head}: {atlas.name} has {len(atlas.heads)} layers with up to {max(atlas.heads)} heads, "
-            "both counted from 0."
-        )
+    _check_head(head, atlas.heads, atlas.name)
+    layer, number = _place(head)
     terminal_heads.print_head(atlas, layer, number)
     try:
-        loaded = models.load(atlas.name)
+        loaded = models.load(model)
     except HeadscopeError as error:
         terminal.print_line(f"Its examples in words need the model: {error}", error=True)
+        return
+    if weights_hash(loaded.model) != atlas.info["model"]["weights"]:
+        told = f"Its examples in words are left out: {model} has other weights than the atlas was made of."
+        terminal.print_line(told, error=True)
         return
     _examples(atlas, loaded, layer, number)
 

@@ -53,14 +53,20 @@ class Parts:
 
     def _claim(self, folder: Path, told: Mapping[str, Any]) -> None:
         """Make the folder, or see that it is this work's."""
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AtlasError(f"Cannot make the folder {folder} for finished parts: {error.strerror}.") from None
         work = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
         mine = json.dumps({"format": FORMAT, "work": work}, sort_keys=True)
         path = folder / "work.json"
         if not path.exists():
             scratch = folder / f".work-{self.rank}-{os.getpid()}"
-            scratch.write_text(mine, "utf-8")
-            os.replace(scratch, path)
+            try:
+                scratch.write_text(mine, "utf-8")
+                os.replace(scratch, path)
+            except OSError as error:
+                raise AtlasError(f"Cannot write {path}: {error.strerror}.") from None
         if path.read_text("utf-8") != mine:
             raise AtlasError(
                 f"{folder} holds the finished parts of other work (another model, text, plan or version). "
@@ -113,8 +119,13 @@ class Parts:
         tensors, data = part.to_parts()
         tensors |= {f"outputs/{key}": value for key, value in part.measured.outputs.items()}
         scratch = self._path(name).with_suffix(f".{self.rank}-{os.getpid()}.tmp")
-        save_file(tensors, scratch, metadata={"headscope": json.dumps(data)})
-        os.replace(scratch, self._path(name))
+        try:
+            save_file(tensors, scratch, metadata={"headscope": json.dumps(data)})
+            os.replace(scratch, self._path(name))
+        except (OSError, safetensors.SafetensorError) as error:
+            scratch.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or error
+            raise AtlasError(f"Cannot write {self._path(name)}: {reason}. Finished parts stay.") from None
 
     def _load(self, name: str) -> HeadAtlas | None:
         path = self._path(name)

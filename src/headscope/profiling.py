@@ -105,7 +105,8 @@ def measure(
             half = len(batch.pieces) // 2
             smaller = [p for part in (batch.pieces[:half], batch.pieces[half:]) for p in batches(part, tokens=1 << 62)]
             work = smaller + work
-            done.notes.append(f"Not enough memory for {len(batch.pieces)} texts at once: smaller batches were used.")
+            told = "Not enough memory for whole batches of texts: smaller ones were used."
+            done.notes += [told] if told not in done.notes else []
             continue
         done.merge(part)
         finished += 1

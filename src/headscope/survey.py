@@ -31,7 +31,7 @@ from headscope.seam import AttentionCall
 from headscope.statistics import fewest_clusters
 from headscope.training.processes import processes
 
-__all__ = ["Plan", "profile", "weights_hash"]
+__all__ = ["Plan", "head_counts", "profile", "weights_hash"]
 
 _DOCUMENTS, _EXAMPLES = 4, 200  # of texts and sentences in one part
 
@@ -103,13 +103,15 @@ class _Survey:
             if not found:
                 part.measured.notes.append(f"{document.name} has fewer than two tokens: left out.")
                 continue
+            length = min(self.plan.length, self.loaded.context or self.plan.length)
             if len(found) > 1 < most:
-                told = f"Texts longer than {self.plan.length} tokens are read in pieces, each after a start token."
+                told = f"Texts longer than {length} tokens are read in pieces, each after a start token."
                 part.measured.notes.append(told)
             if len(found) > most:
                 found = found[:most]
-                told = f"Of longer texts only the beginning was read, {most} times {self.plan.length} tokens at most; "
-                part.measured.notes.append(told + "--pieces 0 reads all.")
+                pieces_read = f"{length} tokens" if most == 1 else f"{most} times {length} tokens"
+                told = f"Of longer texts only the beginning was read, {pieces_read} at most; --pieces 0 reads all."
+                part.measured.notes.append(told)
             pieces += found
             part.info["documents"][document.name] = half
             part.info["texts"][document.name] = corpus.digest(document)
@@ -191,7 +193,7 @@ def profile(
     collections = _collections(chosen)
     plan = plan or Plan()
     taken = tuple(measures) if measures is not None else standard()
-    survey = _Survey(loaded, given, chosen, taken, plan, {}, _head_counts(loaded))
+    survey = _Survey(loaded, given, chosen, taken, plan, {}, head_counts(loaded))
     survey.info = _info(survey)
     told = {"info": survey.info, "documents": [d.name for d in given], "examples": collections}
     works = Parts(parts, told, given, on_part)
@@ -296,8 +298,8 @@ def _means(parts: Sequence[HeadAtlas]) -> Tensor | None:
     return (total / count.clamp(min=1)).float()
 
 
-def _head_counts(loaded: Loaded) -> tuple[int, ...]:
-    """Heads of each attention site, found by running one token pair."""
+def head_counts(loaded: Loaded) -> tuple[int, ...]:
+    """Heads of each attention site, found by running two tokens."""
     entry, options = reader(loaded.model)
     found: list[int] = []
 

@@ -32,9 +32,16 @@ __all__ = [
     "print_stages",
     "print_view",
     "running",
+    "width",
 ]
 
 _WIDEST = 110
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Its reader has gone, as in ``headscope heads | head``: said to the command, which ends without a word."""
+        raise BrokenPipeError
 
 
 def _console(file: Any = None) -> Console:
@@ -42,7 +49,12 @@ def _console(file: Any = None) -> Console:
     if hasattr(file, "reconfigure"):
         file.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     console = Console(file=file, highlight=False, soft_wrap=False)
-    return Console(file=file, highlight=False, width=min(console.width, _WIDEST))
+    return _Console(file=file, highlight=False, width=min(console.width, _WIDEST))
+
+
+def width() -> int:
+    """How wide what is printed may be."""
+    return _console().width
 
 
 def print_renderable(what: Any) -> None:

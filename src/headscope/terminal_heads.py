@@ -13,12 +13,14 @@ from rich.text import Text
 from headscope.atlas import HeadAtlas
 from headscope.examples import PairLook, TokenLook
 from headscope.roles import ROLES, Evidence
-from headscope.terminal import print_renderable
+from headscope.terminal import print_renderable, width
 
 __all__ = ["print_atlas", "print_examples", "print_head", "print_pairs"]
 
 _TITLES = {"ablation_zero": "without it", "ablation_mean": "its mean", "gradient": "gradient"}
 _MOST = 3  # heads shown for a role
+_EVIDENCE = ("head", "picked", "score, 95 %", "null", "p", "examples")
+_NARROW = 70  # columns, below which what a head was picked by is left out
 _GUESSES = (
     ("reference", "what “it” stands for", "coreference"),
     ("cause", "what a consequence follows from", "cause"),
@@ -38,9 +40,9 @@ def print_atlas(atlas: HeadAtlas, *, all_heads: bool = False) -> None:
     print_renderable(
         Text(
             "Heads are picked on one half of the texts and scored on the other (score, with its 95 % interval). null: "
-            "a head that looks evenly at all it may see; for words, the best fixed distance, or what other words look "
-            "at. A role says where a head looks, not what it is worth. ←: asked the other way round, from the verb to "
-            "its subject, say.",
+            "a head that looks evenly at all it may see; for words, the most that luck reaches: a fixed distance, a "
+            "word that others look at, too, any word of the right class. A role says where a head looks, not what it "
+            "is worth. ←: asked the other way round, from the verb to its subject, say.",
             style="dim",
         )
     )
@@ -63,17 +65,18 @@ def _heading(atlas: HeadAtlas, roles: Sequence[Evidence]) -> Text:
 
 def _roles_table(roles: Sequence[Evidence], all_heads: bool) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("role", style="bold", no_wrap=True)
-    for name in ("head", "picked", "score, 95 %", "null", "p", "examples"):
+    table.add_column("role", style="bold", min_width=9, overflow="fold")
+    shown = [name for name in _EVIDENCE if width() >= _NARROW or name != "picked"]
+    for name in shown:
         table.add_column(name, no_wrap=True, justify="right")
     for role in dict.fromkeys(row.role for row in roles):
         rows = [row for row in roles if row.role == role]
         for number, row in enumerate(rows if all_heads else rows[:_MOST]):
-            table.add_row(Text(_short(role) if number == 0 else ""), *_evidence_cells(row))
+            table.add_row(Text(_short(role) if number == 0 else ""), *(_evidence_cells(row)[name] for name in shown))
         if len(rows) > _MOST and not all_heads:
-            table.add_row("", Text(f"+{len(rows) - _MOST}", style="dim"), "", "", "", "", "")
+            table.add_row("", Text(f"+{len(rows) - _MOST}", style="dim"))
     if not roles:
-        table.add_row("(no head has a role)", *[""] * 6)
+        table.add_row("(no head has a role)")
     return table
 
 
@@ -81,15 +84,15 @@ def _short(role: str) -> str:
     return role.removesuffix(" (reverse)") + " ←" if role.endswith(" (reverse)") else role
 
 
-def _evidence_cells(row: Evidence) -> list[Any]:
-    return [
-        Text(f"{row.layer}.{row.head}", style="cyan"),
-        f"{row.picked:.0%}",
-        Text.assemble((f"{row.score:.0%}", "bold"), f" {row.low * 100:3.0f}–{row.high * 100:<3.0f}"),
-        f"{row.null:.0%}",
-        "" if math.isnan(row.p) else f"{row.p:.0e}",
-        f"{row.examples}",
-    ]
+def _evidence_cells(row: Evidence) -> dict[str, Any]:
+    return {
+        "head": Text(f"{row.layer}.{row.head}", style="cyan"),
+        "picked": f"{row.picked:.0%}",
+        "score, 95 %": Text.assemble((f"{row.score:.0%}", "bold"), f" {row.low * 100:3.0f}–{row.high * 100:<3.0f}"),
+        "null": f"{row.null:.0%}",
+        "p": "" if math.isnan(row.p) else f"{row.p:.0e}",
+        "examples": f"{row.examples}",
+    }
 
 
 def _worth(atlas: HeadAtlas, roles: Sequence[Evidence], most: int = 8) -> Any:
@@ -104,8 +107,8 @@ def _worth(atlas: HeadAtlas, roles: Sequence[Evidence], most: int = 8) -> Any:
     for name in shown:
         table.add_column(_TITLES[name], justify="right", no_wrap=True)
         if name == "ablation_zero":
-            table.add_column("95 %", justify="right", no_wrap=True)
-    table.add_column("roles")
+            table.add_column("95 %", justify="right", min_width=8)
+    table.add_column("roles", min_width=9, overflow="fold")
     for index in order[:most]:
         layer, head = divmod(index, zero.shape[1])
         mine = [_short(row.role) for row in roles if (row.layer, row.head) == (layer, head)]
@@ -119,7 +122,10 @@ def _worth(atlas: HeadAtlas, roles: Sequence[Evidence], most: int = 8) -> Any:
         cells.insert(1, f"{number('ablation_zero_low')} … {number('ablation_zero_high')}")
         table.add_row(f"{layer}.{head}", *cells, named or Text("none", style="dim"))
     agreement = atlas.agreement()
-    told = f"What the model loses, in {atlas.worth.unit}, without the head, or with its mean output instead of its own."
+    told = (
+        f"What the model loses, in {atlas.worth.unit}, without the head, or with its mean output instead of its own; "
+        f"on the first {atlas.info['plan']['worth_tokens']} tokens of {len(atlas.worth.documents)} texts."
+    )
     if not math.isnan(agreement):
         told += f" Rank correlation of its size with the gradient over all heads: {agreement:.2f}."
     table.caption, table.caption_justify = told, "left"
@@ -143,11 +149,12 @@ def _guesses(atlas: HeadAtlas) -> Text:
                 f"picked on (null: {best.null:.0%}){several}."
             )
         else:
-            best_row = max(rows, key=lambda row: row.accuracy)
-            fixed = " the pairs stand at too fixed a distance;" if best_row.too_fixed else ""
+            row = max(rows, key=lambda row: row.accuracy - row.null)
+            fixed = " the pairs stand at too fixed a distance;" if row.too_fixed else ""
+            way = " (asked the other way round)" if row.direction != row.relation else ""
             told = (
-                f"not found:{fixed} the best head, {best_row.layer}.{best_row.head}, is right in "
-                f"{best_row.accuracy:.0%} of pairs, a fixed distance in {best_row.baseline:.0%}."
+                f"not found:{fixed} the nearest to it, {row.layer}.{row.head}, is right in {row.accuracy:.0%} of "
+                f"{row.pairs} pairs{way} (null: {row.null:.0%}, p = {row.p_holm:.1g})."
             )
         text.append(f"  {name} ({about}): ", style="not bold bold").append(told + "\n", style="not bold")
     return text
@@ -163,7 +170,7 @@ def print_head(atlas: HeadAtlas, layer: int, head: int) -> None:
     table.add_column("measure", no_wrap=True, width=20)
     for name in ("value", "null", "rank"):
         table.add_column(name, justify="right", no_wrap=True, width=7)
-    table.add_column("what it is", no_wrap=True, overflow="ellipsis", ratio=1)
+    table.add_column("what it is", ratio=1, overflow="fold")
     mine = [row for row in atlas.relation_scores() if (row.layer, row.head) == (layer, head)]
     fixed = {f"relation:{row.direction}": row.null for row in mine}
     for name, values in atlas.columns().items():

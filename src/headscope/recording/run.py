@@ -20,10 +20,14 @@ Layers = int | str | Iterable[int | str] | None
 
 
 def layers_of(layers: Layers) -> tuple[int | str, ...] | None:
-    """One or several sites as a tuple; None for all."""
-    if layers is None or isinstance(layers, (int, str)):
-        return None if layers is None else (layers,)
-    return tuple(layers)
+    """One or several sites as a tuple; None for all. Raises ValueError for what is no number and no name."""
+    if layers is None:
+        return None
+    found = (layers,) if isinstance(layers, (int, str)) or not isinstance(layers, Iterable) else tuple(layers)
+    wrong = [layer for layer in found if isinstance(layer, bool) or not isinstance(layer, (int, str))]
+    if wrong:
+        raise ValueError(f"a layer is {wrong[0]!r}: wanted its number, counted from 0, or its module's name.")
+    return found
 
 
 @dataclass(frozen=True)

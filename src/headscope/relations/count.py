@@ -150,7 +150,7 @@ def count_relations(
             work[:0] = [asked[: len(asked) // 2], asked[len(asked) // 2 :]]
             done += len(batch) - len(asked)
             if on_note is not None:
-                on_note(f"Not enough memory for {len(asked)} sentences at once: smaller batches were used.")
+                on_note("Not enough memory for whole batches of sentences: smaller ones were used.")
             continue
         done += len(batch)
         if on_batch is not None:

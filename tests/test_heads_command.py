@@ -1,0 +1,159 @@
+"""The command `headscope heads`: what is said before the work, what is shown, and what cannot be written."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from headscope import cli, heads_command, terminal_heads
+from headscope.atlas import HeadAtlas
+from headscope.errors import AtlasError, TextError
+from headscope.parts import Parts
+from headscope.pipe import read_pipe
+from headscope.survey import Plan, profile
+from tests.options import one_thread  # noqa: F401  (for the whole module)
+from tests.test_atlas import atlas, command, decoder, documents, few, folder, run  # noqa: F401  (fixtures among them)
+
+
+def said(*options: str) -> str:
+    """What the command says when it refuses."""
+    done = CliRunner().invoke(cli.app, ["heads", *options])
+    assert done.exit_code == 1
+    return " ".join(done.stderr.split())
+
+
+def test_what_cannot_be_is_said_before_anything_is_measured(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("this was measured")
+
+    monkeypatch.setattr(heads_command, "profile", never)
+    words = command(folder)[4:]
+    assert "'13' is not a head. Write layer.head" in said(*words, "--head", "13")
+    assert "tiny has 2 layers with up to 6 heads" in said(*words, "--head", "2.0")
+    figure = ["--figure", str(tmp_path / "heads.png")]
+    assert "There is no measure 'entropie' to draw. There are: roles, worth, " in said(
+        *words, *figure, "--by", "entropie"
+    )
+    assert "--by entropy says what a figure shall show: give --figure FILE" in said(*words, "--by", "entropy")
+    (tmp_path / "a.parquet.parts").write_text("")
+    monkeypatch.undo()
+    assert "Cannot make the folder" in said(*words, "--out", str(tmp_path / "a.parquet"))
+
+
+def test_examples_are_of_the_model_that_was_measured(atlas: HeadAtlas, folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    other = HeadAtlas(
+        atlas.info | {"model": atlas.info["model"] | {"weights": "0" * 64}},
+        atlas.measured,
+        atlas.relations,
+        atlas.worth,
+    )
+    path = other.save(tmp_path / "other.parquet")
+    given = ["heads", "--atlas", str(path), "--model", str(folder / "tiny"), "--head", "1.3"]
+    shown = CliRunner().invoke(cli.app, given)
+    assert shown.exit_code == 0
+    assert "has other weights than the atlas was made of" in " ".join(shown.stderr.split())
+    assert "Looks hardest" not in shown.stdout
+
+
+def test_a_disk_that_is_full_is_said(
+    atlas: HeadAtlas,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parts = Parts(tmp_path / "parts", {"work": 1}, [], None)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("headscope.parts.save_file", full)
+    with pytest.raises(AtlasError, match=r"Cannot write .*texts-0.safetensors: No space left on device"):
+        parts.run({"texts-0": lambda: atlas}, 0)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_an_output_that_takes_nothing_is_one_message() -> None:
+    with open("/dev/full", "w", encoding="utf-8") as nowhere:
+        args = [sys.executable, "-m", "headscope", "heads", "--model", "minilm"]
+        done = subprocess.run(args, stdout=nowhere, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "Error: The output: No space left on device."
+
+
+def test_a_reader_that_goes_is_no_error() -> None:
+    line = f"{sys.executable} -m headscope heads --model minilm | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.splitlines()[-1] == "0"
+    assert done.stderr == ""
+
+
+def test_a_pipe_is_utf8_whatever_the_locale(monkeypatch: pytest.MonkeyPatch) -> None:
+    def give(data: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+
+    give("\ufeffgrün".encode())
+    assert read_pipe() == "grün"
+    give("grün".encode("latin-1"))
+    with pytest.raises(TextError, match="not UTF-8 text: byte 2"):
+        read_pipe()
+
+
+def test_a_narrow_terminal_keeps_every_number(atlas: HeadAtlas, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    out = io.StringIO()
+    narrow = Console(file=out, width=60, highlight=False)
+    monkeypatch.setattr(terminal_heads, "print_renderable", narrow.print)
+    monkeypatch.setattr(terminal_heads, "width", lambda: 60)
+    terminal_heads.print_atlas(atlas)
+    shown = out.getvalue()
+    assert "…" not in shown.replace(" … ", "").replace("…\n", "")
+    for row in atlas.roles()[:2]:
+        assert f"{row.layer}.{row.head} " in shown
+    out.seek(out.truncate(0))
+    terminal_heads.print_head(atlas, 1, 3)
+    assert "…" not in out.getvalue()
+
+
+def test_what_is_not_found_is_told_with_its_null(atlas: HeadAtlas, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    out = io.StringIO()
+    monkeypatch.setattr(terminal_heads, "print_renderable", Console(file=out, width=300, highlight=False).print)
+    terminal_heads.print_atlas(atlas)
+    rows = [row for row in atlas.relation_scores() if row.relation == "coreference"]
+    best = max(rows, key=lambda row: row.accuracy - row.null)
+    shown = " ".join(out.getvalue().split())
+    told = f"nearest to it, {best.layer}.{best.head}, is right in {best.accuracy:.0%} of {best.pairs} pairs"
+    assert told in shown
+    assert f"(null: {best.null:.0%}, p = {best.p_holm:.1g})" in shown
+
+
+def test_atlases_of_other_plans_are_not_merged(atlas: HeadAtlas, decoder: object) -> None:  # noqa: F811
+    plan = Plan(length=16, repeats=0, worth=0)
+    other = profile(decoder, documents("owl"), plan=plan)  # type: ignore[arg-type]
+    with pytest.raises(AtlasError, match="of different lengths of pieces cannot be merged"):
+        atlas.merge(other)
+
+
+def test_two_treebanks_on_the_same_texts_merge(decoder: object) -> None:  # noqa: F811
+    plan = Plan(length=24, repeats=4, period=7, worth=2, worth_tokens=9)
+    given = few()["some"]
+    first, second = (
+        profile(decoder, documents(), examples={name: part}, plan=plan)  # type: ignore[arg-type]
+        for name, part in (("one", given[:5]), ("two", given[5:]))
+    )
+    both = first.merge(second)
+    for name, sums in first.measured.sums.values.items():
+        torch.testing.assert_close(both.measured.sums.values[name], sums)
+    assert both.worth.documents == first.worth.documents
+    assert both.relations.examples == first.relations.examples + second.relations.examples
+    assert both.info["merged"] == [{name: part.info[name] for name in ("plan", "versions")} for part in (first, second)]
+    assert len(both.merge(profile(decoder, documents(), examples={}, plan=plan)).info["merged"]) == 3  # type: ignore[arg-type]
