@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from headscope import ablate, edit, knock_out, record
 from headscope.edits import Edit
@@ -463,6 +464,12 @@ def test_models_without_a_next_token_are_refused_by_name() -> None:
         head_effects(bert("BertForMaskedLM"), TEXT, attention_mask=PADDED)
     with pytest.raises(EditError, match=r"it gives \(1, 2\) for one row"):
         head_effects(bert("BertForSequenceClassification"), TEXT)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=12, n_layer=1, n_head=3, n_positions=6)).eval()
+    with pytest.raises(ValueError, match="input_ids has 7 tokens, and GPT2LMHeadModel has 6 positions"):
+        head_effects(gpt2, torch.ones(1, 7, dtype=torch.long))
+    sizes = {"vocab_size": 20, "d_model": 12, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 3}
+    with pytest.raises(EditError, match=r"T5ForConditionalGeneration does not predict .* give model.get_encoder\(\)"):
+        head_effects(T5ForConditionalGeneration(T5Config(**sizes)).eval(), torch.ones(1, 5, dtype=torch.long))
     with pytest.raises(EditError, match="no attention call was seen"):
         head_effects(torch.nn.Embedding(VOCABULARY, 5).eval(), TEXT)
 

@@ -115,7 +115,7 @@ def head_effects(
         >>> effects.values.shape, effects.unit
         (torch.Size([2, 3]), 'nats a token')
     """
-    _check(model, input_ids, attention_mask, method, to)
+    _check(model, input_ids, attention_mask, metric, method, to)
     text = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     pairs = None if heads is None else tuple(heads)
     if pairs is not None and not pairs:
@@ -208,11 +208,20 @@ def _writes(to: Tensor | None) -> Change:
     return zero if to is None else mean
 
 
-def _check(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, method: str, to: Tensor | None) -> None:
+def _check(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    metric: Metric | None,
+    method: str,
+    to: Tensor | None,
+) -> None:
     if method not in ("ablate", "gradient"):
         raise ValueError(f"method is {method!r}: wanted 'ablate' or 'gradient'.")
     if method == "gradient" and to is not None:
         raise ValueError("to= says what an ablated head writes, and method is 'gradient': leave one of them out.")
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(f"input_ids is a {type(input_ids).__name__}: wanted a tensor [B, T], as torch.tensor([ids]).")
     if input_ids.dim() != 2 or not input_ids.numel():
         raise ValueError(f"input_ids is {tuple(input_ids.shape)}: wanted [B, T] with at least one token.")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
@@ -222,6 +231,18 @@ def _check(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, m
         )
     if model.training:
         raise EditError(f"{type(model).__name__} is in training mode, where dropout is noise: call model.eval() first.")
+    config = getattr(model, "config", None)
+    if metric is None and getattr(config, "is_encoder_decoder", False):
+        raise EditError(
+            f"{type(model).__name__} does not predict the next token of what it reads, but writes another text: give "
+            "model.get_encoder(), or metric=function of (logits, input_ids, attention_mask) that gives [B]."
+        )
+    limit = getattr(config, "max_position_embeddings", None)
+    learnt = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
+    if limit in learnt and input_ids.shape[1] > limit:
+        raise ValueError(
+            f"input_ids has {input_ids.shape[1]} tokens, and {type(model).__name__} has {limit} positions: cut them."
+        )
 
 
 def _check_means(to: Tensor | None, sites: Sequence[Site]) -> None:
