@@ -303,7 +303,11 @@ def test_collections_that_can_give_no_role_are_said(decoder: Loaded) -> None:
     notes = found.measured.notes
     told = "small has 11 documents (3 to pick heads, 8 to confirm them): too few for roles that come from it, "
     assert told + "which with 12 heads take 3 and 9." in notes
-    assert not any(note.startswith("large") for note in notes)
+    assert not any(note.startswith("large has") for note in notes)
+    unclassed = "gives no parts of speech: a head with a role from it may look at any word of the right kind."
+    assert f"large {unclassed}" in notes
+    frames = profile(decoder, documents("owl"), examples=few(), plan=plan)
+    assert not any("parts of speech" in note for note in frames.measured.notes)
     assert "long: 1 of 1 sentences are longer than the model reads, and were left out." in notes
     assert found.info["examples"]["large"]["read"] == found.info["examples"]["long"]["too_long"] + 11 == 12
     assert found.relations.examples == 23

@@ -201,7 +201,7 @@ def profile(
     survey.means = _means(first)
     second = works.run(survey.second(), 0)
     atlas = _together([*first, *second], survey.info | {"examples": collections})
-    notes = refused + _too_long(atlas) + _too_few(atlas) + _too_few_clusters(atlas, chosen)
+    notes = refused + _too_long(atlas) + _too_few(atlas) + _too_few_clusters(atlas, chosen) + _without_classes(chosen)
     atlas.measured.notes = list(dict.fromkeys(atlas.measured.notes + notes))
     return atlas
 
@@ -246,6 +246,15 @@ def _too_few_clusters(atlas: HeadAtlas, examples: dict[str, list[Example]]) -> l
                 f"for roles that come from it, which with {len(atlas)} heads take {pick} and {confirm}."
             )
     return notes
+
+
+def _without_classes(examples: dict[str, list[Example]]) -> list[str]:
+    """A note for each collection whose words have no class, so that one cannot be taken for another."""
+    return [
+        f"{name} gives no parts of speech: a head with a role from it may look at any word of the right kind."
+        for name, given in examples.items()
+        if not any(any(example.classes) for example in given)
+    ]
 
 
 def _too_few(atlas: HeadAtlas) -> list[str]:
