@@ -195,7 +195,7 @@ def print_head(atlas: HeadAtlas, layer: int, head: int) -> None:
 
 
 _ABOUT = {
-    "relation": "held-out share of pairs whose right word gets the largest weight",
+    "relation": "held-out pairs it is right in",
     "ablation_zero": "loss without the head minus loss with it",
     "ablation_mean": "loss with the head's mean output instead, minus loss",
     "gradient": "gradient importance, ÷ the layer's norm (arXiv 1905.10650)",
