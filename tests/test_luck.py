@@ -16,6 +16,7 @@ from headscope.relations import (
     count_controls,
     count_hits,
     scores,
+    strongest,
 )
 from headscope.relations.count import questions_of
 from headscope.relations.counts import direction_of
@@ -24,23 +25,70 @@ from headscope.relations.hits import numbered
 from headscope.relations.score import LEAD, LEVEL
 from tests.sentences import CHINESE, ENGLISH, one_a_frame
 
-PLACES = ("nearest before, else after", "nearest after, else before", "nearest", "first", "last")
-FAVOURITES = 5
-WORD_LISTS = ("man", "woman", "people", "thing")  # whose words stand in one class
+FAVOURITES = 3
+PREPOSITIONS = {
+    "near",
+    "with",
+    "by",
+    "behind",
+    "like",
+    "in",
+    "from",
+    "of",
+    "to",
+    "as",
+    "在",
+    "从",
+    "由",
+    "给",
+    "像",
+    "如",
+}
+ELSE = ("nearest before, else after", "nearest after, else before")
+RELATIVES = {"who", "that", "which", "whom"}
+WORD_LISTS = ("man", "woman", "thing")  # whose words stand in one class
+
+
+def placed(query: int, words: list[int]) -> dict[str, int]:
+    """The word that stands at each place, seen from the query."""
+    before, after = [j for j in words if j < query], [j for j in words if j > query]
+    ways = {
+        "first": words[:1],
+        "second": words[1:2],
+        "last but one": words[-2:-1],
+        "last": words[-1:],
+        "nearest": sorted(words, key=lambda j: abs(j - query))[:1],
+        "nearest before": before[-1:],
+        "nearest after": after[:1],
+        "nearest before, else after": before[-1:] or after[:1],
+        "nearest after, else before": after[:1] or before[-1:],
+    }
+    return {way: chosen[0] for way, chosen in ways.items() if chosen}
+
+
+def outside(example: Example, words: list[int]) -> list[int]:
+    """Those that are not behind a preposition, or its determiner and adjectives."""
+    kept = []
+    for j in words:
+        i = j - 1
+        while i >= 0 and example.class_of(i) in ("determiner", "adjective"):
+            i -= 1
+        if i < 0 or example.word(i).lower() not in PREPOSITIONS:
+            kept.append(j)
+    return kept
 
 
 def chosen(example: Example, query: int, words: list[int]) -> dict[str, int]:
     """For each way to choose among words of a class the word that is chosen; nothing if there are none."""
     if not words:
         return {}
-    before, after = [j for j in words if j < query], [j for j in words if j > query]
-    found = {
-        "first": (before + after)[0],
-        "last": (before + after)[-1],
-        "nearest": min(words, key=lambda j: abs(j - query)),
-        "nearest before, else after": (before[-1:] or after)[0],
-        "nearest after, else before": (after[:1] or before[-1:])[0],
-    }
+    found = placed(query, words)
+    main = [j for j in words if j == 0 or example.word(j - 1).lower() not in RELATIVES]
+    for which, kept in (("outside phrases", outside(example, words)), ("not after who", main)):
+        there = placed(query, kept)
+        found |= {f"{way} {which}": there[way] for way in ("first", *ELSE) if way in there}
+    second = example.word(0).lower() in PREPOSITIONS and len(words) > 1
+    found["by the first word"] = words[second]
 
     def first_of(order: int, among: list[int]) -> int:
         """By an order of all words there are: some words are liked more than others, in every sentence."""
@@ -54,16 +102,12 @@ def chosen(example: Example, query: int, words: list[int]) -> dict[str, int]:
 
 
 def kinds_of(example: Example) -> dict[str, list[int]]:
-    """The words of each class, and those that are 'because'; every word; every word but marks."""
-    found: dict[str, list[int]] = {"any": [], "any but marks": [], "because": []}
-    for i in range(len(example.words)):
-        word = example.word(i).lower()
-        found["any"].append(i)
+    """The words of each class, and those that are 'because'; every word."""
+    found: dict[str, list[int]] = {"any": list(range(len(example.words))), "because": []}
+    for i in found["any"]:
         found.setdefault(example.class_of(i), []).append(i)
-        if word == "because":
+        if example.word(i).lower() == "because":
             found["because"].append(i)
-        if word not in (",", ".", "，", "。"):
-            found["any but marks"].append(i)
     return found
 
 
@@ -78,7 +122,8 @@ def ask(counts: RelationCounts, example: Example, word_map: Tensor, *, causal: b
     classes, text = numbered(example)[None], torch.zeros_like(query)
     rows, everyone = word_map[None], torch.arange(words)[None]
     hits = count_hits(rows, query, text, query, gold, here, causal=causal).double()
-    controls = count_controls(rows, everyone, text, query, gold, here, classes, causal=causal).double()
+    looks = strongest(rows, everyone, here, causal=causal)
+    controls = count_controls(looks, everyone, text, query, gold, classes, causal=causal).double()
     blind, contested = count_blind(rows, query, text, query, gold, here, classes, causal=causal)
     for n, asked in enumerate(questions):
         key = (asked.relation, direction_of(asked.relation, asked.reverse), example.half)
@@ -90,11 +135,14 @@ def ask(counts: RelationCounts, example: Example, word_map: Tensor, *, causal: b
 @pytest.mark.parametrize("causal", [True, False], ids=["decoder", "encoder"])
 @pytest.mark.parametrize("examples", [ENGLISH, CHINESE], ids=["English", "Chinese"])
 def test_no_head_has_a_role_for_the_right_class_at_a_place(examples: list[Example], causal: bool) -> None:
-    """Whoever asks, or the words of one class alone: the first, the last, the nearest … word of a class."""
+    """Whoever asks, or the words of one class alone: the first, the last, the nearest … word of a class; the one that
+    comes first in an order of all words, or is of one list; those in main clauses alone, or in no phrase; and the
+    first or the second, as the sentence's first word has it. Judged as if ten heads had been picked.
+    """
     given = one_a_frame(examples)
-    wanted = sorted({kind for e in given for kind in kinds_of(e)} - {"", "any", "any but marks"})
-    askers = ["any", "any but marks", *wanted]
-    ways = list(chosen(given[0], 0, [1]))
+    wanted = sorted({kind for e in given for kind in kinds_of(e)} - {"", "any"})
+    askers = ["any", *wanted]
+    ways = sorted({way for e in given for way in chosen(e, 2, [0, 1, *range(3, len(e.words))])})
     heads = [(asking, gold, way) for asking in askers for gold in wanted for way in ways]
     counts = RelationCounts([len(heads)])
     for example in given:
@@ -109,13 +157,19 @@ def test_no_head_has_a_role_for_the_right_class_at_a_place(examples: list[Exampl
         ask(counts, example, (looks * asks[:, None, None, :, None]).reshape(len(heads), width, width), causal=causal)
     found = scores(counts)
     assert len({row.direction for row in found}) >= (2 if examples is CHINESE else 12)
-    lucky = [row for row in found if is_good(row) and not by_nature(row, heads[row.head][2])]
+    lucky = [row for row in found if is_good(row, 10) and not by_nature(row, heads[row.head][2])]
     assert [(row.direction, heads[row.head], row.accuracy, row.null, row.blind) for row in lucky] == []
 
 
 def by_nature(row: RelationScore, way: str) -> bool:
-    """A noun's own determiner is the nearest one before it, and its noun the next one: that is what the relation is."""
-    return row.relation == "determiner-noun" and way in PLACES and way != "first"
+    """Whether this is what the relation is, or grammar enough to be right in three quarters of an encoder's pairs.
+
+    A noun's own determiner, and its own adjective before it, is the nearest one. The first or nearest main verb, or
+    noun in no phrase, is nearly the grammar itself.
+    """
+    if row.relation == "determiner-noun" or row.direction == "adjective-noun (reverse)":
+        return way.startswith(("nearest", "last", "second"))
+    return row.accuracy <= 0.75 and way.endswith(("not after who", "outside phrases"))
 
 
 def is_good(row: RelationScore, tests: int = 1) -> bool:
@@ -126,7 +180,7 @@ def is_good(row: RelationScore, tests: int = 1) -> bool:
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["decoder", "encoder"])
-def test_a_head_that_is_always_right_has_each_role_among_540(causal: bool) -> None:
+def test_a_head_that_is_always_right_has_each_role_among_50(causal: bool) -> None:
     given = [*ENGLISH, *CHINESE]
     counts = RelationCounts([2])
     for example in given:
@@ -138,7 +192,7 @@ def test_a_head_that_is_always_right_has_each_role_among_540(causal: bool) -> No
     for row in scores(counts):
         right = row.head == row.direction.endswith("(reverse)")
         assert row.accuracy == right
-        assert is_good(row, 540) == right, row
+        assert is_good(row, 50) == right, row
 
 
 def test_one_word_of_a_class_for_another_by_hand() -> None:
@@ -160,20 +214,32 @@ def test_one_word_of_a_class_for_another_by_hand() -> None:
 
 
 def test_others_of_the_class_that_asks_are_the_control_by_hand() -> None:
-    """Words 0 to 4; word 4 asks for word 0. Word 2 is of its class, and looks elsewhere; words 1 and 3 look at 0."""
-    rows = torch.zeros(1, 1, 5, 5)
-    rows[0, 0, 1, 0], rows[0, 0, 2, 1], rows[0, 0, 3, 0] = 0.9, 0.9, 0.9
-    query, gold, text = torch.tensor([4]), torch.tensor([0]), torch.tensor([0])
-    here, everyone = torch.ones(1, 5, dtype=torch.bool), torch.arange(5)[None]
+    """Words 0 to 5; word 5 asks for word 0, as words 2 and 4 do; word 3 looks elsewhere, and word 1 has no choice."""
+    rows = torch.zeros(1, 1, 6, 6)
+    rows[0, 0, 1, 0], rows[0, 0, 2, 0], rows[0, 0, 3, 1], rows[0, 0, 4, 0] = 0.9, 0.9, 0.9, 0.9
+    query, gold, text = torch.tensor([5]), torch.tensor([0]), torch.tensor([0])
+    here, everyone = torch.ones(1, 6, dtype=torch.bool), torch.arange(6)[None]
+    looks = strongest(rows, everyone, here, causal=True)
+    assert looks.tolist() == [[[-2, -2, 0, 1, 0, -1]]]  # word 5 looks at all alike
 
     def control(classes: list[int]) -> float:
-        given = torch.tensor([classes])
-        return float(count_controls(rows, everyone, text, query, gold, here, given, causal=True))
+        return float(count_controls(looks, everyone, text, query, gold, torch.tensor([classes]), causal=True))
 
-    assert control([-1, -1, 1, -1, 1]) == 0  # word 2 alone
-    assert control([-1, 1, 1, -1, 1]) == 0.5
-    assert control([-1, 2, 2, -1, 1]) == pytest.approx(2 / 3)  # nobody else of its class: all
-    assert control([-1] * 5) == pytest.approx(2 / 3)
+    assert control([-1, -1, -1, 1, -1, 1]) == 0  # word 3 alone
+    assert control([-1, -1, 1, 1, -1, 1]) == 0.5
+    assert control([-1, 1, -1, 1, -1, 1]) == 0
+    assert control([-1, 2, 2, -1, -1, 1]) == pytest.approx(2 / 3)  # nobody else of its class: all
+    assert control([-1] * 6) == pytest.approx(2 / 3)
+
+
+def test_a_head_that_looks_back_alone_is_compared_with_what_looks_back() -> None:
+    """Word 0 to 4 in an encoder; all words before word 3 look at it, and those behind it do not."""
+    rows = torch.zeros(1, 1, 5, 5)
+    rows[0, 0, :3, 3], rows[0, 0, 4, 0] = 0.9, 0.9
+    query, gold, text = torch.tensor([0]), torch.tensor([3]), torch.tensor([0])
+    here, everyone = torch.ones(1, 5, dtype=torch.bool), torch.arange(5)[None]
+    looks = strongest(rows, everyone, here, causal=False)
+    assert float(count_controls(looks, everyone, text, query, gold, torch.full((1, 5), -1), causal=False)) == 1
 
 
 def test_among_rivals_a_head_must_be_better_than_blind() -> None:
@@ -191,5 +257,6 @@ def test_among_rivals_a_head_must_be_better_than_blind() -> None:
     assert not led.role  # its lead is too small
     assert half_right.accuracy == half_right.contested_accuracy == half_right.blind == 0.5
     assert not half_right.role
-    assert half_right.p == pytest.approx(0.5)
-    assert (led.null, half_right.null) == (pytest.approx(1 - LEAD / 2), 0.5)
+    assert half_right.p == 1
+    assert led.null == pytest.approx(1 - LEAD / 4)  # in half of the pairs it has no rival
+    assert half_right.null == half_right.lucky == 0.5

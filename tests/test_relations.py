@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from headscope.relations import (
     count_relations,
     reads,
     scores,
+    strongest,
 )
 from headscope.relations.count import questions_of, words_of_tokens
 from headscope.tokens import tokenize
@@ -310,6 +312,11 @@ def made_up(hits: dict[int, list[int]], offsets: dict[int, list[int]], pairs: in
     return counts
 
 
+def bound(score: float) -> float:
+    """The p of cluster_score_test."""
+    return 0.25 / (0.5 * math.erfc(1)) * 0.5 * math.erfc(score / 2**0.5)
+
+
 PICKS, PICK_OFFSETS = [4, 2, 4, 4, 4, 4], [-1, -2, -3, -4, -5, -6]
 
 
@@ -320,12 +327,13 @@ def test_a_head_is_compared_with_the_best_fixed_offset() -> None:
     best = rows[2]
     assert (best.accuracy, best.pairs, best.clusters, best.picked_accuracy) == (1.0, 120, 30, 22 / 24)
     # On the half that picks the offset is -6, the first of equals: differences 4, 2, 4, 4, 4, 0, T = 18 ÷ √68.
-    assert best.picked_p == pytest.approx(0.5 * torch.erfc(torch.tensor(18 / 68**0.5 / 2**0.5).double()).item())
+    assert best.picked_p == pytest.approx(bound(18 / 68**0.5))
     assert (best.baseline, best.baseline_offset) == (11 * 4 / 120, -4)
     assert (best.low, best.high) == (1.0, 1.0)
     # 19 clusters with a difference of 4, 11 with 0: T = 76 ÷ √304
-    assert best.p == pytest.approx(0.5 * torch.erfc(torch.tensor(76 / 304**0.5 / 2**0.5).double()).item())
-    assert best.p_holm == pytest.approx(3 * best.p)
+    assert best.p == pytest.approx(bound(76 / 304**0.5))
+    assert best.p_holm == best.p  # the only one that was picked
+    assert [row.p_holm for row in rows[:2]] == [1, 1]
     assert best.role
     assert rows[1].accuracy == pytest.approx(1 / 3)
     assert rows[1].low < 1 / 3 < rows[1].high
@@ -342,7 +350,8 @@ def test_few_clusters_are_no_evidence_however_many_pairs() -> None:
             counts.add(("r", "r", 1), str(cluster), torch.ones(1, 1), -2 - pair % 20)
     (row,) = scores(counts)
     assert row.accuracy == 1
-    assert row.p_holm == pytest.approx(0.5 * torch.erfc(torch.tensor(1.5).double().sqrt()).item())
+    assert row.p == pytest.approx(bound(3**0.5))
+    assert row.p > 0.05
 
 
 def test_sentences_that_hardly_vary_give_no_role() -> None:
@@ -358,7 +367,7 @@ def test_a_role_has_to_show_on_both_halves() -> None:
     offsets = [-2] * 10 + [-3] * 9 + [-4] * 11
     for picks, wanted in (([4] * 6, True), ([4, 0, 0, 0, 0, 4], False)):
         row = scores(made_up({0: picks, 1: [4] * 30}, {0: PICK_OFFSETS, 1: offsets}))[2]
-        assert row.p_holm < 0.05
+        assert row.p < 0.05
         assert row.role == wanted
 
 
@@ -444,10 +453,11 @@ def test_what_other_words_look_at_by_hand() -> None:
     where = torch.arange(5)[None], torch.tensor([0]), torch.tensor([4]), torch.tensor([1])
     present = torch.ones(1, 5, dtype=torch.bool)
     none = torch.full((1, 5), -1)
-    assert count_controls(rows, *where, present, none, causal=True).tolist() == [[0.5, 1.0]]
-    assert count_controls(rows, *where, present, none, causal=False)[0, 0] == pytest.approx(
-        2 / 3
-    )  # word 0 sees it as well
+    looks = strongest(rows, where[0], present, causal=True)
+    assert looks.tolist() == [[[-2, -2, 1, 2, 1], [-2, -2, 1, 1, 1]]]  # words 0 and 1 have nothing to choose
+    assert count_controls(looks, *where, none, causal=True).tolist() == [[0.5, 1.0]]
+    looks = strongest(rows, where[0], present, causal=False)
+    assert count_controls(looks, *where, none, causal=False)[0, 0] == pytest.approx(2 / 3)  # word 0 sees it as well
 
 
 def test_a_head_that_likes_a_word_whoever_asks_has_no_role() -> None:

@@ -201,7 +201,7 @@ def profile(
     survey.means = _means(first)
     second = works.run(survey.second(), 0)
     atlas = _together([*first, *second], survey.info | {"examples": collections})
-    notes = refused + _too_long(atlas) + _too_few(atlas) + _too_few_clusters(atlas, chosen) + _without_classes(chosen)
+    notes = refused + _too_long(atlas) + _too_few(atlas) + _too_few_clusters(chosen) + _without_classes(chosen)
     atlas.measured.notes = list(dict.fromkeys(atlas.measured.notes + notes))
     return atlas
 
@@ -234,16 +234,16 @@ def _too_long(atlas: HeadAtlas) -> list[str]:
     ]
 
 
-def _too_few_clusters(atlas: HeadAtlas, examples: dict[str, list[Example]]) -> list[str]:
+def _too_few_clusters(examples: dict[str, list[Example]]) -> list[str]:
     """A note for each collection in which even a head that is always right cannot get a role."""
-    pick, confirm = fewest_clusters(1, LEVEL), fewest_clusters(2 * len(atlas), LEVEL)  # all heads, both directions
+    least = fewest_clusters(1, LEVEL)  # to pick a head; and to confirm it, if it is the only one
     notes = []
     for name, given in examples.items():
         halves = [len({example.cluster for example in given if example.half == half}) for half in (0, 1)]
-        if halves[0] < pick or halves[1] < confirm:
+        if min(halves) < least:
             notes.append(
                 f"{name} has {sum(halves)} documents ({halves[0]} to pick heads, {halves[1]} to confirm them): too few "
-                f"for roles that come from it, which with {len(atlas)} heads take {pick} and {confirm}."
+                f"for roles that come from it, which take {least} of each."
             )
     return notes
 

@@ -11,7 +11,7 @@ from headscope.relations.count import count_relations, reads
 from headscope.relations.counts import RelationCounts, Tally
 from headscope.relations.english import RELATIONS as _ENGLISH
 from headscope.relations.english import english
-from headscope.relations.hits import count_blind, count_controls, count_hits
+from headscope.relations.hits import count_blind, count_controls, count_hits, strongest
 from headscope.relations.pairs import Example, Pair, Relation
 from headscope.relations.score import RelationScore, best_heads, scores
 
@@ -32,6 +32,7 @@ __all__ = [
     "english",
     "reads",
     "scores",
+    "strongest",
 ]
 
 RELATIONS: dict[str, Relation] = _ENGLISH | _CHINESE

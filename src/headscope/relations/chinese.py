@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from headscope.relations.frames import Frame, combine, fill_all
+from headscope.relations.frames import Frame, Rivals, combine, fill_all, place
 from headscope.relations.pairs import Example, Relation
 
 __all__ = ["FUNCTION_WORDS", "RELATIONS", "chinese"]
@@ -36,7 +36,7 @@ def _words(listed: str) -> frozenset[str]:
 FUNCTION_WORDS = _words(
     """我 你 他 她 它 我们 你们 他们 她们 的 了 着 地 在 和 跟 把 将 给 是 有 由 从 就 也 才 都 又 很
     更 不 而 而且 那 这 那里 那边 一 个 旁边 后面 后来 然后 先 再
-    被 还 只"""
+    被 还 只 像 如"""
 )
 
 
@@ -78,7 +78,7 @@ _LISTS: tuple[Mapping[str, list[str]], ...] = (
 _KINDS_OF_WORDS: Mapping[str, str] = {
     **dict.fromkeys(("{man}", "{woman}", "{animal}", "{who}"), "noun"),
     **dict.fromkeys((f"{{{name}}}" for name in ["stood", "left", "saw", "gave", "got"]), "verb"),
-    **dict.fromkeys(("他", "她", "它", "我们", "你们"), "pronoun"),
+    **dict.fromkeys(("他", "她", "它"), "pronoun"),
     "{thing}": "thing",
 }
 
@@ -120,60 +120,69 @@ _MANNER = (
 )
 
 
+# Another person, before both words of a pair, between them, behind both.
+_PERSONS: tuple[Rivals, Rivals] = (
+    (
+        ("{who3} 也 在 ，", "在 {who3} 旁边 ，", "有 {who3} 在 ，"),
+        ("而 不 是 {who3}", "在 {who3} 旁边", "不 像 {who3}"),
+        ("， 不 是 {who3}", "， 在 {who3} 旁边", "， {who3} 也 在"),
+    ),
+    (
+        ("{who3} 还 在 ，", "在 {who3} 后面 ，", "是 {who3} 在 ，"),
+        ("， 不 是 {who3} ，", "在 {who3} 后面", "不 如 {who3}"),
+        ("， 而 不 是 {who3}", "， 在 {who3} 后面", "， 而 {who3} 还 在"),
+    ),
+)
+
+
 def _coreference(half: int) -> list[Frame]:
-    skeletons = (
+    openings = (
         (
-            "{a}/t 和 {d} * {stood} 着 ， 后来 {p}/s {left} 了 。",
-            "{d} 和 {a}/t * {stood} 着 ， 后来 {p}/s {left} 了 。",
-            "我们 {saw} 了 {a}/t 和 {d} ， * {p}/s 就 {left} 了 。",
-            "我们 {saw} 了 {d} 和 {a}/t ， * {p}/s 就 {left} 了 。",
-            "{a}/t {stood} 在 {d} 旁边 ， 后来 * {p}/s 也 {left} 了 。",
-            "{d} 旁边 有 {a}/t ， 后来 * {p}/s 也 {left} 了 。",
+            "{x} 在 {y} 旁边 {stood} 着 ，",
+            "我们 {saw} 了 {x} 和 {y} ，",
+            "{x} 旁边 有 {y} ，",
+            "有 {x} ， 也 有 {y} ，",
         ),
         (
-            "{a}/t 跟 {d} * {stood} 了 ， 然后 {p}/s {left} 了 。",
-            "{d} 跟 {a}/t * {stood} 了 ， 然后 {p}/s {left} 了 。",
-            "你们 先 {saw} {a}/t ， 再 {saw2} {d} ， * {p}/s 才 {left} 了 。",
-            "你们 先 {saw} {d} ， 再 {saw2} {a}/t ， * {p}/s 才 {left} 了 。",
-            "{a}/t {stood} 在 {d} 后面 ， 然后 * {p}/s 还 {left} 了 。",
-            "{d} 后面 是 {a}/t ， 然后 * {p}/s 还 {left} 了 。",
+            "{x} {stood} 在 {y} 后面 ，",
+            "你们 先 {saw} {x} ， 再 {saw2} {y} ，",
+            "{x} 后面 是 {y} ，",
+            "那里 是 {x} ， 还 有 {y} ，",
         ),
     )
-    return combine("coreference-zh", skeletons[half], _MANNER[half], _KINDS, _KINDS_OF_WORDS)
+    endings = (
+        ("后来 * {p}/s {left} 了 。", "* {p}/s 就 {left} 了 。", "然后 * {p}/s 也 {left} 了 。"),
+        ("而 * {p}/s 才 {left} 了 。", "* {p}/s 又 {left} 了 。", "再 后来 * {p}/s 还 {left} 了 。"),
+    )
+    skeletons = [
+        f"{opening.replace('{x}', x).replace('{y}', y)} {ending}"
+        for opening in openings[half]
+        for ending in endings[half]
+        for x, y in (("{a}/t", "{d}"), ("{d}", "{a}/t"))
+    ]
+    return combine("coreference-zh", skeletons, _MANNER[half], _KINDS, _KINDS_OF_WORDS)
 
 
 def _giver_receiver(half: int) -> list[Frame]:
-    skeletons = (
+    cores = (
         (
-            "{who3} 也 在 ， {who}/t * 把 {thing} 给 了 {who2}/s 。",
-            "{who3} 也 在 ， {who}/t * {gave} 给 {who2}/s 一 个 {thing} 。",
-            "{who}/t 而 不 是 {who3} * 把 {thing} 给 了 {who2}/s 。",
-            "{who}/t 而 不 是 {who3} * {gave} 给 {who2}/s 一 个 {thing} 。",
-            "{who}/t * 把 这 个 {thing} {gave} 给 了 {who2}/s ， 不 是 {who3} 。",
-            "{who}/t * {gave} 给 {who2}/s 一 个 {thing} ， {who3} 也 在 。",
-            "{who3} 也 在 ， {who2}/s * 从 {who}/t 那里 {got} 了 {thing} 。",
-            "{who3} 也 在 ， {who2}/s * {got} 了 {who}/t 的 {thing} 。",
-            "{who2}/s 而 不 是 {who3} * 从 {who}/t 那里 {got} 了 {thing} 。",
-            "{who2}/s 而 不 是 {who3} * {got} 了 {who}/t 的 {thing} 。",
-            "{who2}/s * {got} 了 {who}/t 的 {thing} ， 不 是 {who3} 的 。",
-            "{who2}/s 的 {thing} 是 * 从 {who}/t 那里 {got} 的 ， {who3} 也 在 。",
+            "^ {who}/t * + 把 {thing} 给 了 {who2}/s = 。",
+            "^ {who}/t * + {gave} 给 {who2}/s 一 个 {thing} = 。",
+            "^ 那 {thing} ， {who}/t * + 都 {gave} 给 了 {who2}/s = 。",
+            "^ {who2}/s * + 从 {who}/t 那里 {got} 了 {thing} = 。",
+            "^ {who2}/s * + {got} 了 {who}/t 的 {thing} = 。",
+            "^ {who2}/s * + 又 有 了 {who}/t 的 {thing} = 。",
         ),
         (
-            "{who3} 还 在 ， {who}/t * 将 {thing} {gave} 给 {who2}/s 。",
-            "{who3} 还 在 ， 那 个 {thing} {who}/t * 先 给 了 {who2}/s 。",
-            "{who}/t ， 不 是 {who3} ， * 将 {thing} {gave} 给 {who2}/s 。",
-            "那 个 {thing} ， {who}/t 不 是 {who3} * 先 给 了 {who2}/s 。",
-            "{who}/t * {gave} 了 那 个 {thing} 给 {who2}/s ， 不 给 {who3} 。",
-            "那 个 {thing} ， {who}/t * 先 给 了 {who2}/s ， {who3} 还 在 。",
-            "{who3} 还 在 ， {who2}/s * {got} 了 由 {who}/t {gave} 的 {thing} 。",
-            "{who3} 还 在 ， {who2}/s * 有 了 {who}/t {gave} 的 {thing} 。",
-            "{who2}/s ， 不 是 {who3} ， * {got} 了 由 {who}/t {gave} 的 {thing} 。",
-            "{who2}/s 不 是 {who3} * 有 了 {who}/t {gave} 的 {thing} 。",
-            "{who2}/s * {got} 了 由 {who}/t {gave} 的 {thing} ， 不 是 由 {who3} 。",
-            "{who2}/s 那 个 {thing} ， * 是 由 {who}/t {gave} 的 ， {who3} 还 在 。",
+            "^ {who}/t * + 将 {thing} {gave} 给 {who2}/s = 。",
+            "^ {who}/t * + {gave} 了 那 个 {thing} 给 {who2}/s = 。",
+            "^ 这 个 {thing} ， {who}/t * + 先 给 了 {who2}/s = 。",
+            "^ {who2}/s * + {got} 了 由 {who}/t {gave} 的 {thing} = 。",
+            "^ {who2}/s * + 有 了 {who}/t {gave} 的 {thing} = 。",
+            "^ {who2}/s * + 才 {got} {who}/t {gave} 的 {thing} = 。",
         ),
     )
-    return combine("giver-receiver-zh", skeletons[half], _MANNER[half], classes=_KINDS_OF_WORDS)
+    return combine("giver-receiver-zh", place(cores[half], _PERSONS[half]), _MANNER[half], classes=_KINDS_OF_WORDS)
 
 
 def chinese() -> list[Example]:

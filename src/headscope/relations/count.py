@@ -15,7 +15,7 @@ from headscope.models import Loaded, reader
 from headscope.recording import record
 from headscope.reductions import Pool
 from headscope.relations.counts import RelationCounts, direction_of
-from headscope.relations.hits import count_blind, count_controls, count_hits, numbered
+from headscope.relations.hits import count_blind, count_controls, count_hits, numbered, strongest
 from headscope.relations.pairs import Example
 from headscope.seam import AttentionCall
 from headscope.tokens import Tokens, tokenize
@@ -195,6 +195,7 @@ def _count_batch(loaded: Loaded, batch: list[_Ready]) -> RelationCounts:
         classes[i, : len(item.present)] = numbered(item.example)
     chunks = list(_chunks(batch, columns))
     total = sum(len(item.questions) for item in batch)
+    questions = _asked(batch)
     used = int(columns.max()) + 1  # words behind the last one with tokens have no column
 
     def hits_of(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -204,16 +205,17 @@ def _count_batch(loaded: Loaded, batch: list[_Ready]) -> RelationCounts:
                 f"{length} tokens: its positions are not those of the text, so no words can be put on them."
             )
         hits = torch.zeros(total, call.shape[1], dtype=torch.bool)
-        controls, blind = torch.zeros(2, total, call.shape[1])
-        contested = torch.zeros(total, 1, dtype=torch.bool)
+        blind, contested = torch.zeros(total, call.shape[1]), torch.zeros(total, 1, dtype=torch.bool)
+        kinds, causal, looks = classes[:, :used], loaded.causal, []
         for chunk in chunks:
             (pooled,) = call.matrix().reduce(Pool(chunk.pool_rows, columns, "mass"))
-            words, kinds, causal = pooled.cpu(), classes[:, :used], loaded.causal
+            words = pooled.cpu()
+            looks.append(strongest(words, chunk.words, present[:, :used], causal=causal))
             asked = (chunk.text, chunk.query, chunk.gold, present[:, :used])
             hits[chunk.index] = count_hits(words, chunk.row, *asked, causal=causal)
-            controls[chunk.index] = count_controls(words, chunk.words, *asked, kinds, causal=causal)
             blind[chunk.index], contested[chunk.index, 0] = count_blind(words, chunk.row, *asked, kinds, causal=causal)
-        return hits, controls, blind, contested
+        everyone = torch.cat(looks, -1), torch.cat([chunk.words for chunk in chunks], -1)
+        return hits, count_controls(*everyone, *questions, kinds, causal=causal), blind, contested
 
     layers = _answers(loaded, ids, mask, hits_of)
     counts = RelationCounts([layer[0].shape[1] for layer in layers])
@@ -227,6 +229,13 @@ def _count_batch(loaded: Loaded, batch: list[_Ready]) -> RelationCounts:
         offset = question.gold - question.query
         counts.add(key, item.example.cluster, hits[number], offset, controls[number], rivals)
     return counts
+
+
+def _asked(batch: list[_Ready]) -> tuple[Tensor, Tensor, Tensor]:
+    """For each question of a batch its text, the word that looks, the word that it should look at: [N] each."""
+    listed = [(i, question.query, question.gold) for i, item in enumerate(batch) for question in item.questions]
+    text, query, gold = torch.tensor(listed).unbind(1)
+    return text, query, gold
 
 
 def _side_by_side(layers: Sequence[Tensor]) -> Tensor:
@@ -254,8 +263,7 @@ def _chunks(batch: list[_Ready], columns: Tensor) -> Iterator[_Chunk]:
                     index.append(number)
                     places.append((row_of[question.query], i, question.query, question.gold))
                 number += 1
-        if places:
-            yield _Chunk(pool_rows, index, words, *torch.tensor(places).unbind(1))
+        yield _Chunk(pool_rows, index, words, *torch.tensor(places, dtype=torch.long).reshape(-1, 4).unbind(1))
 
 
 def _answers(loaded: Loaded, ids: Tensor, mask: Tensor, ask: Callable[[AttentionCall], Any]) -> list[Any]:

@@ -167,7 +167,11 @@ class RelationCounts:
         """The counts of all other clusters; how many examples these came from is not known, and 0."""
         rest = RelationCounts(self.heads)
         for key, rows in self._rows.items():
-            kept = {cluster: sums for cluster, sums in rows.items() if cluster not in clusters}
+            kept = {
+                cluster: {name: x.clone() for name, x in sums.items()}
+                for cluster, sums in rows.items()
+                if cluster not in clusters
+            }
             if kept:
                 rest._rows[key] = kept
         return rest

@@ -1,20 +1,22 @@
 """English sentences for eight relations.
 
-A relation's frames are its skeletons, each with every insertion of its list. Half 0 and half 1 have their own
-skeletons, insertions and word lists: they share function words alone. A skeleton's pair has one order; most
-relations have skeletons in both orders, because a decoder sees only what stands before.
+A relation's frames are cores, each with its rival in every place that it can have. The rival is another word of the
+right word's class, from the same word list; it stands before both words of the pair in a third of the frames (at ^),
+between them in a third (at +), behind both in a third (at =), now behind a preposition and now not. So the first, the
+last and the nearest word of a class are each the right one in about half of the pairs, and how a sentence begins does
+not tell which. Each core with its rival is a case of its own; insertions (at *) and words vary within it.
 
-Where another word of the right word's class could be taken for it, it stands before both words of the pair in a third
-of the skeletons of an order, between them in a third, behind both in a third, and comes from the same word list. So
-the nearest word of a class, the first and the last are each the right one in half of the pairs that have a rival.
+Half 0 and half 1 have their own cores, rivals, insertions and word lists: they share function words alone. A pair has
+one order in a core; most relations have cores in both, because a decoder sees only what stands before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from headscope.relations.english_rivals import ACTORS, DETERMINED, DOERS, OTHERS, PERSONS, THINGS
 from headscope.relations.english_words import (
-    BEFORE_NOUN,
+    ADJECTIVES,
     CLAUSE,
     COMPOUND,
     FUNCTION_WORDS,
@@ -26,7 +28,7 @@ from headscope.relations.english_words import (
     PLACE,
     WHO,
 )
-from headscope.relations.frames import Frame, combine, fill_all
+from headscope.relations.frames import Frame, combine, fill_all, place
 from headscope.relations.pairs import Example, Relation
 
 __all__ = ["FUNCTION_WORDS", "RELATIONS", "english"]
@@ -50,273 +52,210 @@ RELATIONS: dict[str, Relation] = {
 
 
 def _coreference(half: int) -> list[Frame]:
-    skeletons = (
+    """Two nouns, each of which is the right one in every place."""
+    openings = (
         (
-            "The {a}/t {stood} near the {d} * until {p}/s {moved} .",
-            "Near the {d} {stood} the {a}/t * until {p}/s {moved} .",
-            "We {saw} the {a}/t and the {d} * before {p}/s {moved} again .",
-            "We {saw} the {d} and the {a}/t * before {p}/s {moved} again .",
-            "With the {d} {stood} some {adj} {a}/t * and then {p}/s {moved} .",
-            "The {adj} {a}/t {stood} with our {d} * and then {p}/s {moved} .",
+            "the {x} {stood} near the {y}",
+            "near the {x} {stood} the {y}",
+            "we {saw} the {adj} {x} with the {y}",
+            "we {saw} this {x} , not the {y}",
         ),
         (
-            "I {saw} the {a}/t but not the {d} * when {p}/s {moved} .",
-            "I {saw} not only the {d} but also the {a}/t * when {p}/s {moved} .",
-            "Behind the {d} {stood} the {a}/t * while {p}/s {moved} .",
-            "The {a}/t {stood} behind the {d} * while {p}/s {moved} .",
-            "By the {adj} {d} {stood} the {a}/t * but later {p}/s {moved} .",
-            "The {a}/t {stood} by the {adj} {d} * but later {p}/s {moved} .",
+            "a {x} {stood} behind the {y}",
+            "behind the {x} {stood} a {y}",
+            "I {saw} our {adj} {x} by the {y}",
+            "I {saw} the {x} , but no {y}",
         ),
     )
-    return combine("coreference", skeletons[half], MANNER[half], KINDS, NOUNS)
+    endings = (
+        ("* until {p}/s {moved} .", "* before {p}/s {moved} again .", ", * and then {p}/s {moved} ."),
+        ("* when {p}/s {moved} .", "* while {p}/s {moved} .", ", * but later {p}/s {moved} ."),
+    )
+    skeletons = [
+        f"{opening.replace('{x}', x).replace('{y}', y)} {ending}"
+        for opening in openings[half]
+        for ending in endings[half]
+        for x, y in (("{a}/t", "{d}"), ("{d}", "{a}/t"))
+    ]
+    return combine("coreference", skeletons, MANNER[half], KINDS, NOUNS)
 
 
 def _cause(half: int) -> list[Frame]:
-    skeletons = (
+    cores = (
         (
-            "Because/t the {person} {acted} * , the {person2} {acted2}/s .",
-            "Because/t the {person} {acted} * , the {person2} {acted2}/s near the {person3} who {acted3} .",
-            "And because/t the {person} {acted} * , we all {acted2}/s .",
-            "Because/t of the {thing} * the {person} who {acted} {acted2}/s .",
-            "The {person} who {acted} {acted2}/s * because/t the {person2} {acted3} .",
-            "The {person} {acted}/s near the {person3} who {acted2} * because/t the {person2} {acted3} .",
-            "The {person} who {acted} {acted2}/s * because/t of the {person2} .",
-            "We {acted}/s * with the {person} who {acted2} , and all because/t the {person2} {acted3} .",
+            "^ because/t the {person} {acted} * + , the {person2} {acted2}/s = .",
+            "^ because/t of the {thing} * + the {person} {acted}/s = .",
+            "^ it was because/t we {acted} * + that the {adj} {person} {acted2}/s = .",
+            "^ the {person} {acted}/s * + , because/t the {person2} {acted2} = .",
+            "^ some {adj} {person} {acted}/s * + , because/t of the {thing} = .",
+            "^ we {acted}/s * + , and all because/t the {person} {acted2} = .",
         ),
         (
-            "It was because/t the {person} {acted} * that the {person2} {acted2}/s .",
-            "It was because/t the {person} {acted} * that the {person2} {acted2}/s by the {person3} that {acted3} .",
-            "Just because/t the {person} {acted} * , our {person2} {acted2}/s .",
-            "Only because/t of our {person} * a {person2} that {acted} {acted2}/s .",
-            "The {person} that {acted} {acted2}/s * , but only because/t the {person2} {acted3} .",
-            "The {person} {acted}/s by the {person3} that {acted2} * , but only because/t the {person2} {acted3} .",
-            "Each {person} that {acted} {acted2}/s * only because/t I {acted3} .",
-            "I {acted}/s * by the {person} that {acted2} , just because/t every {person2} {acted3} .",
+            "^ just because/t a {person} {acted} * + , our {person2} {acted2}/s = .",
+            "^ only because/t of our {thing} * + a {person} {acted}/s = .",
+            "^ it is because/t each {person} {acted} * + that I {acted2}/s = .",
+            "^ our {person} {acted}/s * + , but only because/t a {person2} {acted2} = .",
+            "^ that {adj} {person} {acted}/s * + , only because/t of our {thing} = .",
+            "^ I {acted}/s * + , just because/t each {person} {acted2} = .",
         ),
     )
-    return combine("cause", skeletons[half], PLACE[half], classes=KINDS_OF_WORDS)
+    return combine("cause", place(cores[half], ACTORS[half]), PLACE[half], classes=KINDS_OF_WORDS)
 
 
 def _subject_verb(half: int) -> list[Frame]:
     before = (
         (
-            "Near the {person2} who {acted} the {person}/t * {acted2}/s .",
-            "With the {person2} who {acted} some {adj} {person}/t * then {acted2}/s .",
-            "The {person}/t near the {person2} who {acted} * {acted2}/s .",
-            "This {adj} {person}/t with the {person2} who {acted} * then {acted2}/s .",
-            "The {person}/t * {acted}/s near the {person2} who {acted2} .",
-            "The {adj} {person}/t * had {acted}/s with the {person2} who {acted2} .",
+            "^ the {person}/t * + {acted}/s = .",
+            "^ some {adj} {person}/t * + then {acted}/s = .",
+            "^ this {person}/t * + had {acted}/s = .",
         ),
         (
-            "By our {person2} that {acted} a {person}/t * {acted2}/s .",
-            "Behind each {person2} that {acted} the {adj} {person}/t * later {acted2}/s .",
-            "Our {person}/t by the {person2} that {acted} * {acted2}/s .",
-            "That {adj} {person}/t behind a {person2} that {acted} * later {acted2}/s .",
-            "Our {person}/t * {acted}/s by a {person2} that {acted2} .",
-            "Another {adj} {person}/t * had {acted}/s behind each {person2} that {acted2} .",
+            "^ our {person}/t * + {acted}/s = .",
+            "^ a {adj} {person}/t * + later {acted}/s = .",
+            "^ each {person}/t * + has just {acted}/s = .",
         ),
     )
     after = (
         (
-            "Near the {person2} who {stood2} {stood}/s * the {person}/t .",
-            "In this {place3} with the {person2} who {acted} {acted2}/s * some {person}/t .",
-            "Near the {place3} {stood}/s * with the {person2} who {stood2} the {person}/t .",
-            "In this {place3} {acted}/s * near the {person2} who {acted2} some {person}/t .",
-            "Near the {place3} {stood}/s * the {person}/t with the {person2} who {stood2} .",
-            "In this {place3} {acted}/s * some {person}/t near the {person2} who {acted2} .",
+            "^ in this {place3} {acted}/s * + some {person}/t = .",
+            "^ then {acted}/s * + the {adj} {person}/t = .",
+            "^ near the {place3} {acted}/s * + this {person}/t = .",
         ),
         (
-            "Behind a {person2} that {stood2} {stood}/s * our {person}/t .",
-            "By that {place3} behind each {person2} that {acted} {acted2}/s * a {person}/t .",
-            "Behind the {place3} {stood}/s * by the {person2} that {stood2} a {person}/t .",
-            "By that {place3} {acted}/s * behind our {person2} that {acted2} another {person}/t .",
-            "Behind the {place3} {stood}/s * a {person}/t by the {person2} that {stood2} .",
-            "By that {place3} {acted}/s * each {person}/t behind our {person2} that {acted2} .",
+            "^ by that {place3} {acted}/s * + a {person}/t = .",
+            "^ later {acted}/s * + our {adj} {person}/t = .",
+            "^ behind the {place3} {acted}/s * + each {person}/t = .",
         ),
     )
-    made = combine("subject-verb", before[half], WHO[half], classes=KINDS_OF_WORDS)
-    return made + combine("subject-verb", after[half], PLACE[half], classes=KINDS_OF_WORDS)
+    made = combine("subject-verb", place(before[half], ACTORS[half]), WHO[half], classes=KINDS_OF_WORDS)
+    return made + combine("subject-verb", place(after[half], ACTORS[half]), PLACE[half], classes=KINDS_OF_WORDS)
 
 
 def _object_verb(half: int) -> list[Frame]:
     after = (
         (
-            "Near the {person2} who {took2} the {thing2} the {person} {took}/t * the {thing}/s .",
-            "With the {person2} who {saw2} this {thing2} we {saw}/t * some {adj} {thing}/s .",
-            "The {person} {took}/t * with the {person2} who {took2} the {thing2} the {thing}/s .",
-            "We {saw}/t * near the {person2} who {saw2} this {thing2} the very {adj} {thing}/s .",
-            "The {person} {took}/t * the {thing}/s with the {person2} who {took2} the {thing2} .",
-            "We {saw}/t * some {adj} {thing}/s near the {person2} who {saw2} this {thing2} .",
+            "^ the {person} {took}/t * + the {thing}/s = .",
+            "^ we {took}/t * + some {adj} {thing}/s = .",
+            "^ this {person} then {took}/t * + this {thing}/s = .",
         ),
         (
-            "By our {person2} that {took2} a {thing2} the {person} {took}/t * each {thing}/s .",
-            "Behind each {person2} that {saw2} that {thing2} I {saw}/t * another {adj} {thing}/s .",
-            "Our {person} {took}/t * by the {person2} that {took2} a {thing2} the {thing}/s .",
-            "I {saw}/t * behind a {person2} that {saw2} that {thing2} each rather {adj} {thing}/s .",
-            "Our {person} {took}/t * a {thing}/s by the {person2} that {took2} the {thing2} .",
-            "I {saw}/t * another {adj} {thing}/s behind a {person2} that {saw2} each {thing2} .",
+            "^ our {person} {took}/t * + a {thing}/s = .",
+            "^ I {took}/t * + each {adj} {thing}/s = .",
+            "^ that {person} later {took}/t * + that {thing}/s = .",
         ),
     )
     before = (
         (
-            "Near the {person2} who {took2} the {thing2} was the {thing}/s that the {person} * {took}/t .",
-            "With the {person2} who {saw2} this {thing2} was the {thing}/s that this {adj} {person} * {saw}/t .",
-            "The {thing}/s that the {person} with the {person2} who {took2} the {thing2} * {took}/t was {adj} .",
-            "It was the {thing}/s that this {adj} {person} near the {person2} who {saw2} some {thing2} * {saw}/t .",
-            "The {thing}/s that the {person} * {took}/t was with the {person2} who {took2} the {thing2} .",
-            "It was the {thing}/s that this {adj} {person} * {saw}/t near the {person2} who {saw2} some {thing2} .",
+            "^ it was the {thing}/s that the {person} * + {took}/t = .",
+            "^ this was some {thing}/s that some {adj} {person} * + {took}/t = .",
+            "^ the {adj} {thing}/s that this {person} * + {took}/t was there = .",
         ),
         (
-            "By our {person2} that {took2} a {thing2} was the {thing}/s which a {person} * {took}/t .",
-            "Behind each {person2} that {saw2} that {thing2} was a {thing}/s which our {adj} {person} * {saw}/t .",
-            "That {thing}/s which the {person} by a {person2} that {took2} the {thing2} * {took}/t was {adj} .",
-            "It was a {thing}/s which each {adj} {person} behind our {person2} that {saw2} a {thing2} * {saw}/t .",
-            "That {thing}/s which the {person} * {took}/t was by a {person2} that {took2} the {thing2} .",
-            "It was a {thing}/s which each {adj} {person} * {saw}/t behind our {person2} that {saw2} a {thing2} .",
+            "^ it is that {thing}/s which our {person} * + {took}/t = .",
+            "^ here was a {thing}/s which each {adj} {person} * + {took}/t = .",
+            "^ our {adj} {thing}/s which a {person} * + {took}/t was here = .",
         ),
     )
-    made = combine("object-verb", after[half], PLACE[half], classes=KINDS_OF_WORDS)
-    return made + combine("object-verb", before[half], WHO[half], classes=KINDS_OF_WORDS)
+    made = combine("object-verb", place(after[half], DOERS[half]), PLACE[half], classes=KINDS_OF_WORDS)
+    return made + combine("object-verb", place(before[half], DOERS[half]), WHO[half], classes=KINDS_OF_WORDS)
 
 
 def _determiner_noun(half: int) -> list[Frame]:
-    skeletons = (
+    cores = (
         (
-            "Near {det2} {person2} {slept} {det}/s * {person}/t .",
-            "And {det}/s * {person}/t {slept} near {det2} {person2} .",
-            "With {det2} {thing2} we {saw} {det}/s * {thing}/t .",
-            "We {took} {det}/s * {thing}/t with {det2} {thing2} .",
-            "It was with {det2} {thing2} that {det3} {person} {took} {det}/s * {thing}/t .",
-            "Then {det}/s * {person}/t {took} {det2} {thing} near {det3} {person2} .",
+            "^ {det}/s * {person}/t {acted} = .",
+            "^ we {saw} {det}/s * {person}/t = .",
+            "^ it was {det}/s * {person}/t who {acted} = .",
+            "^ near this {place} {acted} {det}/s * {person}/t = .",
         ),
         (
-            "By {det2} {person2} {slept} {det}/s * {person}/t .",
-            "But {det}/s * {person}/t {slept} by {det2} {person2} .",
-            "Behind {det2} {thing2} I {saw} {det}/s * {thing}/t .",
-            "I {took} {det}/s * {thing}/t by {det2} {thing2} .",
-            "It was by {det2} {thing2} that {det3} {person} {took} {det}/s * {thing}/t later .",
-            "Later {det}/s * {person}/t {took} {det2} {thing} behind {det3} {person2} .",
+            "^ {det}/s * {person}/t later {acted} = .",
+            "^ I {saw} {det}/s * {person}/t = .",
+            "^ it is {det}/s * {person}/t that {acted} = .",
+            "^ by our {place} {acted} {det}/s * {person}/t = .",
         ),
     )
-    return combine("determiner-noun", skeletons[half], BEFORE_NOUN[half], classes=KINDS_OF_WORDS)
+    return combine("determiner-noun", place(cores[half], DETERMINED[half]), ADJECTIVES[half], classes=KINDS_OF_WORDS)
 
 
 def _adjective_noun(half: int) -> list[Frame]:
     before = (
         (
-            "Near the {thing2} {stood} the {adj}/s * {thing}/t .",
-            "With some {thing2} we {saw} this very {adj}/s * {thing}/t .",
-            "Some {adj}/s * {thing}/t was near the {thing2} .",
-            "We {saw} the {adj}/s * {thing}/t and the {thing2} .",
+            "^ the {adj}/s * {thing}/t was there = .",
+            "^ we {saw} some {adj}/s * {thing}/t = .",
+            "^ near this {place} {stood} the very {adj}/s * {thing}/t = .",
         ),
         (
-            "By that {thing2} {stood} our {adj}/s * {thing}/t .",
-            "Behind each {thing2} I {saw} another rather {adj}/s * {thing}/t .",
-            "A {adj}/s * {thing}/t was behind that {thing2} .",
-            "I {saw} each {adj}/s * {thing}/t but no {thing2} .",
+            "^ our {adj}/s * {thing}/t was here = .",
+            "^ I {saw} each {adj}/s * {thing}/t = .",
+            "^ by that {place} {stood} a rather {adj}/s * {thing}/t = .",
         ),
     )
     after = (
         (
-            "Near the {adj2} {person2} the {person}/t * was {adj}/s .",
-            "With this {adj2} {person2} the {person}/t * was then {adj}/s .",
-            "The {person}/t near the {adj2} {person2} * was {adj}/s .",
-            "This {person}/t with the {adj2} {person2} * was very {adj}/s .",
-            "The {person}/t * was {adj}/s near the {adj2} {person2} .",
-            "We {saw} that this {person}/t * was very {adj}/s with the {adj2} {person2} .",
+            "^ the {person}/t * + was {adj}/s = .",
+            "^ this {person}/t * + was then very {adj}/s = .",
+            "^ in the {place} we {saw} that some {person}/t * + was {adj}/s = .",
         ),
         (
-            "By our {adj2} {person2} a {person}/t * was {adj}/s .",
-            "Behind each {adj2} {person2} the {person}/t * was rather {adj}/s .",
-            "Our {person}/t by the {adj2} {person2} * was {adj}/s .",
-            "That {person}/t behind a {adj2} {person2} * was so {adj}/s .",
-            "Our {person}/t * was {adj}/s by the {adj2} {person2} .",
-            "I {saw} that each {person}/t * was so {adj}/s behind a {adj2} {person2} .",
+            "^ our {person}/t * + was {adj}/s = .",
+            "^ that {person}/t * + was later rather {adj}/s = .",
+            "^ by that {place} I {saw} that each {person}/t * + was {adj}/s = .",
         ),
     )
-    made = combine("adjective-noun", before[half], COMPOUND[half], classes=KINDS_OF_WORDS)
-    return made + combine("adjective-noun", after[half], CLAUSE[half], classes=KINDS_OF_WORDS)
+    made = combine("adjective-noun", place(before[half], THINGS[half]), COMPOUND[half], classes=KINDS_OF_WORDS)
+    return made + combine("adjective-noun", place(after[half], OTHERS[half]), CLAUSE[half], classes=KINDS_OF_WORDS)
 
 
 def _giver_receiver(half: int) -> list[Frame]:
     giver_first = (
         (
-            "Near the {person3} the {person}/t * {gave} the {thing} to the {person2}/s .",
-            "With the {person3} some {person}/t * {gave} the {person2}/s the {thing} .",
-            "The {person}/t * , not the {person3} , {gave} the {person2}/s some {thing} .",
-            "It was the {person}/t * and not the {person3} who {gave} this {adj} {thing} to the {person2}/s .",
-            "The {person}/t * {gave} this {person2}/s , not the {person3} , the {thing} .",
-            "It was the {person}/t * who {gave} this {adj} {thing} to the {person2}/s near the {person3} .",
+            "^ the {person}/t * + {gave} the {thing} to the {person2}/s = .",
+            "^ in this {place3} some {person}/t * + {gave} this {person2}/s the {thing} = .",
+            "^ it was the {person}/t * + who {gave} some {adj} {thing} to the {person2}/s = .",
         ),
         (
-            "By our {person3} a {person}/t * {gave} that {thing} to the {person2}/s .",
-            "Behind each {person3} the {person}/t * {gave} our {person2}/s a {thing} .",
-            "A {person}/t * , but no {person3} , {gave} each {person2}/s another {thing} .",
-            "Our {person}/t * rather than the {person3} later {gave} that {adj} {thing} to a {person2}/s .",
-            "A {person}/t * {gave} each {person2}/s , but no {person3} , another {thing} .",
-            "Our {person}/t * later {gave} that rather {adj} {thing} to a {person2}/s by the {person3} .",
+            "^ a {person}/t * + {gave} that {thing} to our {person2}/s = .",
+            "^ by that {place3} our {person}/t * + {gave} each {person2}/s another {thing} = .",
+            "^ it is that {person}/t * + who later {gave} a {adj} {thing} to the {person2}/s = .",
         ),
     )
     receiver_first = (
         (
-            "Near the {person3} the {person2}/s * {got} the {thing} from the {person}/t .",
-            "With the {person3} this {person2}/s * was {given} the {adj} {thing} by some {person}/t .",
-            "The {person2}/s * , not the {person3} , {got} some {thing} from the {person}/t .",
-            "The {person2}/s * and not the {person3} was then {given} the {thing} by this {person}/t .",
-            "The {person2}/s * {got} the {thing} from the {person}/t , not from the {person3} .",
-            "This {person2}/s * was then {given} the {adj} {thing} by the {person}/t near the {person3} .",
+            "^ the {person2}/s * + {got} the {thing} from the {person}/t = .",
+            "^ in this {place3} some {person2}/s * + was {given} the {thing} by this {person}/t = .",
+            "^ it was the {person2}/s * + who {got} some {adj} {thing} from the {person}/t = .",
         ),
         (
-            "By our {person3} the {person2}/s * {got} that {thing} from a {person}/t .",
-            "Behind each {person3} a {person2}/s * was {given} our {adj} {thing} by another {person}/t .",
-            "Each {person2}/s * , but no {person3} , {got} a {thing} from our {person}/t .",
-            "A {person2}/s * rather than the {person3} was later {given} a {thing} by that {person}/t .",
-            "Each {person2}/s * {got} that {thing} from our {person}/t , but from no {person3} .",
-            "A {person2}/s * was later {given} the {adj} {thing} by another {person}/t behind the {person3} .",
+            "^ our {person2}/s * + {got} that {thing} from a {person}/t = .",
+            "^ by that {place3} each {person2}/s * + was {given} another {thing} by our {person}/t = .",
+            "^ it is that {person2}/s * + who later {got} a {adj} {thing} from the {person}/t = .",
         ),
     )
-    made = combine("giver-receiver", giver_first[half], WHO[half], classes=KINDS_OF_WORDS)
-    return made + combine("giver-receiver", receiver_first[half], WHO[half], classes=KINDS_OF_WORDS)
+    skeletons = place(giver_first[half] + receiver_first[half], PERSONS[half])
+    return combine("giver-receiver", skeletons, WHO[half], classes=KINDS_OF_WORDS)
 
 
 def _before_after(half: int) -> list[Frame]:
-    earlier_first = (
+    cores = (
         (
-            "After the {person} who {acted} {acted2}/t * , the {person2} {acted3}/s .",
-            "The {person} who {acted} {acted2}/t * before the {adj} {person2} {acted3}/s .",
-            "After the {person} {acted}/t * , the {person2} who {acted2} {acted3}/s .",
-            "The {person} {acted}/t * and then the {person2} who {acted2} {acted3}/s .",
-            "The {person} {acted}/t * and then the {person2} {acted2}/s with the {person3} who {acted3} .",
-            "The {person} {acted}/t * before the {adj} {person2} {acted2}/s near the {person3} who {acted3} .",
+            "^ after the {person} {acted}/t * + , the {person2} {acted2}/s = .",
+            "^ the {person} {acted}/t * + and then the {adj} {person2} {acted2}/s = .",
+            "^ we {acted}/t * + , before the {person} {acted2}/s = .",
+            "^ before the {person} {acted}/s * + , the {person2} {acted2}/t = .",
+            "^ the {person} {acted}/s * + , after the {adj} {person2} {acted2}/t = .",
+            "^ we {acted}/s * + , but after the {person} {acted2}/t = .",
         ),
         (
-            "Once the {person} that {acted} {acted2}/t * , our {person2} {acted3}/s .",
-            "A {person} that {acted} {acted2}/t * long before that {adj} {person2} {acted3}/s .",
-            "Once the {person} {acted}/t * , our {person2} that {acted2} {acted3}/s .",
-            "First the {person} {acted}/t * , but later our {person2} that {acted2} {acted3}/s .",
-            "First the {person} {acted}/t * , but later our {person2} {acted2}/s by the {person3} that {acted3} .",
-            "I {acted}/t * long before that {adj} {person2} {acted2}/s behind a {person3} that {acted3} .",
-        ),
-    )
-    later_first = (
-        (
-            "Before the {person} who {acted} {acted2}/s * , the {person2} {acted3}/t .",
-            "The {person} who {acted} {acted2}/s * after the {adj} {person2} {acted3}/t .",
-            "Before the {person} {acted}/s * , the {person2} who {acted2} {acted3}/t .",
-            "The {person} {acted}/s * after the {adj} {person2} who {acted2} {acted3}/t .",
-            "Before the {person} {acted}/s * , the {person2} {acted2}/t with the {person3} who {acted3} .",
-            "We {acted}/s * , but after the {person} {acted2}/t near the {person2} who {acted3} .",
-        ),
-        (
-            "Long before the {person} that {acted} {acted2}/s * , a {person2} {acted3}/t .",
-            "A {person} that {acted} {acted2}/s * only once each {adj} {person2} {acted3}/t .",
-            "Long before the {person} {acted}/s * , a {person2} that {acted2} {acted3}/t .",
-            "I {acted}/s * only once each {adj} {person2} that {acted2} {acted3}/t .",
-            "Long before the {person} {acted}/s * , a {person2} {acted2}/t by the {person3} that {acted3} .",
-            "Our {person} {acted}/s * just after the {person2} {acted2}/t behind each {person3} that {acted3} .",
+            "^ once the {person} {acted}/t * + , our {person2} {acted2}/s = .",
+            "^ first a {person} {acted}/t * + , and later our {adj} {person2} {acted2}/s = .",
+            "^ I {acted}/t * + , long before that {person} {acted2}/s = .",
+            "^ long before our {person} {acted}/s * + , a {person2} {acted2}/t = .",
+            "^ our {person} {acted}/s * + , just after each {adj} {person2} {acted2}/t = .",
+            "^ I {acted}/s * + , once that {person} {acted2}/t = .",
         ),
     )
-    return combine("before-after", earlier_first[half] + later_first[half], PLACE[half], classes=KINDS_OF_WORDS)
+    return combine("before-after", place(cores[half], ACTORS[half]), PLACE[half], classes=KINDS_OF_WORDS)
 
 
 _MAKERS: tuple[Callable[[int], list[Frame]], ...] = (
@@ -335,7 +274,7 @@ def english() -> list[Example]:
     """The English sentences of all relations, both halves; the same ones each time.
 
     >>> print(english()[0].text)
-    The aunt stood near the waiter until she vanished.
+    The boy stood near the nun until he vanished.
     """
     halves = [[frame for make in _MAKERS for frame in make(half)] for half in (0, 1)]
     return fill_all(halves, LISTS, language="en")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 __all__ = [
-    "BEFORE_NOUN",
+    "ADJECTIVES",
     "CLAUSE",
     "COMPOUND",
     "FUNCTION_WORDS",
@@ -29,13 +29,13 @@ def _words(listed: str) -> frozenset[str]:
 
 FUNCTION_WORDS = _words(
     """a after again all also and another as at because before behind but by each ever every first from had
-    he i in indeed it just later long near neither no nor not of on once only or our rather she so some
-    than that the then there they this though to until very was we when which while who with"""
+    has he here i if in indeed is it just later like long near neither no nor not of on once only or our rather
+    she so some than that the then there they this though to unless until very was we when which while who with"""
 )
 
 # The class of a slot's words, and of words: those of one class are rivals of each other.
 KINDS_OF_WORDS: Mapping[str, str] = {
-    **dict.fromkeys(("{man}", "{woman}", "{person}", "{people}"), "person"),
+    **dict.fromkeys(("{man}", "{woman}", "{person}"), "person"),
     **{f"{{{name}}}": name for name in ("thing", "place")},
     **dict.fromkeys(
         ("{acted}", "{gave}", "{given}", "{got}", "{moved}", "{saw}", "{slept}", "{stood}", "{took}"), "verb"
@@ -60,7 +60,6 @@ LISTS: tuple[Mapping[str, list[str]], ...] = (
         man="king uncle father boy waiter monk",
         woman="queen aunt mother girl waitress nun",
         person="farmer doctor teacher baker sailor lawyer",
-        people="neighbours tourists students workers",
         thing="letter basket hammer lamp ball cup",
         place="garden kitchen village station church market",
         det="the this every some",
@@ -80,7 +79,6 @@ LISTS: tuple[Mapping[str, list[str]], ...] = (
         man="prince brother grandfather son duke actor",
         woman="princess sister grandmother daughter duchess actress",
         person="nurse sculptor soldier driver judge pilot",
-        people="children guests players visitors",
         thing="book box knife chair key plate",
         place="forest library office harbour school castle",
         det="that each another our",
@@ -106,10 +104,6 @@ KINDS: tuple[Mapping[str, str], ...] = tuple(
         ("{woman}", "{man}", "she"),
         ("{thing}", "{man}", "it"),
         ("{man}", "{thing}", "he"),
-        ("{people}", "{woman}", "they"),
-        ("{woman}", "{people}", "she"),
-        ("{man}", "{people}", "he"),
-        ("{people}", "{man}", "they"),
         ("{woman}", "{thing}", "she"),
         ("{thing}", "{woman}", "it"),
     )
@@ -208,7 +202,7 @@ CLAUSE = (
     ),
 )
 # What may stand between a determiner and its noun.
-BEFORE_NOUN = (
+ADJECTIVES = (
     (
         "",
         "{adj}",
@@ -222,30 +216,16 @@ BEFORE_NOUN = (
     (
         "",
         "{adj}",
-        "so {adj}",
+        "rather {adj}",
         "{adj} but {adj2}",
-        "{adj} but so {adj2}",
+        "{adj} but rather {adj2}",
         "not {adj} but rather {adj2}",
-        "not so {adj} but rather {adj2}",
+        "{adj} but not rather {adj2}",
         "{adj} , though not {adj2} , but {adj3}",
     ),
 )
-# What may stand between an adjective and its noun.
+# What may stand between an adjective and its noun: nouns that say what it is for, as in "the old letter box".
 COMPOUND = (
-    (
-        "",
-        "{thing3}",
-        "{thing3} {thing4}",
-        "{thing3} and {thing4}",
-        "{thing3} , {thing4} and {thing5}",
-        "{thing3} , {thing4} , {thing5} and {thing6}",
-    ),
-    (
-        "",
-        "{thing3}",
-        "{thing3} {thing4}",
-        "{thing3} or {thing4}",
-        "{thing3} , {thing4} or {thing5}",
-        "{thing3} , {thing4} , {thing5} or {thing6}",
-    ),
+    ("", "{thing3}", "{thing3} {thing4}", "{thing3} {thing4} {thing5}", "{thing3} {thing4} {thing5} {thing6}"),
+    ("", "{thing3}", "{thing3} {thing4}", "{thing3} {thing4} {thing5}", "{thing3} {thing4} {thing5} {thing6}"),
 )

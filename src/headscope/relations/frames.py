@@ -3,8 +3,9 @@
 A frame is a line of words set apart by spaces. ``{place}`` is a slot, filled from the word list "place";
 ``{place2}`` is filled from the same list with another word. ``/s`` marks the word that should look and ``/t``
 the word that it should look at: "The {person}/t in the {place} {slept}/s ." A ``*`` in a skeleton is where an
-insertion goes; with insertions of many lengths no fixed distance fits the pair. Word classes are known by slot
-("{person}") or by word ("he").
+insertion goes; with insertions of many lengths no fixed distance fits the pair. ``^``, ``+`` and ``=`` in a core are
+where a rival may stand, a word that could be taken for the right one: before the pair, between its words, behind it.
+Word classes are known by slot ("{person}") or by word ("he").
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from typing import NamedTuple
 
 from headscope.relations.pairs import Example, Pair
 
-__all__ = ["Filled", "Frame", "combine", "fill", "fill_all"]
+__all__ = ["Filled", "Frame", "Rivals", "combine", "fill", "fill_all", "place"]
 
 _SLOT = re.compile(r"\{([a-z_]+)(\d*)\}")
 _CLOSING = frozenset(",.;:!?")  # no space before these
+_COMMAS, _MARKS = (",", "，"), (",", ".", "，", "。")
 
 WordLists = Mapping[str, Sequence[str]]
+Rivals = tuple[Sequence[str], Sequence[str], Sequence[str]]
+"""What may stand before the pair, between its words, behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,7 @@ class Frame:
 
     Attributes:
         relation: The relation's name.
+        skeleton: What it was made from: frames of one skeleton are alike.
         template: The line of words, as this file's docstring describes it.
         variants: Replacements in the template, for instance which noun a pronoun stands for; the
             fillings take turns in them. One empty variant if there are none.
@@ -39,9 +44,25 @@ class Frame:
     """
 
     relation: str
+    skeleton: str
     template: str
     variants: tuple[tuple[tuple[str, str], ...], ...] = ((),)
     classes: Mapping[str, str] = field(default_factory=dict)
+
+
+def place(cores: Sequence[str], rivals: Rivals) -> list[str]:
+    """Every core with every rival in the places that it has.
+
+    >>> place(["^ it + fell = ."], (["once"], ["then"], []))
+    ['once it fell .', 'it then fell .']
+    """
+    found = []
+    for core in cores:
+        for mark, texts in zip("^+=", rivals, strict=True):
+            for text in texts if mark in core else ():
+                words = core.replace(mark, text).split()
+                found.append(" ".join(word for word in words if word not in "^+="))
+    return found
 
 
 def combine(
@@ -50,18 +71,28 @@ def combine(
     insertions: Sequence[str],
     variants: Sequence[Mapping[str, str]] = ({},),
     classes: Mapping[str, str] | None = None,
+    most: int = 2,
 ) -> list[Frame]:
-    """Every skeleton with every insertion in the place of its ``*``.
+    """Every skeleton with some of the insertions in the place of its ``*``, other ones from skeleton to skeleton.
 
     >>> [frame.template for frame in combine("r", ["it * fell ."], ["", "then"])]
     ['it fell .', 'it then fell .']
     """
     chosen = tuple(tuple(variant.items()) for variant in variants)
-    return [
-        Frame(relation, " ".join(skeleton.replace("*", insertion).split()), chosen, classes or {})
-        for skeleton in skeletons
-        for insertion in insertions
-    ]
+    made = []
+    for skeleton in skeletons:
+        first, count = zlib.crc32(skeleton.encode()), min(most, len(insertions))
+        numbers = sorted((first + i * len(insertions) // count) % len(insertions) for i in range(count))
+        for number in numbers:
+            template = _tidy(skeleton.replace("*", insertions[number]).split())
+            made.append(Frame(relation, skeleton, template, chosen, classes or {}))
+    return made
+
+
+def _tidy(words: Sequence[str]) -> str:
+    """Without a comma beside another mark."""
+    kept = [w for w, after in zip(words, [*words[1:], ""], strict=True) if not (w in _COMMAS and after in _MARKS)]
+    return " ".join(kept)
 
 
 class Filled(NamedTuple):
@@ -109,7 +140,7 @@ def fill(
         if match:
             body = rng.choice([word for word in lists[match[1]] if word not in used])
             used.add(body)
-        words.append(body)
+        words.append(body if words or not spaced else body[:1].upper() + body[1:])
     text, spans = "", []
     for word in words:
         if text and spaced and word not in _CLOSING:
@@ -124,22 +155,23 @@ def fill_all(
     lists: Sequence[WordLists],
     *,
     language: str,
-    fillings: int = 3,
+    fillings: int = 2,
     seed: int = 0,
     spaced: bool = True,
 ) -> list[Example]:
     """Sentences of all frames of both halves, each half with its own word lists; always the same ones."""
     examples = []
     for half, (frames, words) in enumerate(zip(halves, lists, strict=True)):
-        numbers: dict[str, int] = {}
-        for frame in frames:
-            number = numbers[frame.relation] = numbers.get(frame.relation, 0) + 1
-            cluster = f"{frame.relation} frame {half}.{number}"
-            rng = random.Random(zlib.crc32(f"{seed} {cluster}".encode()))
+        skeletons: dict[str, list[str]] = {}
+        for number, frame in enumerate(frames):
+            known = skeletons.setdefault(frame.relation, [])
+            known += [frame.skeleton] if frame.skeleton not in known else []
+            cluster = f"{frame.relation} frame {half}.{known.index(frame.skeleton) + 1}"
+            rng = random.Random(zlib.crc32(f"{seed} {frame.relation} {half} {number}".encode()))
             seen: set[str] = set()
             for turn in range(fillings * 20):
                 template = frame.template
-                for old, new in frame.variants[(number + turn) % len(frame.variants)]:
+                for old, new in frame.variants[(number * fillings + turn) % len(frame.variants)]:
                     template = template.replace(old, new)
                 made = fill(template, words, rng, spaced=spaced, classes=frame.classes)
                 if made.text not in seen:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from headscope.relations.pairs import Example
 
-__all__ = ["count_blind", "count_controls", "count_hits", "numbered"]
+__all__ = ["count_blind", "count_controls", "count_hits", "numbered", "strongest"]
 
 
 def numbered(example: Example) -> Tensor:
@@ -70,45 +70,61 @@ def count_blind(
     return found / number.clamp(min=1)[:, None], number > 1
 
 
-def count_controls(
-    word_map: Tensor,
-    words: Tensor,
-    text: Tensor,
-    query: Tensor,
-    gold: Tensor,
-    present: Tensor,
-    classes: Tensor,
-    *,
-    causal: bool,
-) -> Tensor:
-    """How often a head's strongest weight is on the gold word from other words that may see it: [N, H], 0 to 1.
-
-    A head that likes the gold word whoever asks has not found a relation. The others are the words of the query's
-    class; where there are none, all.
+def strongest(word_map: Tensor, words: Tensor, present: Tensor, *, causal: bool) -> Tensor:
+    """Which word each word of some rows looks at hardest, [B, H, R]; -1 for a tie, -2 where there is no choice of two.
 
     Args:
         word_map: [B, H, R, W], as in `count_hits`.
         words: [B, R], the word of each row, -1 for none.
-        text: [N], each question's text in the batch.
-        query: [N], the word that looks.
-        gold: [N], the word that it should look at.
         present: [B, W] bool, the words that have tokens.
-        classes: [B, W], a number for each class of words, -1 for none.
         causal: Whether a word sees only those before it.
     """
     columns = torch.arange(word_map.shape[-1], device=word_map.device)
     asks = words[..., None]
     choice = present[:, None] & (columns < asks if causal else columns != asks)  # [B, R, W]
-    chosen = word_map.masked_fill(~choice[:, None], -1.0).argmax(-1)  # [B, H, R]
-    others = (words[text] >= 0) & (words[text] != query[:, None]) & (words[text] != gold[:, None])
+    weights = word_map.masked_fill(~choice[:, None], -1.0)
+    best = weights.amax(-1, keepdim=True)
+    found = torch.where((weights == best).sum(-1) == 1, weights.argmax(-1), -1)
+    return found.masked_fill((choice.sum(-1) < 2)[:, None], -2)
+
+
+def count_controls(
+    chosen: Tensor, words: Tensor, text: Tensor, query: Tensor, gold: Tensor, classes: Tensor, *, causal: bool
+) -> Tensor:
+    """How often other words that may see the gold word look at it hardest, in each head: [N, H], 0 to 1.
+
+    A head that likes the gold word whoever asks has not found a relation. The others are the words of the query's
+    class; where there are none, all. In an encoder it is the share among those on the query's side of the gold word
+    if that is larger: a head may look back alone.
+
+    Args:
+        chosen: [B, H, R], as `strongest` gives it.
+        words: [B, R], the word of each row, -1 for none.
+        text: [N], each question's text in the batch.
+        query: [N], the word that looks.
+        gold: [N], the word that it should look at.
+        classes: [B, W], a number for each class of words, -1 for none.
+        causal: Whether a word sees only those before it.
+    """
+    asking = words[text]  # [N, R]
+    others = (asking >= 0) & (chosen[:, 0] > -2)[text] & (asking != query[:, None]) & (asking != gold[:, None])
     if causal:
-        others &= words[text] > gold[:, None]
-    theirs = classes.gather(1, words.clamp(min=0))[text]  # [N, R]
-    its = classes[text].gather(1, query[:, None])
-    alike = others & (theirs == its) & (its >= 0)
-    others = torch.where(alike.any(-1, keepdim=True), alike, others)
-    hits = (chosen[text] == gold[:, None, None]) & others[:, None]
-    return hits.sum(-1) / others.sum(-1).clamp(min=1)[:, None]
+        others &= asking > gold[:, None]
+    theirs, its = classes.gather(1, words.clamp(min=0))[text], classes[text].gather(1, query[:, None])
+    others = _or_all(others & (theirs == its) & (its >= 0), others)
+    here = others & ((asking > gold[:, None]) == (query > gold)[:, None])
+    hits = chosen[text] == gold[:, None, None]
+    return torch.maximum(_share(hits, others), _share(hits, here))
+
+
+def _or_all(some: Tensor, others: Tensor) -> Tensor:
+    """Some of each row's [N, R]; all where there are none."""
+    return torch.where(some.any(-1, keepdim=True), some, others)
+
+
+def _share(hits: Tensor, among: Tensor) -> Tensor:
+    """The share of hits [N, H, R] among some of the words [N, R]; 0 where there are none."""
+    return (hits & among[:, None]).sum(-1) / among.sum(-1).clamp(min=1)[:, None]
 
 
 def _choice(text: Tensor, query: Tensor, present: Tensor, causal: bool) -> Tensor:

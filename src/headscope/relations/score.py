@@ -3,7 +3,8 @@
 A head may look the same number of words away always; it may like the right word whoever asks; it may look at any word
 of the right word's class. Heads are picked on one half of the sentences and reported on the other. A head has a
 relation's role if on both halves it is better than each of the three: on the first, which picks, by itself; on the
-second after Holm's correction over all heads and both directions, and by a lead. Clusters of sentences are the cases.
+second by a lead, and after Holm's correction over all heads and directions that were picked. Clusters of sentences
+are the cases.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from headscope.statistics import cluster_bootstrap, cluster_score_test, holm
 __all__ = ["LEAD", "LEVEL", "RelationScore", "best_heads", "scores"]
 
 LEVEL = 0.05  # of a role, on either half
-LEAD = 0.1  # what a role's accuracy is above the largest null at least
+LEAD = 0.1  # how far a role's accuracy is above what luck reaches at least
 _MOST_FIXED = 0.5  # a baseline above it says that the sentences hardly vary
 
 
@@ -44,7 +45,8 @@ class RelationScore:
         high: Its upper end.
         p: One-sided p that the head hits more than the best fixed offset, more than its control, and among rivals more
             than blind.
-        p_holm: The same after Holm's correction over all heads and both directions of the relation.
+        p_holm: The same after Holm's correction over the heads and directions of the relation that the other half
+            picked; 1 for those that it did not.
         pairs: How many pairs were asked.
         clusters: From how many frames or documents.
         picked_accuracy: The accuracy on the other half, on which heads are picked; NaN if it has no pairs.
@@ -74,9 +76,14 @@ class RelationScore:
     too_fixed: bool
 
     @property
+    def lucky(self) -> float:
+        """The accuracy if the head were blind among rivals: NaN if no pair has any."""
+        return self.accuracy - (self.contested_accuracy - self.blind) * self.contested / self.pairs
+
+    @property
     def null(self) -> float:
-        """The largest of what luck reaches: the best fixed offset, the control, and blind where there are rivals."""
-        return max(self.baseline, self.control, self.blind if self.contested else 0.0)
+        """The most that luck reaches: the best fixed offset, the control, or, where there are rivals, being blind."""
+        return max(self.baseline, self.control, self.lucky if self.contested else 0.0)
 
     @property
     def role(self) -> bool:
@@ -105,10 +112,13 @@ def scores(counts: RelationCounts, *, half: int = 1) -> list[RelationScore]:
             tally = counts.tally(relation, direction, half)
             if tally.clusters:
                 parts.append(_Part(counts, tally, relation, direction, half))
-        adjusted = holm([p for part in parts for p in part.p])
-        for part in parts:
-            found += part.scores(adjusted[: len(part.p)])
-            adjusted = adjusted[len(part.p) :]
+        picked = [[p < LEVEL for p in part.picked_p] for part in parts]
+        tested = [
+            p for part, chosen in zip(parts, picked, strict=True) for p, c in zip(part.p, chosen, strict=True) if c
+        ]
+        adjusted = iter(holm(tested))
+        for part, chosen in zip(parts, picked, strict=True):
+            found += part.scores([next(adjusted) if c else 1.0 for c in chosen])
     return found
 
 

@@ -161,7 +161,7 @@ def _example(sentence: Any, lines: _Lines, cluster: str, language: str) -> Examp
         if source != target:
             pairs.append(Pair(relation, source, target))
     half = zlib.crc32(cluster.encode()) & 1
-    return Example(text, tuple(words), tuple(pairs), cluster, half, language, tuple(classes))
+    return Example(text, tuple(words), tuple(dict.fromkeys(pairs)), cluster, half, language, tuple(classes))
 
 
 def _class(parts_of_speech: set[str | None]) -> str:
