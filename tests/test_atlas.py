@@ -288,29 +288,29 @@ def test_what_is_given_twice_is_refused(decoder: Loaded, tmp_path: Path) -> None
 
 
 def test_collections_that_can_give_no_role_are_said(decoder: Loaded) -> None:
-    """12 heads: 9 clusters that agree have p = 0.00135, times 24 tests 0.03; eight are too few."""
+    """Five clusters that agree have p = 0.04; four are too few."""
     plan = Plan(length=24, repeats=0, worth=0)
     words = (Pair("before", 2, 1), Pair("twice", 2, 0))
     text = "It was late"
     given = {
         name: [
-            Example(text, ((0, 2), (3, 6), (7, 11)), words, f"{name} {i}", int(i >= 3), "en") for i in range(3 + count)
+            Example(text, ((0, 2), (3, 6), (7, 11)), words, f"{name} {i}", int(i >= 5), "en") for i in range(5 + count)
         ]
-        for name, count in (("small", 8), ("large", 9))
+        for name, count in (("small", 4), ("large", 5))
     }
     long = Example("word " * 40, ((0, 4), (5, 9), (10, 14)), words, "long", 0, "en")
     found = profile(decoder, documents("owl", "sea", "bus", "pie"), examples=given | {"long": [long]}, plan=plan)
     notes = found.measured.notes
-    told = "small has 11 documents (3 to pick heads, 8 to confirm them): too few for roles that come from it, "
-    assert told + "which with 12 heads take 3 and 9." in notes
+    told = "small has 9 documents (5 to pick heads, 4 to confirm them): too few for roles that come from it, "
+    assert told + "which take 5 of each." in notes
     assert not any(note.startswith("large has") for note in notes)
     unclassed = "gives no parts of speech: a head with a role from it may look at any word of the right kind."
     assert f"large {unclassed}" in notes
     frames = profile(decoder, documents("owl"), examples=few(), plan=plan)
     assert not any("parts of speech" in note for note in frames.measured.notes)
     assert "long: 1 of 1 sentences are longer than the model reads, and were left out." in notes
-    assert found.info["examples"]["large"]["read"] == found.info["examples"]["long"]["too_long"] + 11 == 12
-    assert found.relations.examples == 23
+    assert found.info["examples"]["large"]["read"] == found.info["examples"]["long"]["too_long"] + 9 == 10
+    assert found.relations.examples == 19
 
 
 def test_layers_with_other_heads_are_ablated_to_zero(decoder: Loaded) -> None:

@@ -79,6 +79,21 @@ def test_each_half_has_enough_frames_and_fillings(relation: str) -> None:
         assert len({e.text for e in of(relation, half)}) == sum(frames.values())
 
 
+def test_a_core_with_its_rival_is_one_case_whatever_stands_between() -> None:
+    sizes = {
+        "coreference": 24,
+        "determiner-noun": 32,
+        "adjective-noun": 60,
+        "coreference-zh": 24,
+        "giver-receiver-zh": 54,
+    }
+    for relation in RELATIONS:
+        for half in (0, 1):
+            clusters = Counter(e.cluster for e in of(relation, half))
+            assert len(clusters) == sizes.get(relation, 72)
+            assert set(clusters.values()) == {4}  # two insertions, filled twice
+
+
 @pytest.mark.parametrize("relation", RELATIONS)
 @pytest.mark.parametrize("half", [0, 1])
 @pytest.mark.parametrize("seen", ["all", "source behind", "target behind"])

@@ -123,8 +123,8 @@ def same(left: RelationCounts, right: RelationCounts) -> bool:
     for key in left.keys:
         one, other = left.tally(*key), right.tally(*key)
         assert one.clusters == other.clusters
-        for name in ("hits", "pairs", "offsets"):
-            torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0)
+        for name in ("hits", "pairs", "offsets", "contested", "contested_hits", "controls", "blind"):
+            torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=1e-5)
     return True
 
 
@@ -218,7 +218,7 @@ def test_counts_survive_a_file(counted: RelationCounts) -> None:
         RelationCounts.from_tensors({"0.hits": tensors["0.hits"]}, names)
 
 
-def test_a_long_text_is_read_in_chunks() -> None:
+def test_a_long_text_is_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     words = [f"{a}{b}" for a in "abcdefghijklmnopqr" for b in "abcdefghijklmnopqr"]  # 324 words
     pairs = [(i, i - 1 - i % 7) for i in range(8, 324)]
     e = example(" ".join(words), *pairs)
@@ -229,6 +229,8 @@ def test_a_long_text_is_read_in_chunks() -> None:
     for start in range(0, 316, 100):
         parts.merge(count_relations(model, [example(e.text, *pairs[start : start + 100])]))
     assert same(whole, parts)
+    monkeypatch.setattr(count, "_ROWS_AT_ONCE", 1000)
+    assert same(whole, count_relations(model, [e]))
 
 
 def test_texts_that_are_too_long_are_skipped_and_counted(letters: Loaded) -> None:

@@ -891,8 +891,8 @@ FAULTS = [
     Fault(
         "words of any class are the control",
         "relations/hits.py",
-        "others = torch.where(alike.any(-1, keepdim=True), alike, others)",
-        "others = others | alike",
+        "others = _or_all(others & (theirs == its) & (its >= 0), others)",
+        "others = _or_all(others, theirs >= -1)",
         "test_luck.py::test_others_of_the_class_that_asks_are_the_control_by_hand",
     ),
     Fault(
@@ -950,5 +950,40 @@ FAULTS = [
         'return device.type != "cpu" or (self.length >= _LONG_ROWS and positions >= _MANY_POSITIONS)',
         "return positions > 0",
         "test_training.py::test_auto_takes_bfloat16_only_where_it_is_faster",
+    ),
+    Fault(
+        "every insertion is a case of its own",
+        "relations/frames.py",
+        'cluster = f"{frame.relation} frame {half}.{known.index(frame.skeleton) + 1}"',
+        'cluster = f"{frame.relation} frame {half}.{number}"',
+        "test_frames.py::test_a_core_with_its_rival_is_one_case_whatever_stands_between",
+    ),
+    Fault(
+        "the normal tail for a few cases",
+        "statistics.py",
+        "p = (_BOUND * 0.5 * torch.erfc(score / 2**0.5)).clamp(max=1)",
+        "p = 0.5 * torch.erfc(score / 2**0.5)",
+        "test_statistics.py::test_p_is_never_below_that_of_all_signs",
+    ),
+    Fault(
+        "in an encoder those that look the other way are the control, too",
+        "relations/hits.py",
+        "return torch.maximum(_share(hits, others), _share(hits, here))",
+        "return _share(hits, others)",
+        "test_luck.py::test_a_head_that_looks_back_alone_is_compared_with_what_looks_back",
+    ),
+    Fault(
+        "heads that were not picked are tested",
+        "relations/score.py",
+        "for i, p in enumerate(part.picked_p) if p < LEVEL]",
+        "for i, p in enumerate(part.picked_p)]",
+        "test_relations.py::test_a_head_is_compared_with_the_best_fixed_offset",
+    ),
+    Fault(
+        "each part of a long text has controls of its own",
+        "relations/count.py",
+        "looks.append(strongest(words, chunk.words, present[:, :used], causal=causal))",
+        "looks = [strongest(words, chunk.words, present[:, :used], causal=causal)] * len(chunks)",
+        "test_relations.py::test_a_long_text_is_read_in_chunks",
     ),
 ]

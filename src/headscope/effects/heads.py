@@ -232,7 +232,7 @@ def _check(
     if model.training:
         raise EditError(f"{type(model).__name__} is in training mode, where dropout is noise: call model.eval() first.")
     config = getattr(model, "config", None)
-    if metric is None and getattr(config, "is_encoder_decoder", False):
+    if metric is None and options(model, decoder_input_ids=None):
         raise EditError(
             f"{type(model).__name__} does not predict the next token of what it reads, but writes another text: give "
             "model.get_encoder(), or metric=function of (logits, input_ids, attention_mask) that gives [B]."

@@ -112,13 +112,11 @@ def scores(counts: RelationCounts, *, half: int = 1) -> list[RelationScore]:
             tally = counts.tally(relation, direction, half)
             if tally.clusters:
                 parts.append(_Part(counts, tally, relation, direction, half))
-        picked = [[p < LEVEL for p in part.picked_p] for part in parts]
-        tested = [
-            p for part, chosen in zip(parts, picked, strict=True) for p, c in zip(part.p, chosen, strict=True) if c
-        ]
-        adjusted = iter(holm(tested))
-        for part, chosen in zip(parts, picked, strict=True):
-            found += part.scores([next(adjusted) if c else 1.0 for c in chosen])
+        tested = [(part, i) for part in parts for i, p in enumerate(part.picked_p) if p < LEVEL]
+        for (part, i), p in zip(tested, holm([part.p[i] for part, i in tested]), strict=True):
+            part.p_holm[i] = p
+        for part in parts:
+            found += part.scores()
     return found
 
 
@@ -136,8 +134,9 @@ class _Part:
         self.p: list[float] = _p(tally, self.there)
         picks = counts.tally(relation, direction, 1 - half)
         self.picked, self.picked_p = _accuracy(picks, self.there), _p(picks, self.there)
+        self.p_holm = [1.0] * len(self.p)  # of those that were not picked
 
-    def scores(self, adjusted: list[float]) -> list[RelationScore]:
+    def scores(self) -> list[RelationScore]:
         """One row for each head."""
         low, high = cluster_bootstrap(self.hits, self.tally.pairs)
         accuracy = (self.hits.sum(-1) / self.total).tolist()
@@ -160,7 +159,7 @@ class _Part:
                 low=float(low[i]),
                 high=float(high[i]),
                 p=self.p[i],
-                p_holm=adjusted[i],
+                p_holm=self.p_holm[i],
                 pairs=int(self.total),
                 clusters=len(self.tally.clusters),
                 picked_accuracy=float(self.picked[i]),
