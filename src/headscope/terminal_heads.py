@@ -107,7 +107,7 @@ def _worth(atlas: HeadAtlas, roles: Sequence[Evidence], most: int = 8) -> Any:
     for name in shown:
         table.add_column(_TITLES[name], justify="right", no_wrap=True)
         if name == "ablation_zero":
-            table.add_column("95 %", justify="right", min_width=8)
+            table.add_column("95 %", justify="right", min_width=8, no_wrap=width() >= _NARROW)
     table.add_column("roles", min_width=9, overflow="fold")
     for index in order[:most]:
         layer, head = divmod(index, zero.shape[1])

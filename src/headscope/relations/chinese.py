@@ -189,7 +189,7 @@ def chinese() -> list[Example]:
     """The Chinese sentences of both relations, both halves; the same ones each time.
 
     >>> print(chinese()[0].text)
-    阿姨和叔叔站着，后来她走了。
+    爷爷在王后旁边坐着，后来高兴地他走了。
     """
     halves = [[*_coreference(half), *_giver_receiver(half)] for half in (0, 1)]
     return fill_all(halves, _LISTS, language="zh", spaced=False)

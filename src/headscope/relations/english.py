@@ -274,7 +274,7 @@ def english() -> list[Example]:
     """The English sentences of all relations, both halves; the same ones each time.
 
     >>> print(english()[0].text)
-    The boy stood near the nun until he vanished.
+    The monk stood near the waitress patiently until he moved.
     """
     halves = [[frame for make in _MAKERS for frame in make(half)] for half in (0, 1)]
     return fill_all(halves, LISTS, language="en")
