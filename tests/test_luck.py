@@ -232,6 +232,17 @@ def test_others_of_the_class_that_asks_are_the_control_by_hand() -> None:
     assert control([-1] * 6) == pytest.approx(2 / 3)
 
 
+def test_words_that_cannot_see_the_right_word_are_no_control() -> None:
+    """Word 5 of a decoder asks for word 3, and so does word 4; word 2 is of its class, and stands before word 3."""
+    rows = torch.zeros(1, 1, 6, 6)
+    rows[0, 0, 4, 3], rows[0, 0, 2, 1] = 0.9, 0.9
+    query, gold, text = torch.tensor([5]), torch.tensor([3]), torch.tensor([0])
+    here, everyone = torch.ones(1, 6, dtype=torch.bool), torch.arange(6)[None]
+    looks = strongest(rows, everyone, here, causal=True)
+    classes = torch.tensor([[-1, -1, 1, -1, -1, 1]])
+    assert float(count_controls(looks, everyone, text, query, gold, classes, causal=True)) == 1
+
+
 def test_a_head_that_looks_back_alone_is_compared_with_what_looks_back() -> None:
     """Word 0 to 4 in an encoder; all words before word 3 look at it, and those behind it do not."""
     rows = torch.zeros(1, 1, 5, 5)
