@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from headscope.relations.frames import Frame, Rivals, combine, fill_all, place
+from headscope.relations.frames import Frame, Rivals, combine, either_way, fill_all, place
 from headscope.relations.pairs import Example, Relation
 
 __all__ = ["FUNCTION_WORDS", "RELATIONS", "chinese"]
@@ -154,12 +154,7 @@ def _coreference(half: int) -> list[Frame]:
         ("后来 * {p}/s {left} 了 。", "* {p}/s 就 {left} 了 。", "然后 * {p}/s 也 {left} 了 。"),
         ("而 * {p}/s 才 {left} 了 。", "* {p}/s 又 {left} 了 。", "再 后来 * {p}/s 还 {left} 了 。"),
     )
-    skeletons = [
-        f"{opening.replace('{x}', x).replace('{y}', y)} {ending}"
-        for opening in openings[half]
-        for ending in endings[half]
-        for x, y in (("{a}/t", "{d}"), ("{d}", "{a}/t"))
-    ]
+    skeletons = either_way(openings[half], endings[half])
     return combine("coreference-zh", skeletons, _MANNER[half], _KINDS, _KINDS_OF_WORDS)
 
 

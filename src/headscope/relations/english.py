@@ -28,7 +28,7 @@ from headscope.relations.english_words import (
     PLACE,
     WHO,
 )
-from headscope.relations.frames import Frame, combine, fill_all, place
+from headscope.relations.frames import Frame, combine, either_way, fill_all, place
 from headscope.relations.pairs import Example, Relation
 
 __all__ = ["FUNCTION_WORDS", "RELATIONS", "english"]
@@ -71,12 +71,7 @@ def _coreference(half: int) -> list[Frame]:
         ("* until {p}/s {moved} .", "* before {p}/s {moved} again .", ", * and then {p}/s {moved} ."),
         ("* when {p}/s {moved} .", "* while {p}/s {moved} .", ", * but later {p}/s {moved} ."),
     )
-    skeletons = [
-        f"{opening.replace('{x}', x).replace('{y}', y)} {ending}"
-        for opening in openings[half]
-        for ending in endings[half]
-        for x, y in (("{a}/t", "{d}"), ("{d}", "{a}/t"))
-    ]
+    skeletons = either_way(openings[half], endings[half])
     return combine("coreference", skeletons, MANNER[half], KINDS, NOUNS)
 
 

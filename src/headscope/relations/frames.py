@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from headscope.relations.pairs import Example, Pair
 
-__all__ = ["Filled", "Frame", "Rivals", "combine", "fill", "fill_all", "place"]
+__all__ = ["Filled", "Frame", "Rivals", "combine", "either_way", "fill", "fill_all", "place"]
 
 _SLOT = re.compile(r"\{([a-z_]+)(\d*)\}")
 _CLOSING = frozenset(",.;:!?")  # no space before these
@@ -63,6 +63,20 @@ def place(cores: Sequence[str], rivals: Rivals) -> list[str]:
                 words = core.replace(mark, text).split()
                 found.append(" ".join(word for word in words if word not in "^+="))
     return found
+
+
+def either_way(openings: Sequence[str], endings: Sequence[str]) -> list[str]:
+    """Every opening with every ending; of its two nouns {x} and {y} each is once the right one, {a}, once not, {d}.
+
+    >>> either_way(["{x} met {y}"], ["and left ."])
+    ['{a}/t met {d} and left .', '{d} met {a}/t and left .']
+    """
+    return [
+        f"{opening.replace('{x}', x).replace('{y}', y)} {ending}"
+        for opening in openings
+        for ending in endings
+        for x, y in (("{a}/t", "{d}"), ("{d}", "{a}/t"))
+    ]
 
 
 def combine(
