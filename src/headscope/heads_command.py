@@ -18,6 +18,7 @@ from headscope import corpus, models, terminal, terminal_heads
 from headscope.atlas import HeadAtlas
 from headscope.errors import AtlasError, HeadscopeError, TextError, TreebankError
 from headscope.files import check_writable
+from headscope.links import split_head
 from headscope.measures import standard
 from headscope.pipe import read_pipe
 from headscope.profiling import columns_of
@@ -130,7 +131,7 @@ def add_heads(app: typer.Typer, reported: Reported, fetch: Callable[[str], None]
 def _check(out: Path | None, atlas: Path | None, head: str | None, figure: Path | None, by: str) -> None:
     """Say what cannot be before anything is measured."""
     if head is not None:
-        _place(head)
+        split_head(head)
     if figure is None and by != _BY:
         raise AtlasError(f"--by {by} says what a figure shall show: give --figure FILE, too.")
     if figure is not None:
@@ -150,16 +151,8 @@ def _drawn() -> tuple[str, ...]:
     return _BY, "worth", *columns, "ablation_zero", "ablation_mean", "gradient"
 
 
-def _place(head: str) -> tuple[int, int]:
-    """The layer and the head of "13.8"."""
-    match = re.fullmatch(r"(\d+)\.(\d+)", head.strip())
-    if match is None:
-        raise AtlasError(f"{head!r} is not a head. Write layer.head, both counted from 0: 13.8")
-    return int(match[1]), int(match[2])
-
-
 def _check_head(head: str, heads: Sequence[int], name: str) -> None:
-    layer, number = _place(head)
+    layer, number = split_head(head)
     if layer >= len(heads) or number >= heads[layer]:
         raise AtlasError(
             f"There is no head {head}: {name} has {len(heads)} layers with up to {max(heads)} heads, "
@@ -233,7 +226,7 @@ def _remove(parts: Path, patience: float = 60.0) -> None:
 def _one_head(atlas: HeadAtlas, head: str, model: str) -> None:
     """All about one head; its examples need the model, and are left out where it is not here."""
     _check_head(head, atlas.heads, atlas.name)
-    layer, number = _place(head)
+    layer, number = split_head(head)
     terminal_heads.print_head(atlas, layer, number)
     try:
         loaded = models.load(model)

@@ -22,7 +22,7 @@ from headscope.seam import AttentionCall
 from headscope.tokens import Tokens, Word
 from headscope.words import FEW_WORDS, Positions, all_words, chosen_words, column_of, label, rows_of
 
-__all__ = ["Head", "Link", "Rest", "View", "ask", "head_of", "run"]
+__all__ = ["Head", "Link", "Rest", "View", "ask", "head_of", "run", "split_head"]
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -203,16 +203,28 @@ def ask(
     )
 
 
+def split_head(text: str) -> tuple[int, int]:
+    """The layer and the head of "13.8", whether there are such or not.
+
+    Raises:
+        ValueError: It is not written so.
+
+    >>> split_head("13.8")
+    (13, 8)
+    """
+    match = re.fullmatch(r"(\d+)\.(\d+)", text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is not a head. Write layer.head, both counted from 0: 13.8")
+    return int(match[1]), int(match[2])
+
+
 def head_of(text: str, recording: Recording) -> Head:
     """The head that is written "13.8".
 
     Raises:
         ValueError: It is not written so, or the model has no such head.
     """
-    match = re.fullmatch(r"(\d+)\.(\d+)", text.strip())
-    if match is None:
-        raise ValueError(f"{text!r} is not a head. Write layer.head, both counted from 0: 13.8")
-    layer, head = int(match[1]), int(match[2])
+    layer, head = split_head(text)
     if layer >= len(recording):
         raise ValueError(
             f"There is no layer {layer}: the model has {len(recording)} attention layers, 0 to {len(recording) - 1}."
