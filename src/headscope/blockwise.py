@@ -21,7 +21,7 @@ from headscope.scores import LOWEST, Scores
 
 __all__ = ["Strip", "stream", "strips"]
 
-_BLOCK = 1 << 20  # scores in one block: small enough for the cache, large enough for the work around it
+_BLOCK = 1 << 21  # scores in one block: small enough for the cache, large enough for the work around it
 _ALONE = 3 << 17  # the same for one question alone or none: there is less work around a block
 _ROWS = 768  # rows in one matrix product: more are no faster, and cross the diagonal of a causal mask further
 _EDGE = 64  # rows that are not cut further where few keys are visible
@@ -31,7 +31,16 @@ _DRIFT = 40.0  # nats by which a row's largest score may outgrow what its blocks
 _EVEN = 16  # rows come in multiples of it: odd shapes are slow in a matrix product
 _FAR = 80.0  # nats above its row's sum that a hidden score may stand without its exp overflowing
 
-_Tile = tuple[slice, Tensor]  # columns of a block, and which of their cells the mask shows
+
+@dataclass(frozen=True)
+class Seen:
+    """Which cells of a tile the mask shows, as factors and as terms: both are much faster than masked_fill_."""
+
+    keep: Tensor  # 1 or 0
+    lower: Tensor  # 0 or LOWEST
+
+
+_Tile = tuple[slice, Seen]  # columns of a block, and what the mask shows of them
 
 
 class Buffers:
@@ -57,12 +66,16 @@ class Buffers:
 
 @dataclass(frozen=True)
 class Strip:
-    """Some query rows of some heads, and the spans of keys (start, stop, mixed) they may see."""
+    """Some query rows of some heads, and the spans of keys (start, stop, mixed) they may see.
+
+    ``seen``: what the mask shows of some of them, shared with the strips of other heads.
+    """
 
     batch: slice
     groups: slice
     rows: slice
     spans: list[tuple[int, int, bool]]
+    seen: dict[tuple[int, int], Seen]
 
 
 def strips(scores: Scores, held: bool = True) -> Iterator[Strip]:
@@ -81,9 +94,9 @@ def strips(scores: Scores, held: bool = True) -> Iterator[Strip]:
         part = slice(b, min(batch, b + many_batch))
         for q in range(0, queries, rows):
             span = slice(q, min(queries, q + rows))
-            spans = scores.spans(part, span)
+            spans, seen = scores.spans(part, span), dict[tuple[int, int], Seen]()
             for g in range(0, groups, many_groups):
-                yield Strip(part, slice(g, min(groups, g + many_groups)), span, spans)
+                yield Strip(part, slice(g, min(groups, g + many_groups)), span, spans, seen)
 
 
 def _width(scores: Scores, rows: slice) -> int:
@@ -179,14 +192,20 @@ def _raw_blocks(
 
 
 def _tile(scores: Scores, strip: Strip, keys: slice, part: slice) -> _Tile:
-    seen = scores.visible(strip.batch, _heads(scores, strip), strip.rows, part)
-    return slice(part.start - keys.start, part.stop - keys.start), seen
+    at = part.start, part.stop
+    found = strip.seen.get(at)
+    if found is None:
+        seen = scores.visible(strip.batch, _heads(scores, strip), strip.rows, part)
+        found = Seen(seen.to(scores.dtype), torch.where(seen, 0.0, LOWEST).to(scores.dtype))
+        if seen.shape[1] == 1:  # the same for all heads
+            strip.seen[at] = found
+    return slice(part.start - keys.start, part.stop - keys.start), found
 
 
 def _hide(x: Tensor, tiles: list[_Tile]) -> None:
     """−inf on what the mask hides, before maxima are looked for."""
     for columns, seen in tiles:
-        x[..., columns] += torch.where(seen, 0.0, -torch.inf)  # much faster than masked_fill_ on a part
+        x[..., columns] += seen.keep.log()
 
 
 def _exp(x: Tensor, tiles: list[_Tile], room: Tensor) -> Tensor:
@@ -196,9 +215,9 @@ def _exp(x: Tensor, tiles: list[_Tile], room: Tensor) -> Tensor:
     """
     weights = torch.exp(x, out=room)
     for columns, seen in tiles:
-        weights[..., columns] *= seen.to(x.dtype)
+        weights[..., columns] *= seen.keep
         if weights is not x:
-            x[..., columns] += torch.where(seen, 0.0, LOWEST)
+            x[..., columns] += seen.lower
     return weights
 
 

@@ -64,8 +64,9 @@ def _weighted(dropout_p: float, weights: Tensor, _: Tensor, rows: slice, value: 
 
 def weighted(weights: Tensor, value: Tensor) -> Tensor:
     """Weights [B, H, L, S] times values [B, G, S, N], as [B, H, L, N]."""
-    grouped = weights.unflatten(1, (value.shape[1], -1))
-    return (grouped @ value.to(weights.dtype).unsqueeze(2)).flatten(1, 2)
+    batch, heads, rows, _ = weights.shape
+    grouped = weights.reshape(batch, value.shape[1], -1, weights.shape[-1])  # the heads of a group as rows of one
+    return (grouped @ value.to(weights.dtype)).view(batch, heads, rows, -1)
 
 
 class RowSums(TorchDispatchMode):

@@ -63,7 +63,9 @@ def head_sums(model: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
 def output_sum(call: AttentionCall, text: Tensor) -> Tensor:
     """The sum of a call's head outputs over the positions that are text, [B, L] bool: [H, Dv] float64, on the CPU."""
     outputs = call.head_outputs()
-    return outputs.double().masked_fill(~text.to(outputs.device)[:, None, :, None], 0).sum((0, 2)).cpu()
+    if not bool(text.all()):
+        outputs = outputs.masked_fill(~text.to(outputs.device)[:, None, :, None], 0)
+    return outputs.sum((0, 2), dtype=torch.float64).cpu()
 
 
 def head_means(model: nn.Module, batches: Batches) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from headscope.corpus import Batch
 from headscope.masks import Mask
 from headscope.matrix import AttentionMatrix
-from headscope.measures.questions import Product
+from headscope.measures.questions import Linear, Product, Together
 from headscope.reductions import Reduction, TransposedProduct
 
 __all__ = ["Column", "Measure", "Page", "Ratio", "Visibility", "take"]
@@ -214,13 +214,15 @@ def take(measures: Iterable[Measure], page: Page) -> dict[str, Ratio]:
 
 
 def _answers(matrix: AttentionMatrix, questions: dict[str, Reduction]) -> dict[str, Any]:
-    """What the weights say to all questions, by one pass in which all products are one."""
-    if not questions:
+    """What the weights say to all questions, by one pass in which all that a product answers share one."""
+    linear = {name: question for name, question in questions.items() if isinstance(question, Linear)}
+    others = [name for name in questions if name not in linear]
+    asked = [questions[name] for name in others]
+    if linear:
+        asked.append(Together(list(linear.values())))
+    if not asked:
         return {}
-    products = {name: question for name, question in questions.items() if type(question) is Product}
-    others = [name for name in questions if name not in products]
-    if not products:
-        return dict(zip(others, matrix.reduce(*questions.values()), strict=True))
-    joined, *found = matrix.reduce(Product.joined(list(products.values())), *(questions[name] for name in others))
-    split = joined.split([product.width for product in products.values()], -1)
-    return dict(zip((*products, *others), (*split, *found), strict=True))
+    found = matrix.reduce(*asked)
+    if linear:
+        others, found = [*others, *linear], (*found[:-1], *found[-1])
+    return dict(zip(others, found, strict=True))

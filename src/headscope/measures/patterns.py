@@ -7,7 +7,7 @@ from torch import Tensor
 
 from headscope.corpus import Batch
 from headscope.measures.measure import Column, Measure, Page, Ratio
-from headscope.measures.questions import Distance, MaxAmong, Product
+from headscope.measures.questions import Distance, LargestAmong, Product, Strongest
 from headscope.reductions import Entropy, Offsets, Reduction, TransposedProduct
 
 __all__ = ["RADIUS", "REPEATED", "standard"]
@@ -53,13 +53,13 @@ class Confidence(Measure):
 
     def questions(self, page: Page) -> dict[str, Reduction]:
         """The largest weights, with sinks and without."""
-        asked: dict[str, Reduction] = {"largest_text": MaxAmong(page.text), "mass": _mass(page)}
-        return asked | {"largest_sink": MaxAmong(page.batch.sinks)}
+        asked: dict[str, Reduction] = {"largest_text": Strongest(page.text, RADIUS), "mass": _mass(page)}
+        return asked | {"largest_sink": LargestAmong(page.batch.sinks)}
 
     def sums(self, page: Page) -> dict[str, Ratio]:
         """Over the weight on text, and over rows."""
-        text, sinks = (page.answers[name].values for name in ("largest_text", "largest_sink"))
-        raw = page.over_rows(torch.maximum(text, sinks))
+        text = page.answers["largest_text"].values
+        raw = page.over_rows(torch.maximum(text, page.answers["largest_sink"]))
         return {"confidence": Ratio(page.over_rows(text), _on_text(page)), "confidence_raw": Ratio(raw, page.count)}
 
 
@@ -117,15 +117,13 @@ class OffsetHits(Measure):
     )
 
     def questions(self, page: Page) -> dict[str, Reduction]:
-        """The strongest key that is text."""
-        return {"largest_text": MaxAmong(page.text)}
+        """The strongest key that is text, if it is near."""
+        return {"largest_text": Strongest(page.text, RADIUS)}
 
     def sums(self, page: Page) -> dict[str, Ratio]:
         """Rows, not weights, are counted: a hit is a hit."""
-        keys = page.answers["largest_text"].indices
-        apart = keys - torch.arange(keys.shape[-1], device=keys.device)
-        apart = apart.masked_fill(keys < 0, 1 << 30)
-        hits = page.over_rows(apart.unsqueeze(-1) == torch.tensor(_DELTAS, device=keys.device))
+        apart = page.answers["largest_text"].indices
+        hits = page.over_rows(apart.unsqueeze(-1) == torch.tensor(_DELTAS, device=apart.device))
         return {f"offset_hits{d:+d}": Ratio(hits[..., d + RADIUS], page.count) for d in _DELTAS}
 
 

@@ -30,10 +30,10 @@ class Entropy(Reduction):
         return like.new_zeros(shape[:3])
 
     def update(self, state: Tensor, block: Block) -> None:
-        """−Σ P·(centered + offset), without a second block in memory."""
-        state[block.at].sub_(torch.linalg.vecdot(block.weights, block.centered))
+        """−Σ P·(centered + offset)."""
         if block.shifted:
             state[block.at] -= block.weights.sum(-1) * block.offset.squeeze(-1)
+        state[block.at].sub_(block.expected_log())
 
     def rescale(self, state: Tensor, at: tuple[slice, slice, slice], by: Tensor, total: Tensor) -> None:
         """−Σ cP ln cP = c·(−Σ P ln P − ln c·Σ P)."""
@@ -186,18 +186,10 @@ class Offsets(Reduction):
         return like.new_zeros((*shape[:3], 2 * self.radius + 1))
 
     def update(self, state: Tensor, block: Block) -> None:
-        """Pick the diagonals that cross this block."""
-        span = block.scores.positions(block.rows)
-        if block.keys.start > span.stop - 1 + self.radius:
-            return
-        if block.keys.stop - 1 < span.start - self.radius:
-            return
-        shifts = torch.arange(-self.radius, self.radius + 1, device=state.device)
-        where = block.q_idx + shifts - block.keys.start  # [r, 2·radius+1]
-        width = block.weights.shape[-1]
-        inside = (where >= 0) & (where < width)
-        index = where.clamp(0, width - 1).expand(*block.weights.shape[:2], -1, -1)
-        state[block.at] += block.weights.gather(-1, index) * inside
+        """Add the diagonals that cross this block."""
+        state = state[block.at]
+        for rows, offsets, found in block.band(block.weights, self.radius):
+            state[..., rows, offsets] += found
 
     def rescale(self, state: Tensor, at: tuple[slice, slice, slice], by: Tensor, total: Tensor) -> None:
         """Every weight by its row's factor."""

@@ -1,0 +1,123 @@
+"""Questions that measures ask, against dense matrices: the strongest key, keys of a few places, shared products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from headscope import AttentionMatrix, blockwise, masks
+from headscope.masks import Mask
+from headscope.measures.questions import Distance, LargestAmong, Product, Strongest, Together
+from headscope.reductions import Block, Entropy, Max, Reduction
+
+MASKS = {
+    "none": None,
+    "causal": masks.causal(),
+    "padding": masks.padding([37, 23]),
+    "window": masks.sliding_window(11, 5),
+    "documents": masks.causal() & masks.documents(torch.arange(37) // 13),
+}
+RADIUS = 3
+
+
+def matrix_of(mask: Mask | None, size: int = 37) -> AttentionMatrix:
+    """Batch 2, 6 heads on 3, of a few different scores: many are near, many far."""
+    random = torch.Generator().manual_seed(3)
+    query, key = torch.randn(2, 6, size, 8, generator=random), torch.randn(2, 3, size, 8, generator=random)
+    return AttentionMatrix(2 * query, key, mask=mask)
+
+
+def cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 128 scores of 16 rows or fewer, so that the band crosses their edges."""
+    monkeypatch.setattr(blockwise, "_BLOCK", 128)
+    monkeypatch.setattr(blockwise, "_ROWS", 16)
+
+
+def some_keys(size: int = 37) -> Tensor:
+    """Keys that count, others in each text of the batch, [2, S]."""
+    among = torch.ones(2, size, dtype=torch.bool)
+    among[0, :2] = among[1, 5] = among[1, 20:23] = False
+    return among
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("name", MASKS)
+def test_the_strongest_key_and_how_far_off_it_is(name: str, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks so narrow that keys near a row lie in another one."""
+    cut(monkeypatch)
+    matrix, among = matrix_of(MASKS[name]), some_keys()
+    if known:
+        matrix @ torch.ones(37, 1)
+    wanted = (matrix.dense() * among[:, None, None]).max(-1)
+    values, offsets = matrix.reduce(Strongest(among, RADIUS))[0]
+    torch.testing.assert_close(values, wanted.values)
+    apart = wanted.indices - torch.arange(37)
+    near = (apart.abs() <= RADIUS) & (wanted.values > 0)
+    assert 0.05 < near.float().mean() < 0.95
+    assert torch.equal(offsets, apart.where(near, Strongest.FAR))
+
+
+def test_a_key_that_shares_the_largest_weight_is_not_the_strongest() -> None:
+    """An even head has no strongest key; nor has one whose largest weight lies near and far."""
+    zeros = torch.zeros(1, 1, 9, 2)
+    everything = torch.ones(1, 9, dtype=torch.bool)
+    _, offsets = AttentionMatrix(zeros, zeros, mask=masks.causal()).reduce(Strongest(everything, RADIUS))[0]
+    assert offsets[0, 0].tolist() == [0] + [Strongest.FAR] * 8  # the first row sees one key
+    key = zeros.clone()
+    key[0, 0, [0, 7], 0] = 5.0
+    _, offsets = AttentionMatrix(zeros + 1, key).reduce(Strongest(everything, RADIUS))[0]
+    assert offsets[0, 0].tolist() == [Strongest.FAR] * 9
+    key[0, 0, 0, 0] = 0.0
+    _, offsets = AttentionMatrix(zeros + 1, key).reduce(Strongest(everything, RADIUS))[0]
+    assert offsets[0, 0].tolist() == [Strongest.FAR] * 4 + [3, 2, 1, 0, -1]
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_the_largest_of_a_few_keys(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0 where a row sees none of them."""
+    cut(monkeypatch)
+    matrix, among = matrix_of(MASKS[name]), ~some_keys()
+    (found,) = matrix.reduce(LargestAmong(among))
+    torch.testing.assert_close(found, (matrix.dense() * among[:, None, None]).amax(-1))
+
+
+def test_a_question_leaves_a_block_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that hide keys from themselves show them again to whoever is asked after them."""
+    cut(monkeypatch)
+    matrix = matrix_of(masks.causal())
+    _, found = matrix.reduce(Strongest(some_keys(), RADIUS), Max())
+    assert torch.equal(found.indices, matrix.dense().argmax(-1))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_one_product_for_several_questions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives each what it would get alone, whether its columns are of one head or of all."""
+    cut(monkeypatch)
+    products: list[Tensor] = []
+    usual = Block.product
+    monkeypatch.setattr(Block, "product", lambda self, x: products.append(x) or usual(self, x))
+    random = torch.Generator().manual_seed(4)
+    x, own = torch.randn(2, 1, 37, 4, generator=random), torch.randn(2, 6, 37, 2, generator=random)
+    matrix, among = matrix_of(MASKS[name]), some_keys()
+    found = matrix.reduce(Together([Product(x), Distance(among), Product(own), Distance(~among)]))[0]
+    shared = len(products)
+    alone: list[Reduction] = [Product(x), Distance(among), Product(own), Distance(~among)]
+    for one, question in zip(found, alone, strict=True):
+        torch.testing.assert_close(one, matrix.reduce(question)[0])
+    assert len(products) > 2 * shared
+    dense = matrix.dense()
+    torch.testing.assert_close(found[2], dense @ own)
+    apart = (torch.arange(37)[:, None] - torch.arange(37)).abs()
+    torch.testing.assert_close(found[1], (dense * apart * among[:, None, None]).sum(-1), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [36, 37])
+@pytest.mark.parametrize("known", [False, True])
+def test_the_entropy_of_rows_a_few_at_a_time(size: int, known: bool) -> None:
+    """Four rows share a product, whose other cells are of no use; other numbers of rows go one by one."""
+    matrix = matrix_of(masks.causal(), size)
+    if known:
+        matrix @ torch.ones(size, 1)
+    dense = matrix.dense()
+    torch.testing.assert_close(matrix.reduce(Entropy())[0], -torch.xlogy(dense, dense).sum(-1), atol=1e-5, rtol=1e-5)
