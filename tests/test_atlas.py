@@ -702,6 +702,23 @@ def test_a_pipe_is_refused_where_several_processes_would_read_it(monkeypatch: py
     assert "2 processes cannot read one pipe" in " ".join(done.stderr.split())
 
 
+@pytest.mark.parametrize(("rank", "stays"), [(0, []), (1, ["done-2"]), (2, ["done-1"])])
+def test_who_ended_in_a_killed_run_has_not_ended_in_this_one(
+    rank: int, stays: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the first process removes parts that another has yet to read, which then waits for them forever."""
+    from headscope.heads_command import _forget_ended
+
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", str(rank))
+    for number in (1, 2):
+        (tmp_path / f"done-{number}").touch()
+    (tmp_path / "a.safetensors").touch()
+    _forget_ended(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", *stays]
+    _forget_ended(tmp_path / "not there")
+
+
 def test_parts_stay_while_another_process_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from headscope.heads_command import _remove
 

@@ -78,7 +78,7 @@ def test_a_recorded_part_needs_no_sums(way: str, grad: Any, no_pass: None) -> No
         scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
     assert is_known(P)
     assert wanted.shape == P.shape
-    torch.testing.assert_close(P[:, :, 2:5, 1:6], scores.softmax(-1)[:, :, 2:5, 1:6], atol=1e-6, rtol=0)
+    torch.testing.assert_close(P[:, :, 2:5, 1:6], scores.softmax(-1)[:, :, 2:5, 1:6], atol=5e-6, rtol=0)
     torch.testing.assert_close(P.logsumexp, scores.logsumexp(-1), atol=1e-5, rtol=0)
 
 

@@ -196,9 +196,8 @@ def _measure(
     if head is not None:
         _check_head(head, head_counts(loaded), loaded.name)
     parts = None if out is None else out.with_name(out.name + ".parts")
-    if parts is not None:  # those of a run that was killed say nothing of this one
-        for path in parts.glob("done-*" if rank() == 0 else f"done-{rank()}"):
-            path.unlink(missing_ok=True)
+    if parts is not None:
+        _forget_ended(parts)
     with terminal.running("measuring heads", shown=rank() == 0) as tell:
         found = profile(loaded, documents, examples=examples, plan=plan, parts=parts, on_part=tell)
     if out is not None and parts is not None:
@@ -209,6 +208,12 @@ def _measure(
         else:
             (parts / f"done-{rank()}").touch()
     return found
+
+
+def _forget_ended(parts: Path) -> None:
+    """Who ended in a killed run has not ended in this one: the first process forgets all, the others themselves."""
+    for path in parts.glob("done-*" if rank() == 0 else f"done-{rank()}"):
+        path.unlink(missing_ok=True)
 
 
 def _remove(parts: Path, patience: float = 60.0) -> None:
