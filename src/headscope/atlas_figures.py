@@ -14,6 +14,7 @@ from headscope.atlas import HeadAtlas
 from headscope.errors import AtlasError
 from headscope.figures import check_extension
 from headscope.files import whole_file
+from headscope.relations.counts import with_arrow
 
 __all__ = ["draw"]
 
@@ -75,7 +76,7 @@ def _roles(atlas: HeadAtlas) -> Figure:
         for x, count in enumerate(row):
             if count:
                 axes.text(x, y, str(count), ha="center", va="center", fontsize=7)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_yticks(range(len(names)), [with_arrow(name) for name in names], fontsize=8)
     axes.set_xticks(range(0, layers, max(1, layers // 15)))
     axes.set_xlabel("layer", fontsize=8)
     axes.set_title(f"{atlas.name}: how many heads of a layer have a role", fontsize=10, fontweight="bold")
@@ -104,7 +105,7 @@ def _worth(atlas: HeadAtlas) -> Figure:
     axes.axvline(0, color="#888888", linewidth=0.6)
     most = max((float(v) for v in zero.abs().flatten() if not math.isnan(v)), default=1.0)
     axes.set_xscale("symlog", linthresh=max(most / 20, 1e-6))
-    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_yticks(range(len(names)), [with_arrow(name) for name in names], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(f"metric without the head minus metric with it ({atlas.worth.unit}); bar: median", fontsize=8)
     axes.set_title(f"{atlas.name}: where heads look, and what they are worth", fontsize=10, fontweight="bold")

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from headscope.atlas import HeadAtlas
 from headscope.examples import PairLook, TokenLook
+from headscope.relations.counts import with_arrow
 from headscope.roles import ROLES, Evidence
 from headscope.terminal import print_renderable, width
 
@@ -72,16 +73,14 @@ def _roles_table(roles: Sequence[Evidence], all_heads: bool) -> Table:
     for role in dict.fromkeys(row.role for row in roles):
         rows = [row for row in roles if row.role == role]
         for number, row in enumerate(rows if all_heads else rows[:_MOST]):
-            table.add_row(Text(_short(role) if number == 0 else ""), *(_evidence_cells(row)[name] for name in shown))
+            table.add_row(
+                Text(with_arrow(role) if number == 0 else ""), *(_evidence_cells(row)[name] for name in shown)
+            )
         if len(rows) > _MOST and not all_heads:
             table.add_row("", Text(f"+{len(rows) - _MOST}", style="dim"))
     if not roles:
         table.add_row("(no head has a role)")
     return table
-
-
-def _short(role: str) -> str:
-    return role.removesuffix(" (reverse)") + " ←" if role.endswith(" (reverse)") else role
 
 
 def _evidence_cells(row: Evidence) -> dict[str, Any]:
@@ -111,7 +110,7 @@ def _worth(atlas: HeadAtlas, roles: Sequence[Evidence], most: int = 8) -> Any:
     table.add_column("roles", min_width=9, overflow="fold")
     for index in order[:most]:
         layer, head = divmod(index, zero.shape[1])
-        mine = [_short(row.role) for row in roles if (row.layer, row.head) == (layer, head)]
+        mine = [with_arrow(row.role) for row in roles if (row.layer, row.head) == (layer, head)]
         named = ", ".join(mine[:2]) + (f" +{len(mine) - 2}" if len(mine) > 2 else "")
 
         def number(name: str, at: tuple[int, int] = (layer, head), sign: str = "+") -> str:
@@ -185,7 +184,7 @@ def print_head(atlas: HeadAtlas, layer: int, head: int) -> None:
         about = atlas.info["columns"].get(name, {})
         told = f"{about.get('about', _ABOUT.get(name.split(':')[0], ''))}"
         table.add_row(
-            _short(name.removeprefix("relation:")),
+            with_arrow(name.removeprefix("relation:")),
             f"{value:.3f}",
             even,
             f"{rank}/{len(known)}",

@@ -117,7 +117,7 @@ class OffsetHits(Measure):
     )
 
     def questions(self, page: Page) -> dict[str, Reduction]:
-        """The strongest key that is text, if it is near."""
+        """The strongest key that is text, if it is near; where two share the largest weight there is none."""
         return {"largest_text": Strongest(page.text, RADIUS)}
 
     def sums(self, page: Page) -> dict[str, Ratio]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_OFFSET", "RelationCounts", "Tally", "direction_of"]
+__all__ = ["MAX_OFFSET", "RelationCounts", "Tally", "direction_of", "with_arrow"]
 
 MAX_OFFSET = 30  # in words; a pair that is further apart agrees with no fixed offset
 
@@ -26,6 +26,15 @@ def direction_of(relation: str, reverse: bool) -> str:
     'cause (reverse)'
     """
     return f"{relation} (reverse)" if reverse else relation
+
+
+def with_arrow(direction: str) -> str:
+    """A direction's name, or that of another role, as tables and figures write it.
+
+    >>> with_arrow("cause (reverse)"), with_arrow("self")
+    ('cause ←', 'self')
+    """
+    return direction.removesuffix(" (reverse)") + " ←" if direction.endswith(" (reverse)") else direction
 
 
 @dataclass(frozen=True, eq=False, slots=True)
