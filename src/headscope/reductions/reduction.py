@@ -13,7 +13,7 @@ from torch import Tensor
 from headscope.scores import Scores
 
 Shape = tuple[int, int, int, int]
-_FEW = 4
+_FEW = 4  # rows whose products with each other are made at once, for the sake of each with itself
 
 
 @dataclass(frozen=True, eq=False)
