@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from headscope import AttentionMatrix, blockwise, indexing, kernels, masks, record, reductions, rowwise
+from headscope import AttentionMatrix, indexing, kernels, masks, record, reductions, rowwise, strips
 from headscope.masks import Mask
 from headscope.reductions import Block, Entropy, Groups, Mass, Max, Offsets, Pool, Received, Reduction, TopK
 from tests import reference
@@ -133,16 +133,21 @@ def assert_all_checked(made: Made) -> None:
     assert_is(matrix.dense(), p)
     assert_is(matrix[:, -1, -2:, ::3], p[:, -1, -2:, ::3])
     assert_is(matrix.logsumexp, made.logsumexp)
+    picked = torch.tensor([queries - 1, 0])
+    sums = made.logsumexp[-1][:, picked].unsqueeze(-1)
+    with torch.autocast("cpu", enabled=False):
+        row_weights = (matrix.operands.rows(batch - 1, picked) - sums).exp()
+    assert_is(row_weights.where(sums > -1e29, 0), p[-1][:, picked].where(sums > -1e29, 0))
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Strips of a row or two, blocks of 128 keys, parts of few cells: every loop goes round several times."""
-    monkeypatch.setattr(blockwise, "_BLOCK", 1)
-    monkeypatch.setattr(blockwise, "_ALONE", 1)
-    monkeypatch.setattr(blockwise, "_STRIP", 2 * 2 * 300)
-    monkeypatch.setattr(blockwise, "_EVEN", 1)
-    monkeypatch.setattr(blockwise, "_ROWS", 2 * 2)
+    monkeypatch.setattr(strips, "_BLOCK", 1)
+    monkeypatch.setattr(strips, "_ALONE", 1)
+    monkeypatch.setattr(strips, "_STRIP", 2 * 2 * 300)
+    monkeypatch.setattr(strips, "_EVEN", 1)
+    monkeypatch.setattr(strips, "_ROWS", 2 * 2)
     monkeypatch.setattr(rowwise, "_AUTOGRAD", 2 * 6 * 300 * 2)
     monkeypatch.setattr(kernels, "_ROWS", 3)
     monkeypatch.setattr(indexing, "_CELLS", 2 * 6 * 11 * 3)
@@ -796,7 +801,7 @@ def test_autocast_does_not_round_what_is_asked() -> None:
 
 def test_heads_of_different_masks_keep_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a mask shows of some rows is kept for other heads only where it is the same for all of them."""
-    monkeypatch.setattr(blockwise, "_BLOCK", 1 << 14)  # one head at a time
+    monkeypatch.setattr(strips, "_BLOCK", 1 << 14)  # one head at a time
     random = torch.Generator().manual_seed(0)
     query, key = torch.randn(1, 4, 100, 8, generator=random), torch.randn(1, 4, 100, 8, generator=random)
     seen = torch.rand(1, 4, 100, 100, generator=random) < 0.5

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from headscope import AttentionMatrix, blockwise, masks
+from headscope import AttentionMatrix, masks, strips
 from headscope.corpus import Batch, Piece, batches
 from headscope.measures import Column, Measure, Page, Ratio, Visibility, standard, take
-from headscope.measures.questions import Distance
+from headscope.measures.products import Distance
 from headscope.profiling import _rule, columns_of
 from headscope.reductions import Block, Reduction
 from headscope.roles import ROLES, find_roles
@@ -111,8 +111,8 @@ def by_definition(page: Page) -> dict[str, Tensor]:
 @pytest.mark.parametrize("blocks", ["whole", "small", "short"])
 def test_every_measure_is_its_definition(kind: str, blocks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if blocks == "small":  # some rows, and 128 keys in a block: texts of 300 tokens cross several
-        monkeypatch.setattr(blockwise, "_BLOCK", 1 << 12)
-        monkeypatch.setattr(blockwise, "_ROWS", 64)
+        monkeypatch.setattr(strips, "_BLOCK", 1 << 12)
+        monkeypatch.setattr(strips, "_ROWS", 64)
     lengths = {"whole": [23, 17, 9], "small": [300, 170, 9], "short": [14, 9, 5]}[blocks]
     lengths = lengths[:1] if kind == "alone" else lengths
     batch = batch_of(*lengths, end=kind == "encoder")
@@ -132,9 +132,9 @@ def test_distances_are_exact_far_into_a_text() -> None:
     length = 60_000
     query, key = torch.randn(2, 1, 1, length, 3, generator=torch.Generator().manual_seed(0))
     matrix = AttentionMatrix(query, key, mask=masks.sliding_window(4))
-    (found,) = matrix.reduce(Distance(torch.ones(1, length, dtype=torch.bool)))
+    (found,) = matrix.reduce(Distance(torch.ones(1, length, 1, dtype=torch.bool)))
     apart = torch.arange(-4, 5).abs().double()
-    torch.testing.assert_close(found.double(), matrix.offsets(4).double() @ apart, atol=3e-4, rtol=0)
+    torch.testing.assert_close(found[..., 0].double(), matrix.offsets(4).double() @ apart, atol=3e-4, rtol=0)
 
 
 def test_layers_share_what_their_masks_let_be_seen_and_no_more() -> None:

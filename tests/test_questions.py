@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from headscope import AttentionMatrix, blockwise, masks
+from headscope import AttentionMatrix, masks, strips
 from headscope.masks import Mask
-from headscope.measures.questions import Distance, LargestAmong, Product, Strongest, Together
+from headscope.measures import products as measure_products
+from headscope.measures.products import Distance, Product, Together
+from headscope.measures.strongest import Strongest
 from headscope.reductions import Block, Entropy, Max, Reduction
 
 MASKS = {
@@ -30,8 +32,8 @@ def matrix_of(mask: Mask | None, size: int = 37) -> AttentionMatrix:
 
 def cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 128 scores of 16 rows or fewer, so that the band crosses their edges."""
-    monkeypatch.setattr(blockwise, "_BLOCK", 128)
-    monkeypatch.setattr(blockwise, "_ROWS", 16)
+    monkeypatch.setattr(strips, "_BLOCK", 128)
+    monkeypatch.setattr(strips, "_ROWS", 16)
 
 
 def some_keys(size: int = 37) -> Tensor:
@@ -50,8 +52,9 @@ def test_the_strongest_key_and_how_far_off_it_is(name: str, known: bool, monkeyp
     if known:
         matrix @ torch.ones(37, 1)
     wanted = (matrix.dense() * among[:, None, None]).max(-1)
-    values, offsets = matrix.reduce(Strongest(among, RADIUS))[0]
+    values, offsets, others = matrix.reduce(Strongest(among, RADIUS))[0]
     torch.testing.assert_close(values, wanted.values)
+    torch.testing.assert_close(others, (matrix.dense() * ~among[:, None, None]).amax(-1))
     apart = wanted.indices - torch.arange(37)
     near = (apart.abs() <= RADIUS) & (wanted.values > 0)
     assert 0.05 < near.float().mean() < 0.95
@@ -62,24 +65,15 @@ def test_a_key_that_shares_the_largest_weight_is_not_the_strongest() -> None:
     """An even head has no strongest key; nor has one whose largest weight lies near and far."""
     zeros = torch.zeros(1, 1, 9, 2)
     everything = torch.ones(1, 9, dtype=torch.bool)
-    _, offsets = AttentionMatrix(zeros, zeros, mask=masks.causal()).reduce(Strongest(everything, RADIUS))[0]
+    _, offsets, _ = AttentionMatrix(zeros, zeros, mask=masks.causal()).reduce(Strongest(everything, RADIUS))[0]
     assert offsets[0, 0].tolist() == [0] + [Strongest.FAR] * 8  # the first row sees one key
     key = zeros.clone()
     key[0, 0, [0, 7], 0] = 5.0
-    _, offsets = AttentionMatrix(zeros + 1, key).reduce(Strongest(everything, RADIUS))[0]
+    _, offsets, _ = AttentionMatrix(zeros + 1, key).reduce(Strongest(everything, RADIUS))[0]
     assert offsets[0, 0].tolist() == [Strongest.FAR] * 9
     key[0, 0, 0, 0] = 0.0
-    _, offsets = AttentionMatrix(zeros + 1, key).reduce(Strongest(everything, RADIUS))[0]
+    _, offsets, _ = AttentionMatrix(zeros + 1, key).reduce(Strongest(everything, RADIUS))[0]
     assert offsets[0, 0].tolist() == [Strongest.FAR] * 4 + [3, 2, 1, 0, -1]
-
-
-@pytest.mark.parametrize("name", MASKS)
-def test_the_largest_of_a_few_keys(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """0 where a row sees none of them."""
-    cut(monkeypatch)
-    matrix, among = matrix_of(MASKS[name]), ~some_keys()
-    (found,) = matrix.reduce(LargestAmong(among))
-    torch.testing.assert_close(found, (matrix.dense() * among[:, None, None]).amax(-1))
 
 
 def test_a_question_leaves_a_block_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,26 +84,33 @@ def test_a_question_leaves_a_block_as_it_was(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(found.indices, matrix.dense().argmax(-1))
 
 
+@pytest.mark.parametrize("few", [0, 6, 64])
 @pytest.mark.parametrize("name", MASKS)
-def test_one_product_for_several_questions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It gives each what it would get alone, whether its columns are of one head or of all."""
+def test_one_product_for_several_questions(name: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives each what it would get alone, of one head or of all, and whether few neighbours matter or many."""
     cut(monkeypatch)
     products: list[Tensor] = []
     usual = Block.product
-    monkeypatch.setattr(Block, "product", lambda self, x: products.append(x) or usual(self, x))
+    monkeypatch.setattr(Block, "product", lambda self, x, *keys: products.append(x) or usual(self, x, *keys))
+    monkeypatch.setattr(measure_products, "_FEW", few)
     random = torch.Generator().manual_seed(4)
     x, own = torch.randn(2, 1, 37, 4, generator=random), torch.randn(2, 6, 37, 2, generator=random)
+    x[:, :, :3, 1] = x[:, :, 7:, 1] = x[..., 2] = 0  # columns of four keys, and of none
     matrix, among = matrix_of(MASKS[name]), some_keys()
-    found = matrix.reduce(Together([Product(x), Distance(among), Product(own), Distance(~among)]))[0]
+    far = Distance(torch.stack([among, ~among], -1))
+    found = matrix.reduce(Together([Product(x), far, Product(own)]))[0]
     shared = len(products)
-    alone: list[Reduction] = [Product(x), Distance(among), Product(own), Distance(~among)]
+    alone: list[Reduction] = [Product(x), far, Product(own)]
     for one, question in zip(found, alone, strict=True):
         torch.testing.assert_close(one, matrix.reduce(question)[0])
-    assert len(products) > 2 * shared
+    assert len(products) > shared
     dense = matrix.dense()
+    torch.testing.assert_close(found[0], dense @ x)
     torch.testing.assert_close(found[2], dense @ own)
     apart = (torch.arange(37)[:, None] - torch.arange(37)).abs()
-    torch.testing.assert_close(found[1], (dense * apart * among[:, None, None]).sum(-1), atol=1e-4, rtol=1e-5)
+    for number, these in enumerate((among, ~among)):
+        wanted = (dense * apart * these[:, None, None]).sum(-1)
+        torch.testing.assert_close(found[1][..., number], wanted, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [36, 37])

@@ -12,7 +12,7 @@ from headscope.corpus import Batch, Document, Piece, batches, cut
 from headscope.errors import TextError
 from headscope.links import run as run_tokens
 from headscope.measures import Visibility
-from headscope.measures.questions import MaxAmong
+from headscope.measures.strongest import MaxAmong
 from headscope.models import Loaded
 from headscope.profiling import run
 from headscope.relations import Example, count_hits

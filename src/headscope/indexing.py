@@ -109,9 +109,7 @@ class PartReader:
     def _points(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         scores = self.scores
         query = scores.query[b, h, q].to(scores.dtype) * scores.scale
-        x = (query * scores.key[b, h // scores.per_group, k].to(scores.dtype)).sum(-1)
-        if scores.softcap is not None:
-            x = torch.tanh(x / scores.softcap) * scores.softcap
+        x = scores.capped((query * scores.key[b, h // scores.per_group, k].to(scores.dtype)).sum(-1))
         if scores.bias is not None:
             x = x + self._bias_points(b, h, q, k)
         if scores.mask is not None:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope import kernels
-from headscope.blockwise import stream, strips
+from headscope.blockwise import stream
 from headscope.bytesize import format_bytes, parse_bytes
 from headscope.indexing import PartReader
 from headscope.masks import Mask
@@ -33,6 +33,7 @@ from headscope.reductions import (
 )
 from headscope.rowwise import by_rows
 from headscope.scores import Scores, make_scores
+from headscope.strips import strips
 
 __all__ = ["AttentionMatrix", "Plan", "attention"]
 

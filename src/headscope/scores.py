@@ -71,11 +71,33 @@ class Scores:
         flat = torch.bmm(queries, keys.transpose(1, 2), out=out)
         heads = slice(g.start * self.per_group, g.stop * self.per_group)
         shape = (b.stop - b.start, heads.stop - heads.start, q.stop - q.start, k.stop - k.start)
-        scores = flat.view(shape)
-        if self.softcap is not None:
-            scores = torch.tanh(scores / self.softcap) * self.softcap
+        scores = self.capped(flat.view(shape))
         if self.bias is not None:
             scores = scores + self.bias_block(b, heads, q, k)
+        return scores
+
+    def capped(self, products: Tensor) -> Tensor:
+        """Scores of scaled products q·k, by the cap if there is one (arXiv 2408.00118)."""
+        return products if self.softcap is None else torch.tanh(products / self.softcap) * self.softcap
+
+    def rows(self, b: int, q: Tensor) -> Tensor:
+        """Scores [H, n, S] of some query rows [n] of one text against all keys, −inf where hidden."""
+        _, heads, _, keys = self.shape
+        q = q.to(self.query.device)
+        query = self.query[b, :, q].to(self.dtype) * self.scale  # [H, n, D]
+        grouped = query.reshape(self.key.shape[1], -1, query.shape[-1])
+        scores = self.capped(grouped @ self.key[b].to(self.dtype).transpose(1, 2)).view(heads, len(q), keys)
+        every = torch.arange(heads, device=q.device)[:, None, None]
+        positions, key_positions = (q + self.origin[2])[None, :, None], torch.arange(keys, device=q.device)[None, None]
+        if isinstance(self.bias, Alibi):
+            scores = scores + self.bias.points(every, positions, key_positions, self.dtype)
+        elif self.bias is not None:
+            part = self.bias[b if len(self.bias) > 1 else 0]
+            scores = scores + (part[:, q] if part.shape[1] > 1 else part).to(self.dtype)
+        if self.mask is not None:
+            text = torch.full((1, 1, 1), b + self.origin[0], device=q.device)
+            seen = self.mask(text, every + self.origin[1], positions, key_positions)
+            scores = scores.masked_fill(~seen, -torch.inf)
         return scores
 
     @property

@@ -51,8 +51,9 @@ class Sums:
         """
         if not columns:
             return
-        each = [torch.stack([ratio.numerator.double(), ratio.denominator.double()]) for ratio in columns.values()]
-        found = torch.einsum("kb,cnbh->cknh", weights, torch.stack(each).cpu())
+        numerators = torch.stack([ratio.numerator.double() for ratio in columns.values()])
+        denominators = torch.stack([ratio.denominator.double() for ratio in columns.values()])
+        found = torch.einsum("kb,ncbh->cknh", weights, torch.stack([numerators, denominators]).cpu())
         for column, part in zip(columns, found, strict=True):
             self._add(column, layer, layers, part)
 
@@ -66,7 +67,7 @@ class Sums:
             wider = torch.zeros(*held.shape[:2], max(layers, held.shape[2]), heads, dtype=torch.float64)
             wider[:, :, : held.shape[2], : held.shape[-1]] = held
             held = self.values[column] = wider
-        held[:, :, layer, : found.shape[-1]] += found
+        held[:, :, layer, : found.shape[-1]].add_(found)
 
     def merge(self, other: Sums) -> None:
         """Add another corpus' or shard's sums.

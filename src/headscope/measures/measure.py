@@ -18,7 +18,7 @@ from torch import Tensor
 from headscope.corpus import Batch
 from headscope.masks import Mask
 from headscope.matrix import AttentionMatrix
-from headscope.measures.questions import Linear, Product, Together
+from headscope.measures.products import Linear, Product, Together
 from headscope.reductions import Reduction, TransposedProduct
 
 __all__ = ["Column", "Measure", "Page", "Ratio", "Visibility", "take"]
@@ -147,12 +147,14 @@ class Page:
             return None
         weight = self.out_weight.float().unflatten(1, (heads, size)).transpose(0, 1)  # [H, E, Dv]
         gram = weight.transpose(1, 2) @ weight
-        value = self.value.float().repeat_interleave(heads // self.value.shape[1], 1)
-        return torch.linalg.vecdot(value @ gram, value).clamp(min=0).sqrt()
+        shared = heads // self.value.shape[1]
+        value = self.value.float().unsqueeze(2).expand(-1, -1, shared, -1, -1).flatten(1, 2)
+        return (value @ gram).mul_(value).sum(-1).clamp_(min=0).sqrt_()
 
     def over_rows(self, values: Tensor) -> Tensor:
         """Sum of [B, H, L, …] over the rows that count: [B, H, …], in float64."""
-        return torch.einsum("bhl...,bl->bh...", values.double(), self.seen.rows.double())
+        rows = self.seen.rows.view(len(values), 1, -1, *[1] * (values.dim() - 3))
+        return (values * rows).sum(2, dtype=torch.float64)
 
     @cached_property
     def count(self) -> Tensor:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from headscope.corpus import Batch
 from headscope.measures.measure import Column, Measure, Page, Ratio
-from headscope.measures.questions import Distance, LargestAmong, Product, Strongest
+from headscope.measures.products import Distance, Product
+from headscope.measures.strongest import Strongest
 from headscope.reductions import Entropy, Offsets, Reduction, TransposedProduct
 
 __all__ = ["RADIUS", "REPEATED", "standard"]
@@ -53,13 +54,12 @@ class Confidence(Measure):
 
     def questions(self, page: Page) -> dict[str, Reduction]:
         """The largest weights, with sinks and without."""
-        asked: dict[str, Reduction] = {"largest_text": Strongest(page.text, RADIUS), "mass": _mass(page)}
-        return asked | {"largest_sink": LargestAmong(page.batch.sinks)}
+        return {"strongest": Strongest(page.text, RADIUS), "mass": _mass(page)}
 
     def sums(self, page: Page) -> dict[str, Ratio]:
         """Over the weight on text, and over rows."""
-        text = page.answers["largest_text"].values
-        raw = page.over_rows(torch.maximum(text, page.answers["largest_sink"]))
+        text, _, others = page.answers["strongest"]
+        raw = page.over_rows(torch.maximum(text, others))
         return {"confidence": Ratio(page.over_rows(text), _on_text(page)), "confidence_raw": Ratio(raw, page.count)}
 
 
@@ -73,12 +73,11 @@ class MeanDistance(Measure):
 
     def questions(self, page: Page) -> dict[str, Reduction]:
         """Mean distances, with sinks and without."""
-        asked: dict[str, Reduction] = {"distance": Distance(page.text), "mass": _mass(page)}
-        return asked | {"distance_sink": Distance(page.batch.sinks)}
+        return {"distance": Distance(torch.stack([page.text, page.batch.sinks], -1)), "mass": _mass(page)}
 
     def sums(self, page: Page) -> dict[str, Ratio]:
         """The raw one adds what lies on sinks."""
-        text, sinks = (page.over_rows(page.answers[name]) for name in ("distance", "distance_sink"))
+        text, sinks = page.over_rows(page.answers["distance"]).unbind(-1)
         return {"distance": Ratio(text, _on_text(page)), "distance_raw": Ratio(text + sinks, page.count)}
 
 
@@ -99,13 +98,11 @@ class OffsetMass(Measure):
 
     def sums(self, page: Page) -> dict[str, Ratio]:
         """Each diagonal, with what lies on sinks and without."""
-        offsets, found = page.answers["offsets"], {}
-        text = offsets * _at_offsets(page.text.to(offsets.dtype))[:, None]
-        on_text, whole = _on_text(page), page.over_rows(torch.stack([text, offsets], -1))
-        for number, d in enumerate(_DELTAS):
-            found[f"offset_mass{d:+d}"] = Ratio(whole[..., number, 0], on_text)
-            found[f"offset_mass{d:+d}_raw"] = Ratio(whole[..., number, 1], page.count)
-        return found
+        offsets, on_text = page.answers["offsets"], _on_text(page)
+        raw = page.over_rows(offsets).unbind(-1)
+        text = page.over_rows(offsets * _at_offsets(page.text.to(offsets.dtype))[:, None]).unbind(-1)
+        found = {f"offset_mass{d:+d}": Ratio(part, on_text) for d, part in zip(_DELTAS, text, strict=True)}
+        return found | {f"offset_mass{d:+d}_raw": Ratio(part, page.count) for d, part in zip(_DELTAS, raw, strict=True)}
 
 
 class OffsetHits(Measure):
@@ -118,12 +115,14 @@ class OffsetHits(Measure):
 
     def questions(self, page: Page) -> dict[str, Reduction]:
         """The strongest key that is text, if it is near; where two share the largest weight there is none."""
-        return {"largest_text": Strongest(page.text, RADIUS)}
+        return {"strongest": Strongest(page.text, RADIUS)}
 
     def sums(self, page: Page) -> dict[str, Ratio]:
         """Rows, not weights, are counted: a hit is a hit."""
-        apart = page.answers["largest_text"].indices
-        hits = page.over_rows(apart.unsqueeze(-1) == torch.tensor(_DELTAS, device=apart.device))
+        apart = page.answers["strongest"].offsets
+        hits = torch.zeros(*apart.shape[:2], 2 * RADIUS + 2, dtype=torch.float64, device=apart.device)  # the last: far
+        rows = page.rows.double().unsqueeze(1).expand(apart.shape)
+        hits.scatter_add_(-1, (apart + RADIUS).clamp(max=2 * RADIUS + 1), rows)
         return {f"offset_hits{d:+d}": Ratio(hits[..., d + RADIUS], page.count) for d in _DELTAS}
 
 
@@ -173,7 +172,7 @@ class Heavy(Measure):
         received = page.answers["received"][..., 0].double() / page.seen.lookers.clamp(min=1).unsqueeze(1)
         received = received * page.text.unsqueeze(1)
         tenth = (page.text.sum(-1) * 0.1).ceil().long()
-        ordered = received.sort(-1, descending=True).values
+        ordered = received.topk(int(tenth.max()), -1).values
         among = torch.arange(ordered.shape[-1], device=ordered.device) < tenth[:, None]
         return {"received_top": Ratio((ordered * among.unsqueeze(1)).sum(-1), received.sum(-1))}
 
@@ -195,17 +194,18 @@ class Norms(Measure):
     def questions(self, page: Page) -> dict[str, Reduction]:
         """Products with the norms of the keys' values."""
         norms = _norms(page)
-        groups = torch.stack([page.batch.valid, page.batch.sinks, _first(page), page.batch.delimiters], -1)
-        return {"norms": Product(norms.unsqueeze(-1) * groups.unsqueeze(1)), "offsets": Offsets(RADIUS)}
+        groups = torch.stack([page.batch.valid, page.batch.sinks, _first(page), page.batch.delimiters], -2)
+        norms = norms.unsqueeze(-2) * groups.unsqueeze(1)  # [B, H, 4, S]
+        return {"norms": Product(norms.transpose(-1, -2)), "offsets": Offsets(RADIUS)}
 
     def sums(self, page: Page) -> dict[str, Ratio]:
         """Row by row a share; then the mean over rows."""
         whole, sink, first, delimiter = page.answers["norms"].unbind(-1)
         scale = 1 / whole.clamp(min=1e-30)
         norms = _norms(page).expand(-1, whole.shape[1], -1)
-        moved = page.answers["offsets"] * torch.stack([_shifted(norms, d) for d in _DELTAS], -1)
+        offsets = page.answers["offsets"]
         found = {"norm_sink": sink, "norm_first": first, "norm_delimiter": delimiter}
-        found |= {f"norm_offset{d:+d}": moved[..., d + RADIUS] for d in self._SHOWN}
+        found |= {f"norm_offset{d:+d}": offsets[..., d + RADIUS] * _shifted(norms, d) for d in self._SHOWN}
         return {name: Ratio(page.over_rows(part * scale), page.count) for name, part in found.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from headscope.reductions.reduction import Block, Reduction, Shape
@@ -24,7 +25,7 @@ class Received(Reduction):
     def update(self, state: tuple[Tensor, Tensor], block: Block) -> None:
         """Add up the columns."""
         at = (block.batch, block.heads, block.keys)
-        state[0][at] += block.weights.sum(-2)
+        state[0][at].add_(block.weights.sum(-2))
         if self.mean:
             seen = block.visible
             rows = block.weights.shape[-2]
@@ -47,5 +48,6 @@ class TransposedProduct(Reduction):
 
     def update(self, state: Tensor, block: Block) -> None:
         """Each block sends its queries' x to its keys."""
-        x = self.x[block.at].to(state.dtype).transpose(-1, -2)  # few rows times a block: the fast way round
-        state[block.batch, block.heads, block.keys] += (x.contiguous() @ block.weights).transpose(-1, -2)
+        x = self.x[block.at].to(state.dtype).transpose(-1, -2).flatten(0, 1)  # few rows times a block: the fast way
+        found = torch.bmm(x, block.weights.flatten(0, 1)).unflatten(0, block.weights.shape[:2])
+        state[block.batch, block.heads, block.keys].add_(found.transpose(-1, -2))

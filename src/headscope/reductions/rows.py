@@ -32,7 +32,7 @@ class Entropy(Reduction):
     def update(self, state: Tensor, block: Block) -> None:
         """−Σ P·(centered + offset)."""
         if block.shifted:
-            state[block.at] -= block.weights.sum(-1) * block.offset.squeeze(-1)
+            state[block.at].sub_(block.weights.sum(-1) * block.offset.squeeze(-1))
         state[block.at].sub_(block.expected_log())
 
     def rescale(self, state: Tensor, at: tuple[slice, slice, slice], by: Tensor, total: Tensor) -> None:
@@ -55,7 +55,7 @@ class Mass(Reduction):
 
     def update(self, state: Tensor, block: Block) -> None:
         """Add up the rows."""
-        state[block.at] += block.weights.sum(-1)
+        state[block.at].add_(block.weights.sum(-1))
 
     def rescale(self, state: Tensor, at: tuple[slice, slice, slice], by: Tensor, total: Tensor) -> None:
         """A sum grows with its parts."""
@@ -189,7 +189,7 @@ class Offsets(Reduction):
         """Add the diagonals that cross this block."""
         state = state[block.at]
         for rows, offsets, found in block.band(block.weights, self.radius):
-            state[..., rows, offsets] += found
+            state[..., rows, offsets].add_(found)
 
     def rescale(self, state: Tensor, at: tuple[slice, slice, slice], by: Tensor, total: Tensor) -> None:
         """Every weight by its row's factor."""

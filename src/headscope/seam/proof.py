@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from headscope.errors import ProofError
-from headscope.indexing import PartReader
 from headscope.kernels import by_strips, weighted
-from headscope.normalizer import learned
 from headscope.scores import Scores
 from headscope.seam.call import Output
 
@@ -80,8 +78,9 @@ def _difference(
     batch, row = compared
     if not len(batch):
         return None
-    rows = zip(batch.tolist(), row.tolist(), strict=True)
-    rebuilt = torch.cat([_head_outputs(scores, value, b, r, sums) for b, r in rows])
+    texts, counts = (part.tolist() for part in batch.unique_consecutive(return_counts=True))
+    rows = zip(texts, row.split(counts), strict=True)
+    rebuilt = torch.cat([_head_outputs(scores, value, b, of_text, sums) for b, of_text in rows])
     wanted = output.rows(batch, row).float()
     got = output.finish(rebuilt.to(value.dtype), batch, row).float()
     if not bool(got.isfinite().all()) and not bool(scores.query.isfinite().all() & scores.key.isfinite().all()):
@@ -95,15 +94,16 @@ def _difference(
     return math.inf if math.isnan(difference) else difference
 
 
-def _head_outputs(scores: Scores, value: Tensor, b: int, r: int, sums: Tensor | None) -> Tensor:
-    """P @ V of one row, [1, H, Dv]."""
-    heads = slice(0, scores.shape[1])
-    part = scores.narrow(slice(b, b + 1), heads, slice(r, r + 1))
+def _head_outputs(scores: Scores, value: Tensor, b: int, rows: Tensor, sums: Tensor | None) -> Tensor:
+    """P @ V of some rows [n] of one text, [n, H, Dv]."""
     own = value[b : b + 1]
-    told = None if sums is None else sums[b : b + 1, :, r : r + 1]
+    told = None if sums is None else sums[b, :, rows]
     if told is None or bool(told.isnan().any()):
-        return by_strips(part, own)[:, :, 0]
-    return weighted(PartReader(part, learned(told))[:], own)[:, :, 0]
+        parts = [scores.narrow(slice(b, b + 1), slice(0, scores.shape[1]), slice(r, r + 1)) for r in rows.tolist()]
+        return torch.cat([by_strips(part, own)[:, :, 0] for part in parts])
+    with torch.autocast(scores.query.device.type, enabled=False):
+        weights = (scores.rows(b, rows) - told.unsqueeze(-1)).exp()
+    return weighted(weights.unsqueeze(0), own)[0].transpose(0, 1)
 
 
 def choose_rows(scores: Scores, valid: Tensor | None) -> tuple[Tensor, Tensor]:
