@@ -586,6 +586,46 @@ def test_several_questions_in_one_pass_are_answered_as_each_alone(tiny: None) ->
             torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 
 
+class Asking(reductions.Reduction):
+    """Sums rows, and asks another matrix on the way."""
+
+    def __init__(self, other: AttentionMatrix) -> None:
+        self.other, self.answers = other, list[Tensor]()
+
+    def start(self, shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
+        return like.new_zeros(shape[:3])
+
+    def update(self, state: Tensor, block: reductions.Block) -> None:
+        before = block.weights.clone(), block.centered.clone()
+        self.answers.append(fresh_entropy(self.other))
+        assert torch.equal(block.weights, before[0])
+        assert torch.equal(block.centered, before[1])
+        state[block.at].add_(block.weights.sum(-1))
+
+
+def fresh_entropy(matrix: AttentionMatrix) -> Tensor:
+    return AttentionMatrix(matrix.operands.query, matrix.operands.key).entropy()
+
+
+def test_a_question_may_ask_another_matrix_while_it_is_asked() -> None:
+    """Room for blocks is used again from pass to pass, but not by two at a time."""
+    made, other = make(Variant("causal")), make(Variant())
+    wanted = fresh_entropy(other.matrix)
+    question = Asking(other.matrix)
+    assert_is(fresh(made).reduce(question)[0], made.p.sum(-1))
+    assert question.answers
+    for answer in question.answers:
+        assert torch.equal(answer, wanted)
+
+
+def test_room_for_blocks_is_used_again_in_and_out_of_inference_mode() -> None:
+    """What was made in that mode could not be written into outside of it."""
+    made = make(Variant("causal"))
+    with torch.inference_mode():
+        inside = fresh(made).entropy()
+    assert torch.equal(inside, fresh(made).entropy())
+
+
 def test_a_question_can_be_asked_of_many_matrices() -> None:
     question = TopK(2)
     first, second = make(Variant()), make(Variant("causal"))

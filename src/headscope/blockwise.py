@@ -5,6 +5,7 @@ A strip's weights are final before any question sees them, or final up to a fact
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -15,7 +16,19 @@ from torch import Tensor
 from headscope.normalizer import Normalizer
 from headscope.reductions import Block, Reduction
 from headscope.scores import LOWEST, Scores
-from headscope.strips import Buffers, Strip, Tile, block_size, exp, heads_of, hide, make_finite, raw_blocks, strips
+from headscope.strips import (
+    Buffers,
+    Strip,
+    Tile,
+    block_size,
+    buffers_for,
+    exp,
+    heads_of,
+    hide,
+    make_finite,
+    raw_blocks,
+    strips,
+)
 
 __all__ = ["stream"]
 
@@ -52,22 +65,22 @@ def _stream(
     like = scores.query.new_empty(0, dtype=scores.dtype)
     states = [reduction.start(scores.shape, like) for reduction in reductions]
     found = known or Normalizer(like.new_zeros(scores.shape[:3]), like.new_zeros(scores.shape[:3]))
-    buffers = Buffers(like)
     online = known is None and all(reduction.online for reduction in reductions)
     size = block_size(len(reductions))
     offset = None if known is None else known.offset
     asked = list(zip(reductions, states, strict=True))
-    for strip in strips(scores, held=known is None and not online):
-        if online:
-            _online(scores, strip, found, buffers, asked, plain, size)
-            continue
-        if known is not None:
-            blocks = _known_blocks(scores, strip, known.top, offset, buffers, size)
-        else:
-            blocks = _fresh_blocks(scores, strip, found, buffers, plain, block_size(2))
-        for block in blocks:
-            for reduction, state in asked:
-                reduction.update(state, block)
+    with buffers_for(like, min(size, math.prod(scores.shape))) as buffers:
+        for strip in strips(scores, held=known is None and not online):
+            if online:
+                _online(scores, strip, found, buffers, asked, plain, size)
+                continue
+            if known is not None:
+                blocks = _known_blocks(scores, strip, known.top, offset, buffers, size)
+            else:
+                blocks = _fresh_blocks(scores, strip, found, buffers, plain, block_size(2))
+            for block in blocks:
+                for reduction, state in asked:
+                    reduction.update(state, block)
     _refuse_overflow(found)
     return [r.finish(s) for r, s in zip(reductions, states, strict=True)], found
 

@@ -6,6 +6,7 @@ The scores of any block are computed here, and nowhere is more than a block of t
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,10 +57,13 @@ class Scores:
         """Absolute positions of some query rows."""
         return slice(rows.start + self.origin[2], rows.stop + self.origin[2])
 
-    def queries(self, b: slice, g: slice, q: slice) -> Tensor:
-        """Scaled queries as [b·g, per_group·q, D]: the heads of a group share one product with its keys."""
+    def queries(self, b: slice, g: slice, q: slice, out: Tensor | None = None) -> Tensor:
+        """Scaled queries as [b·g, per_group·q, D]: the heads of a group share one product with its keys.
+
+        ``out`` [b, heads, q, D] is room for them.
+        """
         heads = slice(g.start * self.per_group, g.stop * self.per_group)
-        part = self.query[b, heads, q].to(self.dtype) * self.scale
+        part = torch.mul(self.query[b, heads, q].to(self.dtype), self.scale, out=out)
         return part.reshape(-1, self.per_group * part.shape[2], part.shape[3])
 
     def block(self, queries: Tensor, b: slice, g: slice, q: slice, k: slice, out: Tensor | None = None) -> Tensor:
@@ -126,6 +130,10 @@ class Scores:
             k,
             self.query.device,
         )
+
+    def alike(self, q: slice, k: slice) -> Hashable:
+        """The same for blocks in which the mask is known to show the same of all texts and heads; None: unknown."""
+        return None if self.mask is None else self.mask.alike(self.positions(q), k)
 
     def spans(self, b: slice, q: slice) -> list[tuple[int, int, bool]]:
         """Keys that some of these queries may see, as (start, stop, mixed)."""

@@ -6,7 +6,9 @@ A strip is a few rows of queries against all the keys that they may see; its sco
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +16,19 @@ from torch import Tensor
 
 from headscope.scores import LOWEST, Scores
 
-__all__ = ["Buffers", "Strip", "Tile", "block_size", "exp", "heads_of", "hide", "make_finite", "raw_blocks", "strips"]
+__all__ = [
+    "Buffers",
+    "Strip",
+    "Tile",
+    "block_size",
+    "buffers_for",
+    "exp",
+    "heads_of",
+    "hide",
+    "make_finite",
+    "raw_blocks",
+    "strips",
+]
 
 _BLOCK = 1 << 21  # scores in one block: small enough for the cache, large enough for the work around it
 _ALONE = 3 << 17  # the same for one question alone or none: there is less work around a block
@@ -36,10 +50,15 @@ Tile = tuple[slice, Seen]  # columns of a block, and what the mask shows of them
 
 
 class Buffers:
-    """Room for blocks, used again from block to block: fresh memory costs more than the sums that go into it."""
+    """Room for blocks, used again from block to block: fresh memory costs more than the sums that go into it.
 
-    def __init__(self, like: Tensor) -> None:
-        self._like = like
+    Each has room for ``least`` scores from the start, so that it need not grow with a causal mask's blocks; what is not
+    written into is only promised by the system.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, least: int = 0) -> None:
+        self.least = least
+        self._device, self._dtype = device, dtype
         self._flat: dict[int, Tensor] = {}
         self._last: dict[int, Tensor] = {}
 
@@ -51,23 +70,50 @@ class Buffers:
         size = math.prod(shape)
         held = self._flat.get(number)
         if held is None or held.numel() < size:
-            held = self._flat[number] = self._like.new_empty(size)
+            with torch.inference_mode(False):  # the next to write into it may not be in that mode
+                held = torch.empty(max(size, self.least), dtype=self._dtype, device=self._device)
+            self._flat[number] = held
         self._last[number] = found = held[:size].view(shape)
         return found
+
+    def shrink(self) -> None:
+        """Keep what every pass needs: two buffers of a block's size."""
+        self._last.clear()
+        self._flat = {n: held for n, held in self._flat.items() if n in (0, 1) and held.numel() <= _BLOCK}
+
+
+_kept = threading.local()
+
+
+@contextmanager
+def buffers_for(like: Tensor, least: int) -> Iterator[Buffers]:
+    """Buffers of a dtype and device for one pass; on the CPU they are kept for this thread's next one.
+
+    A pass that is asked for while another one runs, by a question, has its own.
+    """
+    name = f"{like.device} {like.dtype}"
+    found: Buffers = vars(_kept).pop(name, None) or Buffers(like.device, like.dtype)
+    found.least = least
+    try:
+        yield found
+    finally:
+        if like.device.type == "cpu":
+            found.shrink()
+            vars(_kept)[name] = found
 
 
 @dataclass(frozen=True)
 class Strip:
     """Some query rows of some heads, and the spans of keys (start, stop, mixed) they may see.
 
-    ``seen``: what the mask shows of some of them, shared with the strips of other heads.
+    ``seen``: what the mask shows of some of them, shared with the strips of other heads and of rows that see the like.
     """
 
     batch: slice
     groups: slice
     rows: slice
     spans: list[tuple[int, int, bool]]
-    seen: dict[tuple[int, int], Seen]
+    seen: dict[Hashable, Seen]
 
 
 def block_size(questions: int) -> int:
@@ -87,11 +133,13 @@ def strips(scores: Scores, held: bool = True) -> Iterator[Strip]:
     together = max(1, _BLOCK // (shared * rows * keys))  # short texts: several heads and rows at once
     many_groups = min(groups, together)
     many_batch = max(1, min(batch, together // groups))
+    alike = dict[Hashable, Seen]()
     for b in range(0, batch, many_batch):
         part = slice(b, min(batch, b + many_batch))
         for q in range(0, queries, rows):
             span = slice(q, min(queries, q + rows))
-            spans, seen = scores.spans(part, span), dict[tuple[int, int], Seen]()
+            spans = scores.spans(part, span)
+            seen = alike if scores.alike(span, span) is not None else dict[Hashable, Seen]()
             for g in range(0, groups, many_groups):
                 yield Strip(part, slice(g, min(groups, g + many_groups)), span, spans, seen)
 
@@ -122,7 +170,10 @@ def raw_blocks(
     scores: Scores, strip: Strip, buffers: Buffers, size: int, reuse: bool = True
 ) -> Iterator[tuple[Tensor, slice, list[Tile]]]:
     """Scores of the strip, up to ``size`` at once, none hidden yet. Block i lies in buffer 2·i, with ``reuse`` in 0."""
-    queries = scores.queries(strip.batch, strip.groups, strip.rows)
+    heads, rows = heads_of(scores, strip), strip.rows
+    shape = strip.batch.stop - strip.batch.start, heads.stop - heads.start, rows.stop - rows.start
+    room = buffers.take(-1, *shape, scores.query.shape[-1])
+    queries = scores.queries(strip.batch, strip.groups, rows, room)
     width = max(128, size // (queries.shape[0] * queries.shape[1]) // 128 * 128)
     for number, (keys, mixed) in enumerate(_pieces(strip, width)):
         room = buffers.take(0 if reuse else 2 * number, *queries.shape[:2], keys.stop - keys.start)
@@ -131,7 +182,7 @@ def raw_blocks(
 
 
 def _tile(scores: Scores, strip: Strip, keys: slice, part: slice) -> Tile:
-    at = part.start, part.stop
+    at = scores.alike(strip.rows, part) or (part.start, part.stop)
     found = strip.seen.get(at)
     if found is None:
         seen = scores.visible(strip.batch, heads_of(scores, strip), strip.rows, part)

@@ -807,7 +807,7 @@ FAULTS = [
     Fault(
         "near keys are hidden for good",
         "measures/strongest.py",
-        "            for (_, _, part), before in zip(band, held, strict=True):\n                part.copy_(before)\n",
+        "                part.copy_(near[..., rows, offsets])\n",
         "",
         "test_questions.py::test_a_question_leaves_a_block_as_it_was",
     ),
@@ -845,6 +845,27 @@ FAULTS = [
         "slice(keys.start - block.keys.start, keys.stop - block.keys.start))",
         "slice(0, keys.stop - keys.start))",
         "test_questions.py::test_one_product_for_several_questions",
+    ),
+    Fault(
+        "a pass inside of a pass writes into its blocks",
+        "strips.py",
+        "vars(_kept).pop(name, None) or Buffers(like.device, like.dtype)",
+        "vars(_kept).setdefault(name, Buffers(like.device, like.dtype))",
+        "test_matrix.py::test_a_question_may_ask_another_matrix_while_it_is_asked",
+    ),
+    Fault(
+        "room for blocks that cannot be written into again",
+        "strips.py",
+        "with torch.inference_mode(False):  # the next",
+        "if True:  # the next",
+        "test_matrix.py::test_room_for_blocks_is_used_again_in_and_out_of_inference_mode",
+    ),
+    Fault(
+        "tiles that lie otherwise to the diagonal are taken for the like",
+        "masks/ranges.py",
+        "return k.start - q.start, q.stop",
+        "return 1, q.stop",
+        "test_questions.py::test_the_strongest_key_and_how_far_off_it_is",
     ),
     Fault(
         "columns of another head",

@@ -8,7 +8,7 @@ and can say of a whole block whether it is visible, hidden, or mixed, which is h
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import torch
 from torch import Tensor
@@ -36,6 +36,10 @@ class Mask(ABC):
 
     def classify(self, b: slice, q: slice, k: slice) -> bool | None:
         """True: all of the block is visible; False: none of it; None: mixed, or not known."""
+        return None
+
+    def alike(self, q: slice, k: slice) -> Hashable:
+        """The same for blocks in which it shows the same of all texts and heads; None: not known."""
         return None
 
     def check(self, shape: tuple[int, int, int, int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -90,6 +90,9 @@ class _Window(Mask):
         inside_right = self.right is None or farthest <= self.right
         inside_left = self.left is None or nearest >= -self.left
         return True if inside_right and inside_left else None
+
+    def alike(self, q: slice, k: slice) -> Hashable:
+        return k.start - q.start, q.stop - q.start, k.stop - k.start
 
     def __repr__(self) -> str:
         if self.is_causal:

@@ -37,9 +37,9 @@ class Linear(Reduction):
         """
         return
 
-    def answer(self, sums: Tensor) -> Tensor:
-        """The answer from the sums over all blocks, [B, H, L, N]."""
-        return sums
+    def answer(self, sums: list[Tensor]) -> Tensor:
+        """The answer from the sums over all blocks, N of [B, H, L]."""
+        return torch.stack(sums, -1)
 
     def start(self, shape: Shape, like: Tensor) -> _Sums:
         """As the only one of several."""
@@ -76,11 +76,11 @@ class Together(Reduction):
         many, few, near = _kinds(used)
         kinds = [_Kind(numbers, at, like.new_zeros((*shape[:3], len(numbers))))
                  for numbers, at in ((many, keys), (few, near)) if numbers]  # fmt: skip
-        return _Sums(kinds, like.new_zeros((*shape[:3], len(used))))
+        return _Sums(kinds, len(used), like.new_zeros(()).expand(shape[:3]))
 
     def update(self, state: _Sums, block: Block) -> None:
         """One product of many keys' columns, and one of few keys' where the block has them."""
-        columns: list[Tensor | None] = [None] * state.answers.shape[-1]
+        columns: list[Tensor | None] = [None] * state.number
         found = [(kind, kind.product(self.parts, block)) for kind in state.kinds if kind.is_in(block)]
         for kind, part in found:
             for number, column in zip(kind.numbers, part.unbind(-1), strict=True):
@@ -99,10 +99,13 @@ class Together(Reduction):
 
     def finish(self, state: _Sums) -> list[Tensor]:
         """The answer of each."""
-        for kind in state.kinds:
-            state.answers[..., kind.numbers] = kind.sums
-        sums = state.answers.split([part.number for part in self.parts], -1)
-        return [part.answer(own) for part, own in zip(self.parts, sums, strict=True)]
+        columns = {n: part for kind in state.kinds for n, part in zip(kind.numbers, kind.sums.unbind(-1), strict=True)}
+        answers, first = list[Tensor](), 0
+        for part in self.parts:
+            own = range(first, first + part.number)
+            answers.append(part.answer([columns.get(number, state.zeros) for number in own]))
+            first += part.number
+        return answers
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,10 +145,11 @@ class _Kind:
 
 @dataclass(frozen=True, eq=False)
 class _Sums:
-    """What has been summed up, by kinds of columns; and room for all, [B, H, L, N]."""
+    """What has been summed up, by kinds of columns."""
 
     kinds: list[_Kind]
-    answers: Tensor
+    number: int  # of all columns
+    zeros: Tensor  # [B, H, L]: the sums of a column that is 0
 
 
 def _kinds(used: Tensor) -> tuple[list[int], list[int], slice]:
@@ -198,6 +202,6 @@ class Distance(Linear):
                 beyond = beyond * self._among[block.batch, None, None, number, block.keys][..., after]
                 moment.add_(torch.linalg.vecdot(block.weights[..., after], beyond), alpha=2)
 
-    def answer(self, sums: Tensor) -> Tensor:
+    def answer(self, sums: list[Tensor]) -> Tensor:
         """The second half."""
-        return sums[..., self.number // 2 :]
+        return torch.stack(sums[self.number // 2 :], -1)

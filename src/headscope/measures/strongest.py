@@ -66,13 +66,14 @@ class Strongest(Reduction):
             for part in hidden:
                 _raise_to(others, part, block)
             band = list(block.band(block.centered, self.radius))
-            held = [part.clone() for _, _, part in band]
-            for (rows, offsets, part), before in zip(band, held, strict=True):
-                near[..., rows, offsets] = before + block.offset[..., rows, :] if block.shifted else before
+            for rows, offsets, part in band:
+                near[..., rows, offsets] = part
                 part.fill_(LOWEST)
             _raise_to(far, block.centered, block)
-            for (_, _, part), before in zip(band, held, strict=True):
-                part.copy_(before)
+            for rows, offsets, part in band:
+                part.copy_(near[..., rows, offsets])
+                if block.shifted:
+                    near[..., rows, offsets].add_(block.offset[..., rows, :])
 
     def rescale(self, state: tuple[Tensor, Tensor, Tensor], at: Rows, by: Tensor, total: Tensor) -> None:
         """What was found keeps its place."""
