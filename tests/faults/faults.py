@@ -345,8 +345,8 @@ FAULTS = [
     Fault(
         "the scale dropped in the pass",
         "scores.py",
-        "part = self.query[b, heads, q].to(self.dtype) * self.scale",
-        "part = self.query[b, heads, q].to(self.dtype)",
+        "part = torch.mul(self.query[b, heads, q].to(self.dtype), self.scale, out=out)",
+        "part = torch.mul(self.query[b, heads, q].to(self.dtype), 1.0, out=out)",
         "test_matrix.py::test_every_answer_is_its_definition[plain]",
     ),
     Fault(
