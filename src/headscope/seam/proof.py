@@ -132,7 +132,7 @@ def _valid_rows(valid: Tensor | None, b: int, batch: int, queries: int, keys: in
         rows = valid[b, -queries:]  # the queries are the last of the positions so far
     else:
         return None
-    return [int(i) for i in rows.nonzero().flatten()]
+    return [int(i) for i in rows.nonzero().flatten().tolist()]
 
 
 def _sees_something(scores: Scores, b: int, r: int) -> bool:
