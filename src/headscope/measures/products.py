@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from headscope.reductions import Block, Reduction
+from headscope.reductions.reduction import Shape
 
 __all__ = ["Distance", "Linear", "Product", "Together"]
 
 _FEW = 64  # neighbouring keys: columns that are 0 but for them have a product of their own
 _AHEAD = 1 << 12  # keys whose columns are made at once
 
-Shape = tuple[int, int, int, int]
 Rows = tuple[slice, slice, slice]
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from headscope.reductions import Block, Max, Reduction
+from headscope.reductions.reduction import Shape
 from headscope.scores import LOWEST
 
 __all__ = ["MaxAmong", "Strongest", "StrongestKeys"]
 
-Shape = tuple[int, int, int, int]
 Rows = tuple[slice, slice, slice]
 
 
