@@ -128,6 +128,7 @@ def _measure_batch(loaded: Loaded, batch: Batch, measures: Sequence[Measure], la
     weights = weights_of((piece.document, piece.half) for piece in batch.pieces)
     seen: dict[tuple[object, int], Visibility] = {}
     nulls: dict[tuple[object, int], dict[str, Ratio]] = {}
+    alike: dict[tuple[object, int], list[int]] = {}  # layers that see the like
     evidence = {column.name for column in columns_of(asked) if column.evidence}
     done = Measured()
     number = -1
@@ -140,7 +141,8 @@ def _measure_batch(loaded: Loaded, batch: Batch, measures: Sequence[Measure], la
         key = (_rule(call.scores.mask), call.shape[1])
         if key not in seen:
             seen[key] = Visibility(batch, call.scores.mask, call.shape[1])
-            nulls[key] = take(asked, Page(seen[key].uniform, seen[key]))
+            nulls[key], alike[key] = take(asked, Page(seen[key].uniform, seen[key])), []
+        alike[key].append(number)
         page = Page(call.matrix(), seen[key], call.value, output_weight(modules, call))
         outputs.append(output_sum(call, batch.valid))
         found = take(asked, page)
@@ -148,9 +150,10 @@ def _measure_batch(loaded: Loaded, batch: Batch, measures: Sequence[Measure], la
         others = {name: ratio for name, ratio in found.items() if name not in evidence}
         done.sums.add(strong, number, count, weights)
         done.sums.add(others, number, count, weights[:2])
-        done.null.add(nulls[key], number, count, weights[:2])
 
     run(loaded, batch, on_call)
+    for key, numbers in alike.items():
+        done.null.add(nulls[key], numbers, max(layers, number + 1), weights[:2])
     if len({output.shape for output in outputs}) == 1 and not any(piece.period for piece in batch.pieces):
         done.outputs = {"sum": torch.stack(outputs), "count": batch.valid.sum().double().reshape(1)}
     for piece, rows in zip(batch.pieces, batch.valid.sum(-1).tolist(), strict=True):

@@ -40,12 +40,12 @@ class Sums:
     values: dict[str, Tensor] = field(default_factory=dict)
     documents: dict[str, int] = field(default_factory=dict)
 
-    def add(self, columns: Mapping[str, Ratio], layer: int, layers: int, weights: Tensor) -> None:
-        """Add one layer of a batch.
+    def add(self, columns: Mapping[str, Ratio], layer: int | list[int], layers: int, weights: Tensor) -> None:
+        """Add one layer of a batch, or several that have the same sums.
 
         Args:
             columns: By name, sums [B, H] over the rows of each text.
-            layer: The layer, from 0.
+            layer: The layer, from 0, or all that have these sums.
             layers: How many there are.
             weights: [K, B] from :func:`document_weights`; two rows only for columns without intervals.
         """
@@ -55,10 +55,10 @@ class Sums:
         denominators = torch.stack([ratio.denominator.double() for ratio in columns.values()])
         found = torch.einsum("kb,ncbh->cknh", weights, torch.stack([numerators, denominators]).cpu())
         for column, part in zip(columns, found, strict=True):
-            self._add(column, layer, layers, part)
+            self._add(column, [layer] if isinstance(layer, int) else layer, layers, part)
 
-    def _add(self, column: str, layer: int, layers: int, found: Tensor) -> None:
-        """Add sums [K, 2, H] to one column."""
+    def _add(self, column: str, chosen: list[int], layers: int, found: Tensor) -> None:
+        """Add sums [K, 2, H] to some layers of one column."""
         held = self.values.get(column)
         if held is None:
             held = self.values[column] = torch.zeros(len(found), 2, layers, found.shape[-1], dtype=torch.float64)
@@ -67,7 +67,8 @@ class Sums:
             wider = torch.zeros(*held.shape[:2], max(layers, held.shape[2]), heads, dtype=torch.float64)
             wider[:, :, : held.shape[2], : held.shape[-1]] = held
             held = self.values[column] = wider
-        held[:, :, layer, : found.shape[-1]].add_(found)
+        for layer in chosen:
+            held[:, :, layer, : found.shape[-1]].add_(found)
 
     def merge(self, other: Sums) -> None:
         """Add another corpus' or shard's sums.

@@ -146,15 +146,16 @@ class Page:
         if self.out_weight.shape[1] != heads * size:
             return None
         weight = self.out_weight.float().unflatten(1, (heads, size)).transpose(0, 1)  # [H, E, Dv]
-        gram = weight.transpose(1, 2) @ weight
-        shared = heads // self.value.shape[1]
-        value = self.value.float().unsqueeze(2).expand(-1, -1, shared, -1, -1).flatten(1, 2)
-        return (value @ gram).mul_(value).sum(-1).clamp_(min=0).sqrt_()
+        gram = (weight.transpose(1, 2) @ weight).unflatten(0, (self.value.shape[1], -1))  # [G, H/G, Dv, Dv]
+        value = self.value.float()
+        product = (value @ gram.transpose(1, 2).flatten(2)).unflatten(-1, (-1, size))  # [B, G, S, H/G, Dv]
+        squares = product.mul_(value.unsqueeze(3)).sum(-1)
+        return squares.clamp_(min=0).sqrt_().transpose(2, 3).flatten(1, 2)
 
     def over_rows(self, values: Tensor) -> Tensor:
-        """Sum of [B, H, L, …] over the rows that count: [B, H, …], in float64."""
-        rows = self.seen.rows.view(len(values), 1, -1, *[1] * (values.dim() - 3))
-        return (values * rows).sum(2, dtype=torch.float64)
+        """Sum of [B, H, L, …] over the rows that count: [B, H, …], as float64; torch adds rows up in a tree."""
+        rows = self.seen.rows.to(values.dtype).view(len(values), 1, -1, *[1] * (values.dim() - 3))
+        return (values * rows).sum(2).double()
 
     @cached_property
     def count(self) -> Tensor:

@@ -40,7 +40,7 @@ class Spread(Measure):
     def sums(self, page: Page) -> dict[str, Ratio]:
         """Rows that may see one key only cannot choose, and do not count."""
         total = page.over_rows(page.answers["entropy"])
-        possible = page.over_rows(page.seen.keys.clamp(min=1).log().unsqueeze(1).expand(-1, total.shape[1], -1))
+        possible = page.over_rows(page.seen.keys.clamp(min=1).log().unsqueeze(1)).expand_as(total)
         return {"entropy": Ratio(total, page.count), "entropy_share": Ratio(total, possible)}
 
 

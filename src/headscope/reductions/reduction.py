@@ -119,11 +119,10 @@ class Block:
             given = given.reshape(batch * heads, -1, width)
             return torch.bmm(weights.reshape(-1, rows, width), given.transpose(1, 2)).view(batch, heads, rows, -1)
         few = weights.reshape(batch * heads, -1, _FEW, width)
-        found = [
-            torch.bmm(part, own.t().expand(len(part), -1, -1))
-            for part, own in zip(few, given.flatten(0, 1), strict=True)
-        ]
-        return torch.stack(found).view(batch, heads, rows, -1)
+        found = weights.new_empty(*few.shape[:3], given.shape[-2])
+        for part, own, out in zip(few, given.flatten(0, 1), found, strict=True):
+            torch.bmm(part, own.t().expand(len(part), -1, -1), out=out)
+        return found.view(batch, heads, rows, -1)
 
 
 class Reduction(ABC):
