@@ -310,6 +310,18 @@ class FarMass(Reduction):
         state[block.at] += (block.weights * (block.q_idx - block.kv_idx > 4)).sum(-1)
 
 
+def test_sums_of_several_layers_at_once() -> None:
+    """Layers that have the same sums may be added together."""
+    ratio = Ratio(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.ones(2, 2))
+    at_once, one_by_one = Sums(), Sums()
+    at_once.add({"x": ratio}, [0, 2], 3, torch.ones(2, 2, dtype=torch.float64))
+    for layer in (0, 2):
+        one_by_one.add({"x": ratio}, layer, 3, torch.ones(2, 2, dtype=torch.float64))
+    assert torch.equal(at_once.values["x"], one_by_one.values["x"])
+    assert at_once.value("x")[2].tolist() == [2.0, 3.0]
+    assert at_once.value("x")[1].isnan().all()
+
+
 class Far(Measure):
     columns = (Column("far", "weight on keys more than 4 tokens back"),)
 

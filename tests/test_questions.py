@@ -11,7 +11,7 @@ from headscope.masks import Mask
 from headscope.measures import products as measure_products
 from headscope.measures.products import Distance, Product, Together
 from headscope.measures.strongest import Strongest
-from headscope.reductions import Block, Entropy, Max, Reduction
+from headscope.reductions import Block, Entropy, Max, Offsets, Reduction
 
 MASKS = {
     "none": None,
@@ -23,11 +23,11 @@ MASKS = {
 RADIUS = 3
 
 
-def matrix_of(mask: Mask | None, size: int = 37) -> AttentionMatrix:
-    """Batch 2, 6 heads on 3, of a few different scores: many are near, many far."""
+def matrix_of(mask: Mask | None, size: int = 37, rows: int = 37) -> AttentionMatrix:
+    """Batch 2, 6 heads on 3, of a few different scores: many are near, many far. The last ``rows`` rows."""
     random = torch.Generator().manual_seed(3)
     query, key = torch.randn(2, 6, size, 8, generator=random), torch.randn(2, 3, size, 8, generator=random)
-    return AttentionMatrix(2 * query, key, mask=mask)
+    return AttentionMatrix(2 * query[:, :, -rows:], key, mask=mask)
 
 
 def cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,27 +52,36 @@ def test_the_strongest_key_and_how_far_off_it_is(name: str, known: bool, monkeyp
     if known:
         matrix @ torch.ones(37, 1)
     wanted = (matrix.dense() * among[:, None, None]).max(-1)
-    values, offsets, others = matrix.reduce(Strongest(among, RADIUS))[0]
+    values, offsets, others, beside = matrix.reduce(Strongest(among, RADIUS))[0]
     torch.testing.assert_close(values, wanted.values)
     torch.testing.assert_close(others, (matrix.dense() * ~among[:, None, None]).amax(-1))
     apart = wanted.indices - torch.arange(37)
     near = (apart.abs() <= RADIUS) & (wanted.values > 0)
     assert 0.05 < near.float().mean() < 0.95
     assert torch.equal(offsets, apart.where(near, Strongest.FAR))
+    torch.testing.assert_close(beside, matrix.reduce(Offsets(RADIUS))[0])
+
+
+def test_the_strongest_key_of_rows_that_come_last() -> None:
+    """Where there are more keys than rows, a row's own position is not its number."""
+    matrix, among = matrix_of(masks.causal()), some_keys()
+    whole, part = (m.reduce(Strongest(among, RADIUS))[0] for m in (matrix, matrix_of(masks.causal(), rows=20)))
+    for all_rows, last_rows in zip(whole, part, strict=True):
+        torch.testing.assert_close(last_rows, all_rows[:, :, 17:])
 
 
 def test_a_key_that_shares_the_largest_weight_is_not_the_strongest() -> None:
     """An even head has no strongest key; nor has one whose largest weight lies near and far."""
     zeros = torch.zeros(1, 1, 9, 2)
     everything = torch.ones(1, 9, dtype=torch.bool)
-    _, offsets, _ = AttentionMatrix(zeros, zeros, mask=masks.causal()).reduce(Strongest(everything, RADIUS))[0]
+    offsets = AttentionMatrix(zeros, zeros, mask=masks.causal()).reduce(Strongest(everything, RADIUS))[0].offsets
     assert offsets[0, 0].tolist() == [0] + [Strongest.FAR] * 8  # the first row sees one key
     key = zeros.clone()
     key[0, 0, [0, 7], 0] = 5.0
-    _, offsets, _ = AttentionMatrix(zeros + 1, key).reduce(Strongest(everything, RADIUS))[0]
+    offsets = AttentionMatrix(zeros + 1, key).reduce(Strongest(everything, RADIUS))[0].offsets
     assert offsets[0, 0].tolist() == [Strongest.FAR] * 9
     key[0, 0, 0, 0] = 0.0
-    _, offsets, _ = AttentionMatrix(zeros + 1, key).reduce(Strongest(everything, RADIUS))[0]
+    offsets = AttentionMatrix(zeros + 1, key).reduce(Strongest(everything, RADIUS))[0].offsets
     assert offsets[0, 0].tolist() == [Strongest.FAR] * 4 + [3, 2, 1, 0, -1]
 
 

@@ -9,7 +9,7 @@ from headscope.corpus import Batch
 from headscope.measures.measure import Column, Measure, Page, Ratio
 from headscope.measures.products import Distance, Product
 from headscope.measures.strongest import Strongest
-from headscope.reductions import Entropy, Offsets, Reduction, TransposedProduct
+from headscope.reductions import Entropy, Reduction, TransposedProduct
 
 __all__ = ["RADIUS", "REPEATED", "standard"]
 
@@ -58,7 +58,7 @@ class Confidence(Measure):
 
     def sums(self, page: Page) -> dict[str, Ratio]:
         """Over the weight on text, and over rows."""
-        text, _, others = page.answers["strongest"]
+        text, _, others, _ = page.answers["strongest"]
         raw = page.over_rows(torch.maximum(text, others))
         return {"confidence": Ratio(page.over_rows(text), _on_text(page)), "confidence_raw": Ratio(raw, page.count)}
 
@@ -93,12 +93,12 @@ class OffsetMass(Measure):
     )
 
     def questions(self, page: Page) -> dict[str, Reduction]:
-        """The diagonals."""
-        return {"offsets": Offsets(RADIUS), "mass": _mass(page)}
+        """The diagonals, which the search for the strongest key reads."""
+        return {"strongest": Strongest(page.text, RADIUS), "mass": _mass(page)}
 
     def sums(self, page: Page) -> dict[str, Ratio]:
         """Each diagonal, with what lies on sinks and without."""
-        offsets, on_text = page.answers["offsets"], _on_text(page)
+        offsets, on_text = page.answers["strongest"].near, _on_text(page)
         raw = page.over_rows(offsets).unbind(-1)
         text = page.over_rows(offsets * _at_offsets(page.text.to(offsets.dtype))[:, None]).unbind(-1)
         found = {f"offset_mass{d:+d}": Ratio(part, on_text) for d, part in zip(_DELTAS, text, strict=True)}
@@ -196,14 +196,14 @@ class Norms(Measure):
         norms = _norms(page)
         groups = torch.stack([page.batch.valid, page.batch.sinks, _first(page), page.batch.delimiters], -2)
         norms = norms.unsqueeze(-2) * groups.unsqueeze(1)  # [B, H, 4, S]
-        return {"norms": Product(norms.transpose(-1, -2)), "offsets": Offsets(RADIUS)}
+        return {"norms": Product(norms.transpose(-1, -2)), "strongest": Strongest(page.text, RADIUS)}
 
     def sums(self, page: Page) -> dict[str, Ratio]:
         """Row by row a share; then the mean over rows."""
         whole, sink, first, delimiter = page.answers["norms"].unbind(-1)
         scale = 1 / whole.clamp(min=1e-30)
         norms = _norms(page).expand(-1, whole.shape[1], -1)
-        offsets = page.answers["offsets"]
+        offsets = page.answers["strongest"].near
         found = {"norm_sink": sink, "norm_first": first, "norm_delimiter": delimiter}
         found |= {f"norm_offset{d:+d}": offsets[..., d + RADIUS] * _shifted(norms, d) for d in self._SHOWN}
         return {name: Ratio(page.over_rows(part * scale), page.count) for name, part in found.items()}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from headscope.scores import LOWEST
 __all__ = ["MaxAmong", "Strongest", "StrongestKeys"]
 
 Rows = tuple[slice, slice, slice]
+_SMALL = -87.0  # the logarithm of a weight that counts as none
 
 
 class MaxAmong(Max):
@@ -33,16 +36,17 @@ class MaxAmong(Max):
 
 
 class StrongestKeys(NamedTuple):
-    """Of each row, [B, H, L]: see :class:`Strongest`."""
+    """See :class:`Strongest`."""
 
-    values: Tensor
-    offsets: Tensor
-    others: Tensor
+    values: Tensor  # [B, H, L]
+    offsets: Tensor  # [B, H, L]
+    others: Tensor  # [B, H, L]
+    near: Tensor  # [B, H, L, 2·radius+1]
 
 
 class Strongest(Reduction):
-    """The largest weight of each row among the keys in ``among`` [B, S], how far off its key is, if it is near, and the
-    largest weight among all others.
+    """The largest weight of each row among the keys in ``among`` [B, S], how far off its key is, if it is near, the
+    largest weight among all others, and the weights of all near keys, as `Offsets` gives them.
 
     Values [B, H, L], 0 where a row sees none of them; offsets from −radius to radius, and FAR where the key is farther
     off or not the only one with that weight. To know this costs less than to know its place, as `MaxAmong` does.
@@ -54,45 +58,61 @@ class Strongest(Reduction):
     def __init__(self, among: Tensor, radius: int) -> None:
         self.radius, self._places = radius, _Places(among)
 
-    def start(self, shape: Shape, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Nothing found yet: among the far keys, at each offset, [B, H, L, 2·radius+1], and among the others."""
+    def start(self, shape: Shape, like: Tensor) -> _Found:
+        """Nothing found yet."""
         far, others = (like.new_full(shape[:3], LOWEST) for _ in range(2))
-        return far, like.new_full((*shape[:3], 2 * self.radius + 1), LOWEST), others
+        return _Found(far, like.new_full((*shape[:2], 2 * self.radius + 1, shape[2]), LOWEST), others)
 
-    def update(self, state: tuple[Tensor, Tensor, Tensor], block: Block) -> None:
-        """Note the others and the near keys, and hide them while the largest of the rest is looked for."""
-        far, near, others = (part[block.at] for part in state)
+    def update(self, state: _Found, block: Block) -> None:
+        """Note the near keys and the others, and hide them while the largest of the rest is looked for."""
+        far, near, others = (part[block.at] for part in (state.far, state.near.transpose(-1, -2), state.others))
+        state.first = block.scores.origin[2]
+        band = list(block.band(block.centered, self.radius))
+        for rows, offsets, part in band:
+            near[..., rows, offsets] = part
+            part.fill_(LOWEST)
         with self._places.alone(block) as hidden:
             for part in hidden:
                 _raise_to(others, part, block)
-            band = list(block.band(block.centered, self.radius))
-            for rows, offsets, part in band:
-                near[..., rows, offsets] = part
-                part.fill_(LOWEST)
             _raise_to(far, block.centered, block)
-            for rows, offsets, part in band:
-                part.copy_(near[..., rows, offsets])
-                if block.shifted:
-                    near[..., rows, offsets].add_(block.offset[..., rows, :])
+        for rows, offsets, part in band:
+            part.copy_(near[..., rows, offsets])
+            if block.shifted:
+                near[..., rows, offsets].add_(block.offset[..., rows, :])
 
-    def rescale(self, state: tuple[Tensor, Tensor, Tensor], at: Rows, by: Tensor, total: Tensor) -> None:
+    def rescale(self, state: _Found, at: Rows, by: Tensor, total: Tensor) -> None:
         """What was found keeps its place."""
-        far, near, others = state
-        far[at].add_(by.squeeze(-1))
-        near[at].add_(by)
-        others[at].add_(by.squeeze(-1))
+        state.far[at].add_(by.squeeze(-1))
+        state.near.transpose(-1, -2)[at].add_(by)
+        state.others[at].add_(by.squeeze(-1))
 
-    def finish(self, state: tuple[Tensor, Tensor, Tensor]) -> StrongestKeys:
+    def finish(self, state: _Found) -> StrongestKeys:
         """The largest at any offset is the strongest if it is above each other there and all that are far."""
-        far, near, others = state
-        best = near.max(-1)
-        alone = (best.values > far) & ((near == best.values.unsqueeze(-1)).sum(-1) == 1)
-        offsets = (best.indices - self.radius).where(alone, self.FAR)
-        return StrongestKeys(_weights(torch.maximum(far, best.values)), offsets, _weights(others))
+        near = state.near
+        among = self._places.near(self.radius, state.first, near.shape[-1]).to(near.dtype).unsqueeze(1)
+        others = torch.maximum(state.others, (near + among * LOWEST).amax(2))
+        chosen = near + (1 - among) * LOWEST
+        best = chosen.amax(2)
+        equal = chosen.sub_(best.unsqueeze(2)).sign_().add_(1)
+        apart = torch.arange(-self.radius, self.radius + 1, dtype=near.dtype, device=near.device)
+        number, offsets = (torch.stack([torch.ones_like(apart), apart]) @ equal).unbind(2)
+        offsets = offsets.long().where((best > state.far) & (number == 1), self.FAR)
+        return StrongestKeys(_weights(torch.maximum(state.far, best)), offsets, _weights(others), _weights(near).mT)
+
+
+@dataclass(eq=False)
+class _Found:
+    """The largest log-weights so far: of far keys [B, H, L], of each offset [B, H, 2·radius+1, L], of keys left out."""
+
+    far: Tensor
+    near: Tensor
+    others: Tensor
+    first: int = 0  # the position of the first row
 
 
 def _weights(logs: Tensor) -> Tensor:
-    return logs.exp().masked_fill_(logs <= LOWEST / 2, 0)
+    """Their exp, 0 where it is below what float32 holds well: to ask for that takes thirty times as long."""
+    return torch.threshold_(logs.clamp(min=_SMALL).exp_(), 2 * math.exp(_SMALL), 0.0)
 
 
 def _raise_to(held: Tensor, centered: Tensor, block: Block) -> None:
@@ -112,6 +132,11 @@ class _Places:
     def any_in(self, keys: slice) -> bool:
         """Whether a text chooses any of some keys."""
         return bool(self._chosen[keys].any())
+
+    def near(self, radius: int, first: int, rows: int) -> Tensor:
+        """Which keys at most ``radius`` from some rows are chosen: [B, 2·radius+1, L] bool, a view."""
+        padded = torch.nn.functional.pad(self._among, (radius, radius + max(0, first + rows - self._among.shape[-1])))
+        return padded.unfold(-1, 2 * radius + 1, 1)[:, first : first + rows].mT
 
     @contextmanager
     def alone(self, block: Block) -> Iterator[list[Tensor]]:
