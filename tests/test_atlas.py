@@ -313,6 +313,31 @@ def test_collections_that_can_give_no_role_are_said(decoder: Loaded) -> None:
     assert found.relations.examples == 19
 
 
+def test_relations_whose_rivals_are_in_too_few_documents_are_said(decoder: Loaded) -> None:
+    """In ten documents a noun is right; there is another one in one document of each half, in five, or in none."""
+    plan, names = Plan(length=24, repeats=0, worth=0), ("rare", "common")
+
+    def notes(contested: int) -> list[str]:
+        found = [
+            Example(
+                "a cat that saw rain fell",
+                ((2, 5), (11, 14), (15, 19), (20, 24)),
+                (Pair(names[contested >= 5], 3, 0),),
+                f"{i}",
+                i % 2,
+                "en",
+                ("noun", "verb", "noun" if i // 2 < contested else "", "verb"),
+            )
+            for i in range(10)
+        ]
+        return profile(decoder, documents("owl"), examples={"nouns": found}, plan=plan).measured.notes
+
+    told = [note for note in notes(1) if "right class" in note]
+    assert len(told) == 1
+    assert told[0].startswith("No head can have a role from rare: in fewer than 5 documents")
+    assert not any("right class" in note for note in notes(0) + notes(5))
+
+
 def test_layers_with_other_heads_are_ablated_to_zero(decoder: Loaded) -> None:
     from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -548,15 +573,17 @@ def end_one_worker(launcher: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", ["all", "one worker"])
-def test_two_processes_killed_and_begun_again_give_the_single_ones_table(
-    killed: str, folder: Path, tmp_path: Path
-) -> None:
-    if killed != "all" and not Path("/proc/self/task").is_dir():
-        pytest.skip("a process's children are read from /proc")
+def test_two_processes_killed_and_begun_again_give_the_single_ones_table(folder: Path, tmp_path: Path) -> None:
     alone = run(command(folder, "--out", str(tmp_path / "alone.parquet")))
     assert alone.returncode == 0, alone.stderr
-    shared, parts = tmp_path / "shared.parquet", tmp_path / "shared.parquet.parts"
+    kill_and_begin_again("all", folder, tmp_path)
+    if Path("/proc/self/task").is_dir():  # where a process's children can be read
+        kill_and_begin_again("one worker", folder, tmp_path)
+
+
+def kill_and_begin_again(killed: str, folder: Path, tmp_path: Path) -> None:
+    """Of two processes; what they give at last is compared with ``alone.parquet``."""
+    shared, parts = tmp_path / f"{killed}.parquet", tmp_path / f"{killed}.parquet.parts"
     args = command(folder, "--out", str(shared), processes=2)
     threads = os.environ | {"OMP_NUM_THREADS": "1"}
     begun = subprocess.Popen(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from functools import cache
 
 import pytest
 import torch
@@ -78,6 +79,12 @@ def outside(example: Example, words: list[int]) -> list[int]:
     return kept
 
 
+@cache
+def place_of(order: int, word: str) -> int:
+    """Where a word stands in an order of all words there are."""
+    return zlib.crc32(f"{order} {word}".encode())
+
+
 def chosen(example: Example, query: int, words: list[int]) -> dict[str, int]:
     """For each way to choose among words of a class the word that is chosen; nothing if there are none."""
     if not words:
@@ -92,7 +99,7 @@ def chosen(example: Example, query: int, words: list[int]) -> dict[str, int]:
 
     def first_of(order: int, among: list[int]) -> int:
         """By an order of all words there are: some words are liked more than others, in every sentence."""
-        return min(among, key=lambda j: zlib.crc32(f"{order} {example.word(j).lower()}".encode()))
+        return min(among, key=lambda j: place_of(order, example.word(j).lower()))
 
     found |= {f"order {number}": first_of(number, words) for number in range(FAVOURITES)}
     for name in WORD_LISTS:
@@ -143,16 +150,19 @@ def test_no_head_has_a_role_for_the_right_class_at_a_place(examples: list[Exampl
     wanted = sorted({kind for e in given for kind in kinds_of(e)} - {"", "any"})
     askers = ["any", *wanted]
     ways = sorted({way for e in given for way in chosen(e, 2, [0, 1, *range(3, len(e.words))])})
+    number = {way: n for n, way in enumerate(ways)}
     heads = [(asking, gold, way) for asking in askers for gold in wanted for way in ways]
     counts = RelationCounts([len(heads)])
     for example in given:
         kinds, width = kinds_of(example), len(example.words)
         looks = torch.zeros(len(wanted), len(ways), width, width)
-        for g, gold in enumerate(wanted):
-            for i in range(width):
-                words = [j for j in kinds.get(gold, []) if (j < i if causal else j != i)]
-                for way, j in chosen(example, i, words).items():
-                    looks[g, ways.index(way), i, j] = 1
+        cells = [
+            (g, number[way], i, j)
+            for g, gold in enumerate(wanted)
+            for i in range(width)
+            for way, j in chosen(example, i, [j for j in kinds.get(gold, []) if (j < i if causal else j != i)]).items()
+        ]
+        looks[*torch.tensor(cells).unbind(-1)] = 1
         asks = torch.tensor([[float(i in kinds.get(asking, [])) for i in range(width)] for asking in askers])
         ask(counts, example, (looks * asks[:, None, None, :, None]).reshape(len(heads), width, width), causal=causal)
     found = scores(counts)

@@ -30,7 +30,7 @@ __all__ = [
     "strips",
 ]
 
-_BLOCK = 1 << 21  # scores in one block: small enough for the cache, large enough for the work around it
+_BLOCK = 3 << 19  # scores in one block: small enough for the cache, large enough for the work around it
 _ALONE = 3 << 17  # the same for one question alone or none: there is less work around a block
 _ROWS = 768  # rows in one matrix product: more are no faster, and cross the diagonal of a causal mask further
 _EDGE = 64  # rows that are not cut further where few keys are visible

@@ -25,7 +25,8 @@ from headscope.models import Loaded, reader
 from headscope.parts import Parts, Told
 from headscope.profiling import columns_of, measure
 from headscope.recording import record
-from headscope.relations import Example, count_relations, reads
+from headscope.relations import Example, RelationCounts, count_relations, reads
+from headscope.relations.counts import with_arrow
 from headscope.relations.score import LEVEL
 from headscope.seam import AttentionCall
 from headscope.statistics import fewest_clusters
@@ -202,6 +203,7 @@ def profile(
     second = works.run(survey.second(), 0)
     atlas = _together([*first, *second], survey.info | {"examples": collections})
     notes = refused + _too_long(atlas) + _too_few(atlas) + _too_few_clusters(chosen) + _without_classes(chosen)
+    notes += _too_few_rivals(atlas.relations)
     atlas.measured.notes = list(dict.fromkeys(atlas.measured.notes + notes))
     return atlas
 
@@ -246,6 +248,23 @@ def _too_few_clusters(examples: dict[str, list[Example]]) -> list[str]:
                 f"for roles that come from it, which take {least} of each."
             )
     return notes
+
+
+def _too_few_rivals(counts: RelationCounts) -> list[str]:
+    """A note on relations that are frequent enough, but not where a head could take one word for another."""
+    least = fewest_clusters(1, LEVEL)
+    named = set()
+    for relation, direction, half in counts.keys:
+        tally = counts.tally(relation, direction, half)
+        contested = int((tally.contested > 0).sum())
+        if len(tally.clusters) >= least > contested > 0:
+            named.add(with_arrow(direction))
+    if not named:
+        return []
+    return [
+        f"No head can have a role from {', '.join(sorted(named))}: in fewer than {least} documents that pick heads, or "
+        "that confirm them, does a pair have another word of the right class to choose from."
+    ]
 
 
 def _without_classes(examples: dict[str, list[Example]]) -> list[str]:

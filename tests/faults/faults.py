@@ -840,6 +840,13 @@ FAULTS = [
         "test_measures.py::test_sums_of_several_layers_at_once",
     ),
     Fault(
+        "relations without any rival are said to have too few",
+        "survey.py",
+        "if len(tally.clusters) >= least > contested > 0:",
+        "if len(tally.clusters) >= least > contested:",
+        "test_atlas.py::test_relations_whose_rivals_are_in_too_few_documents_are_said",
+    ),
+    Fault(
         "near keys across the edge of a block are forgotten",
         "reductions/reduction.py",
         "for row in (*range(start, begin), *range(end, stop)):",
