@@ -118,8 +118,11 @@ def kinds_of(example: Example) -> dict[str, list[int]]:
     return found
 
 
-def ask(counts: RelationCounts, example: Example, word_map: Tensor, *, causal: bool) -> None:
-    """Count what heads with these weights between words, [H, W, W], do with all questions of a sentence."""
+def ask(counts: RelationCounts, example: Example, word_map: Tensor, askers: Tensor, *, causal: bool) -> None:
+    """Count what heads with these weights between words, [H, W, W], do with all questions of a sentence.
+
+    Each is A heads, [A, W] bool: one that looks so from some words, and from others at all words alike.
+    """
     words = len(example.words)
     questions = questions_of(example, [True] * words, causal=causal)
     if not questions:
@@ -128,10 +131,13 @@ def ask(counts: RelationCounts, example: Example, word_map: Tensor, *, causal: b
     here = torch.ones(1, words, dtype=torch.bool)
     classes, text = numbered(example)[None], torch.zeros_like(query)
     rows, everyone = word_map[None], torch.arange(words)[None]
-    hits = count_hits(rows, query, text, query, gold, here, causal=causal).double()
-    looks = strongest(rows, everyone, here, causal=causal)
+    by_asker = askers[:, query].T[:, :, None]  # [N, A, 1]
+    hits = (count_hits(rows, query, text, query, gold, here, causal=causal)[:, None] & by_asker).flatten(1).double()
+    look = strongest(rows, everyone, here, causal=causal)[:, None]  # [1, 1, H, W]
+    looks = look.where(askers[:, None] | (look == -2), -1).flatten(1, 2)
     controls = count_controls(looks, everyone, text, query, gold, classes, causal=causal).double()
     blind, contested = count_blind(rows, query, text, query, gold, here, classes, causal=causal)
+    blind = (blind[:, None] * by_asker).flatten(1)
     for n, asked in enumerate(questions):
         key = (asked.relation, direction_of(asked.relation, asked.reverse), example.half)
         rivals = blind[n][None].double() if contested[n] else None
@@ -163,8 +169,8 @@ def test_no_head_has_a_role_for_the_right_class_at_a_place(examples: list[Exampl
             for way, j in chosen(example, i, [j for j in kinds.get(gold, []) if (j < i if causal else j != i)]).items()
         ]
         looks[*torch.tensor(cells).unbind(-1)] = 1
-        asks = torch.tensor([[float(i in kinds.get(asking, [])) for i in range(width)] for asking in askers])
-        ask(counts, example, (looks * asks[:, None, None, :, None]).reshape(len(heads), width, width), causal=causal)
+        asks = torch.tensor([[i in kinds.get(asking, []) for i in range(width)] for asking in askers])
+        ask(counts, example, looks.flatten(0, 1), asks, causal=causal)
     found = scores(counts)
     assert len({row.direction for row in found}) >= (2 if examples is CHINESE else 12)
     lucky = [row for row in found if is_good(row, 10) and not by_nature(row, heads[row.head][2])]
@@ -198,11 +204,29 @@ def test_a_head_that_is_always_right_has_each_role_among_50(causal: bool) -> Non
         word_map = torch.zeros(2, width, width)
         for pair in example.pairs:
             word_map[0, pair.source, pair.target] = word_map[1, pair.target, pair.source] = 1
-        ask(counts, example, word_map, causal=causal)
+        ask(counts, example, word_map, torch.ones(1, width, dtype=torch.bool), causal=causal)
     for row in scores(counts):
         right = row.head == row.direction.endswith("(reverse)")
         assert row.accuracy == right
         assert is_good(row, 50) == right, row
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["decoder", "encoder"])
+def test_heads_that_ask_from_some_words_alone_are_counted_as_if_written_out(causal: bool) -> None:
+    """The short cut of `ask` against the map in which the other words' rows are zero."""
+    for example in one_a_frame(ENGLISH)[::40]:
+        width = len(example.words)
+        random = torch.Generator().manual_seed(width)
+        word_map = torch.rand(5, width, width, generator=random)
+        askers = torch.rand(3, width, generator=random) < 0.7
+        short, written = RelationCounts([15]), RelationCounts([15])
+        ask(short, example, word_map, askers, causal=causal)
+        every = torch.ones(1, width, dtype=torch.bool)
+        ask(written, example, (word_map * askers[:, None, :, None]).flatten(0, 1), every, causal=causal)
+        for key in written.keys:
+            for name in ("hits", "controls", "contested_hits", "blind"):
+                both = (getattr(counts.tally(*key), name) for counts in (short, written))
+                torch.testing.assert_close(*both, msg=lambda told, name=name: f"{name}: {told}")
 
 
 def test_one_word_of_a_class_for_another_by_hand() -> None:
