@@ -67,6 +67,18 @@ def placed(query: int, words: list[int]) -> dict[str, int]:
     return {way: chosen[0] for way, chosen in ways.items() if chosen}
 
 
+@cache
+def said(example: Example) -> tuple[str, ...]:
+    """Its words in small letters."""
+    return tuple(example.word(i).lower() for i in range(len(example.words)))
+
+
+@cache
+def in_phrase(example: Example) -> tuple[bool, ...]:
+    """Which words stand behind a preposition, or its determiner and adjectives."""
+    return tuple(j not in outside(example, [j]) for j in range(len(example.words)))
+
+
 def outside(example: Example, words: list[int]) -> list[int]:
     """Those that are not behind a preposition, or its determiner and adjectives."""
     kept = []
@@ -74,7 +86,7 @@ def outside(example: Example, words: list[int]) -> list[int]:
         i = j - 1
         while i >= 0 and example.class_of(i) in ("determiner", "adjective"):
             i -= 1
-        if i < 0 or example.word(i).lower() not in PREPOSITIONS:
+        if i < 0 or said(example)[i] not in PREPOSITIONS:
             kept.append(j)
     return kept
 
@@ -89,21 +101,21 @@ def chosen(example: Example, query: int, words: list[int]) -> dict[str, int]:
     """For each way to choose among words of a class the word that is chosen; nothing if there are none."""
     if not words:
         return {}
-    found = placed(query, words)
-    main = [j for j in words if j == 0 or example.word(j - 1).lower() not in RELATIVES]
-    for which, kept in (("outside phrases", outside(example, words)), ("not after who", main)):
+    found, spoken, inside = placed(query, words), said(example), in_phrase(example)
+    main = [j for j in words if j == 0 or spoken[j - 1] not in RELATIVES]
+    for which, kept in (("outside phrases", [j for j in words if not inside[j]]), ("not after who", main)):
         there = placed(query, kept)
         found |= {f"{way} {which}": there[way] for way in ("first", *ELSE) if way in there}
-    second = example.word(0).lower() in PREPOSITIONS and len(words) > 1
+    second = spoken[0] in PREPOSITIONS and len(words) > 1
     found["by the first word"] = words[second]
 
     def first_of(order: int, among: list[int]) -> int:
         """By an order of all words there are: some words are liked more than others, in every sentence."""
-        return min(among, key=lambda j: place_of(order, example.word(j).lower()))
+        return min(among, key=lambda j: place_of(order, spoken[j]))
 
     found |= {f"order {number}": first_of(number, words) for number in range(FAVOURITES)}
     for name in WORD_LISTS:
-        liked = [j for j in words if example.word(j) in LISTS[example.half][name]]
+        liked = [j for j in words if spoken[j] in LISTS[example.half][name]]
         found[f"from {name}"] = first_of(0, liked or words)
     return found
 
