@@ -322,6 +322,15 @@ def test_sums_of_several_layers_at_once() -> None:
     assert at_once.value("x")[1].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.bfloat16, torch.float32, torch.float64])
+def test_rows_are_counted_exactly_whatever_a_measure_gives(dtype: torch.dtype) -> None:
+    page = page_of(batch_of(301), masks.causal())
+    ones = torch.ones(page.matrix.shape[:3], dtype=dtype)
+    found = page.over_rows(ones)
+    assert found.dtype == torch.float64
+    assert found.tolist() == [[299.0] * HEADS]  # which bfloat16 does not have
+
+
 class Far(Measure):
     columns = (Column("far", "weight on keys more than 4 tokens back"),)
 

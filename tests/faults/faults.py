@@ -833,6 +833,13 @@ FAULTS = [
         "test_questions.py::test_the_strongest_key_of_rows_that_come_last",
     ),
     Fault(
+        "rows are added up in whatever a measure gives",
+        "measures/measure.py",
+        "values = values if values.dtype in (torch.float32, torch.float64) else values.double()",
+        "pass",
+        "test_measures.py::test_rows_are_counted_exactly_whatever_a_measure_gives",
+    ),
+    Fault(
         "only the last layer of several alike has a null",
         "sums.py",
         "for layer in chosen:",

@@ -153,7 +153,11 @@ class Page:
         return squares.clamp_(min=0).sqrt_().transpose(2, 3).flatten(1, 2)
 
     def over_rows(self, values: Tensor) -> Tensor:
-        """Sum of [B, H, L, …] over the rows that count: [B, H, …], as float64; torch adds rows up in a tree."""
+        """Sum of [B, H, L, …] over the rows that count: [B, H, …], as float64.
+
+        Float32 is added up as such: torch does so in a tree, which is as good and takes half of the time.
+        """
+        values = values if values.dtype in (torch.float32, torch.float64) else values.double()
         rows = self.seen.rows.to(values.dtype).view(len(values), 1, -1, *[1] * (values.dim() - 3))
         return (values * rows).sum(2).double()
 
