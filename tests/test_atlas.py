@@ -20,7 +20,7 @@ from tokenizers import models as token_models
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from headscope import atlas_figures, atlas_file, cli, corpus, heads_command, roles
+from headscope import atlas_figures, atlas_file, cli, corpus, heads_command, roles, survey
 from headscope.atlas import HeadAtlas
 from headscope.corpus import Document
 from headscope.errors import AtlasError, TextError
@@ -28,6 +28,7 @@ from headscope.measures import Ratio, standard
 from headscope.models import Loaded
 from headscope.profiling import measure
 from headscope.relations import Example, Pair, english
+from headscope.relations.treebank import read_conllu
 from headscope.sums import Sums
 from headscope.survey import Plan, profile
 from tests import tiny
@@ -313,6 +314,40 @@ def test_collections_that_can_give_no_role_are_said(decoder: Loaded) -> None:
     assert found.relations.examples == 19
 
 
+def test_texts_are_measured_a_few_at_a_time(decoder: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part holds no more than it must, and that changes nothing."""
+    whole = profile(decoder, documents(), plan=PLAN)
+    asked: list[int] = []
+    usual = survey.measure
+
+    def counted(loaded: Loaded, pieces: list[Any], *given: Any, **how: Any) -> Any:
+        asked.append(len(pieces))
+        return usual(loaded, pieces, *given, **how)
+
+    monkeypatch.setattr(survey, "_HELD", 1)
+    monkeypatch.setattr(survey, "measure", counted)
+    same(profile(decoder, documents(), plan=PLAN), whole)
+    assert asked == [4, 1, 1, 1, 1, 0, 1, 0]  # the repeats; four texts, and what is left; one text
+
+
+def test_what_memory_did_to_the_worth_is_said(decoder: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual, told = survey.head_effects, ("out of memory with 12 heads",)
+    monkeypatch.setattr(survey, "head_effects", lambda *given, **how: replace(usual(*given, **how), notes=told))
+    found = profile(decoder, documents("owl"), plan=replace(PLAN, repeats=0, worth=1))
+    assert found.notes.count("What heads are worth: out of memory with 12 heads.") == 1
+
+
+def test_two_treebanks_of_one_file_name_are_two(decoder: Loaded, tmp_path: Path) -> None:
+    examples = {}
+    for folder, verb in (("en", "slept"), ("de", "sleeps")):
+        path = tmp_path / folder / "dev.conllu"
+        path.parent.mkdir()
+        rows = ["1\tIt\t_\tPRON\t_\t_\t2\tnsubj\t_\t_", f"2\t{verb}\t_\tVERB\t_\t_\t0\troot\t_\t_", "", ""]
+        path.write_text("\n".join(rows))
+        examples[str(path)] = read_conllu(path)
+    assert profile(decoder, documents("owl"), examples=examples, plan=replace(PLAN, worth=0)).relations.examples == 2
+
+
 def test_relations_whose_rivals_are_in_too_few_documents_are_said(decoder: Loaded) -> None:
     """In ten documents a noun is right; there is another one in one document of each half, in five, or in none."""
     plan, names = Plan(length=24, repeats=0, worth=0), ("rare", "common")
@@ -330,7 +365,7 @@ def test_relations_whose_rivals_are_in_too_few_documents_are_said(decoder: Loade
             )
             for i in range(10)
         ]
-        return profile(decoder, documents("owl"), examples={"nouns": found}, plan=plan).measured.notes
+        return profile(decoder, documents("owl"), examples={"nouns": found}, plan=plan).notes
 
     told = [note for note in notes(1) if "right class" in note]
     assert len(told) == 1
@@ -693,11 +728,18 @@ def test_too_few_texts_give_no_roles_and_it_is_said(decoder: Loaded, monkeypatch
     broad = next(role for role in roles.ROLES if role.name == "broad")
     monkeypatch.setattr(roles, "ROLES", (replace(broad, threshold=0.1),))  # every head has it
     plan = replace(PLAN, repeats=0, worth=0)
-    for count, told in ((1, "1 text is too few"), (3, "3 texts are too few"), (4, None)):
+    for count, told in ((2, "1 to pick heads where one is needed, 1 to confirm"), (3, "2 to pick heads"), (4, None)):
         found = profile(decoder, documents()[:count], plan=plan)
-        assert [note[: len(told)] for note in found.measured.notes if "too few" in note] == [told] if told else True
-        assert any("too few" in note for note in found.measured.notes) == (told is not None)
+        assert any("Too few texts" in note and f": {told}" in note for note in found.notes) == (told is not None)
+        assert any("Too few texts" in note for note in found.notes) == (told is not None)
         assert bool(found.roles()) == (told is None)
+    names = ("owl", "sea", "bus", "cat")
+    alone = [profile(decoder, documents(name), plan=plan) for name in names]
+    assert [found.info["documents"] for found in alone] == [{"owl": 1}, {"sea": 1}, {"bus": 1}, {"cat": 0}]
+    assert not any(found.roles() for found in alone)
+    merged = alone[0].merge(alone[1]).merge(alone[2]).merge(alone[3])
+    assert merged.roles()
+    assert not any("Too few texts" in note for note in merged.notes)
 
 
 def test_texts_of_which_only_the_beginning_is_read_are_said(decoder: Loaded) -> None:

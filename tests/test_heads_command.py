@@ -47,6 +47,18 @@ def test_what_cannot_be_is_said_before_anything_is_measured(
         *words, *figure, "--by", "entropie"
     )
     assert "--by entropy says what a figure shall show: give --figure FILE" in said(*words, "--by", "entropy")
+    assert "--no-worth does not measure it" in said(*words, *figure, "--by", "ablation_zero", "--no-worth")
+    assert "There is no 'relation:corefrence' to draw. There are: adjective-noun, adjective-noun (reverse), " in said(
+        *words, *figure, "--by", "relation:corefrence"
+    )
+    assert "a model without a next token has none" in said("--again", "--model", "minilm", *figure, "--by", "gradient")
+    nothing = tmp_path / "one.txt"
+    nothing.write_text("a")
+    few_words = ["--model", str(folder / "tiny"), "--text", str(nothing)]
+    assert "No text has two tokens that the model knows" in said(*few_words)
+    unnamed = tmp_path / "bad\udcff.txt"
+    unnamed.write_text("Some text of no importance.")
+    assert "is not UTF-8: rename it" in said("--model", str(folder / "tiny"), "--text", str(unnamed))
     (tmp_path / "a.parquet.parts").write_text("")
     monkeypatch.undo()
     assert "Cannot make the folder" in said(*words, "--out", str(tmp_path / "a.parquet"))
@@ -67,6 +79,15 @@ def test_examples_are_of_the_model_that_was_measured(atlas: HeadAtlas, folder: P
     assert "Looks hardest" not in shown.stdout
 
 
+def test_examples_are_from_the_pipe_that_was_just_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(heads_command, "_frames", dict)
+    given = ["heads", "--model", str(folder / "tiny"), "--text", "-", "--head", "1.3", "--no-worth"]
+    done = CliRunner().invoke(cli.app, given, input="Nobody knew where the zebra was, or whether it was asleep.")
+    assert done.exit_code == 0
+    assert "texts of this machine" not in done.stdout
+    assert "Looks hardest" in done.stdout
+
+
 def test_a_disk_that_is_full_is_said(
     atlas: HeadAtlas,  # noqa: F811
     tmp_path: Path,
@@ -79,7 +100,7 @@ def test_a_disk_that_is_full_is_said(
 
     monkeypatch.setattr("headscope.parts.save_file", full)
     with pytest.raises(AtlasError, match=r"Cannot write .*texts-0.safetensors: No space left on device"):
-        parts.run({"texts-0": lambda: atlas}, 0)
+        list(parts.run({"texts-0": lambda: atlas}, 0))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")

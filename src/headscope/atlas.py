@@ -17,7 +17,7 @@ from headscope.measures import REPEATED
 from headscope.profiling import Measured
 from headscope.relations.counts import RelationCounts
 from headscope.relations.score import RelationScore, scores
-from headscope.roles import Evidence, find_roles
+from headscope.roles import Evidence, find_roles, why_no_role
 from headscope.statistics import cluster_bootstrap
 
 __all__ = ["HeadAtlas", "Worth"]
@@ -286,6 +286,11 @@ class HeadAtlas:
         merged.info["merged"] = [*self._sources(), *other._sources()]
         merged.worth = merged.worth.sorted()
         return merged
+
+    @property
+    def notes(self) -> list[str]:
+        """What happened on the way, and what is too little for a role."""
+        return [*self.measured.notes, *why_no_role(self.info["documents"], self.relations)]
 
     def _sources(self) -> list[dict[str, Any]]:
         """The plans and the versions behind this atlas: one, or those of all that were merged."""

@@ -105,7 +105,9 @@ def _reported() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        terminal.print_error("There is not enough memory for this text with this model. Try a shorter text.")
+        terminal.print_error(
+            "There is not enough memory for this text with this model. Try a shorter one; heads: --length."
+        )
         raise typer.Exit(1) from None
     except BrokenPipeError:  # the reader of our output has gone, as in: headscope see | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from headscope.measures import standard
 from headscope.pipe import read_pipe
 from headscope.profiling import columns_of
 from headscope.relations import Example
+from headscope.relations.counts import direction_of
 from headscope.survey import Plan, head_counts, profile, weights_hash
 from headscope.training.processes import processes, rank
 
@@ -30,6 +32,7 @@ __all__ = ["add_heads"]
 
 Reported = Callable[[], AbstractContextManager[None]]
 _DEFAULT, _BY = "smollm2", "roles"
+_WORTH = ("worth", "ablation_zero", "ablation_mean", "gradient")
 
 _HEADS = """Profile every head of a model: what it does, with evidence, and what it is worth.
 
@@ -107,18 +110,20 @@ def add_heads(app: typer.Typer, reported: Reported, fetch: Callable[[str], None]
         again: Again = False,
     ) -> None:
         with reported():
-            _check(out, atlas, head, figure, by)
+            _check(out, atlas, head, figure, by, worth)
             asked = {"--text": text, "--treebank": treebank, "--out": out, "--again": again, "--no-worth": not worth}
             asked |= {"--length": length != Plan.length, "--pieces": pieces != Plan.pieces}
+            documents: Sequence[corpus.Document] = ()
             found = _held(model, atlas, [option for option, given in asked.items() if given])
             if found is None:
                 fetch(model)
                 plan = Plan(length=length, pieces=pieces, worth=Plan.worth if worth else 0)
-                found = _measure(model, text or [], treebank or [], out, plan, head)
+                given = _Given(model, text or [], treebank or [], out, head, by)
+                found, documents = _measure(given, plan)
             if rank():
                 return
             if head is not None:
-                _one_head(found, head, found.name if atlas is None or model == _DEFAULT else model)
+                _one_head(found, head, found.name if atlas is None or model == _DEFAULT else model, documents)
             else:
                 terminal_heads.print_atlas(found, all_heads=all_heads)
             if figure is not None:
@@ -128,7 +133,19 @@ def add_heads(app: typer.Typer, reported: Reported, fetch: Callable[[str], None]
                 terminal.print_line(f"Figure: {figure}")
 
 
-def _check(out: Path | None, atlas: Path | None, head: str | None, figure: Path | None, by: str) -> None:
+@dataclass(frozen=True)
+class _Given:
+    """What a run that measures was given."""
+
+    model: str
+    texts: list[Path]
+    treebanks: list[Path]
+    out: Path | None
+    head: str | None
+    by: str
+
+
+def _check(out: Path | None, atlas: Path | None, head: str | None, figure: Path | None, by: str, worth: bool) -> None:
     """Say what cannot be before anything is measured."""
     if head is not None:
         split_head(head)
@@ -140,6 +157,8 @@ def _check(out: Path | None, atlas: Path | None, head: str | None, figure: Path 
         figures.check_extension(figure)
         if atlas is None and not by.startswith("relation:") and by not in (known := _drawn()):
             raise AtlasError(f"There is no measure {by!r} to draw. There are: {', '.join(known)}, relation:NAME.")
+        if not worth and by in _WORTH:
+            raise AtlasError(f"--by {by} draws what heads are worth, and --no-worth does not measure it.")
     for path in (out, figure):
         if path is not None:
             check_writable(path)
@@ -148,7 +167,30 @@ def _check(out: Path | None, atlas: Path | None, head: str | None, figure: Path 
 def _drawn() -> tuple[str, ...]:
     """What `--by` can be for an atlas that is still to be measured."""
     columns = (column.name for column in columns_of(standard()))
-    return _BY, "worth", *columns, "ablation_zero", "ablation_mean", "gradient"
+    return _BY, *_WORTH, *columns
+
+
+def _check_relation(by: str, examples: dict[str, list[Example]]) -> None:
+    """Is the relation to be drawn in any of the sentences?"""
+    found = {pair.relation for given in examples.values() for example in given for pair in example.pairs}
+    directions = sorted(direction_of(relation, reverse) for relation in found for reverse in (False, True))
+    if by.startswith("relation:") and by.removeprefix("relation:") not in directions:
+        raise AtlasError(f"There is no {by!r} to draw. There are: {', '.join(directions)}.")
+
+
+def _check_names(paths: Iterable[Path]) -> None:
+    """An atlas keeps the names of its files as text."""
+    for path in paths:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise TextError(f"The name of the file {str(path)!r} is not UTF-8: rename it.") from None
+
+
+def _check_words(loaded: models.Loaded, documents: Sequence[corpus.Document], length: int) -> None:
+    """Texts of which the model's tokenizer leaves nothing say so before the work."""
+    if documents and not any(corpus.cut(loaded, document, 0, length=length, most=1) for document in documents):
+        raise TextError("No text has two tokens that the model knows: there is nothing to measure. Give longer ones.")
 
 
 def _check_head(head: str, heads: Sequence[int], name: str) -> None:
@@ -177,12 +219,12 @@ def _held(model: str, given: Path | None, asked: list[str]) -> HeadAtlas | None:
         return HeadAtlas.load(path)
 
 
-def _measure(
-    model: str, texts: list[Path], treebanks: list[Path], out: Path | None, plan: Plan, head: str | None
-) -> HeadAtlas:
-    """Profile the model; with several processes each does its share."""
+def _measure(given: _Given, plan: Plan) -> tuple[HeadAtlas, Sequence[corpus.Document]]:
+    """Profile the model; with several processes each does its share. Gives the texts, too."""
     from headscope.relations.treebank import read_conllu
 
+    texts, out = given.texts, given.out
+    _check_names([*texts, *given.treebanks])
     if Path("-") in texts and processes() > 1:
         raise AtlasError(
             f"{processes()} processes cannot read one pipe: put the text into a file, and give --text FILE."
@@ -191,10 +233,16 @@ def _measure(
     files = [path for path in texts if path != Path("-")]
     documents = corpus.documents_of(files, text=piped) if texts else None
     corpus.check_different(documents or [])  # what cannot be used is said before the work
-    examples = _frames() | {str(path): read_conllu(path) for path in treebanks}
-    loaded = models.load(model)
-    if head is not None:
-        _check_head(head, head_counts(loaded), loaded.name)
+    examples = _frames() | {str(path): read_conllu(path) for path in given.treebanks}
+    _check_relation(given.by, examples)
+    loaded = models.load(given.model)
+    if given.head is not None:
+        _check_head(given.head, head_counts(loaded), loaded.name)
+    if given.by == "gradient" and not loaded.causal:
+        raise AtlasError(
+            "--by gradient: a model without a next token has none; --by worth draws what its heads are worth."
+        )
+    _check_words(loaded, documents or [], plan.length)
     parts = None if out is None else out.with_name(out.name + ".parts")
     if parts is not None:
         _forget_ended(parts)
@@ -207,7 +255,7 @@ def _measure(
             terminal.print_line(f"Atlas: {out}")
         else:
             (parts / f"done-{rank()}").touch()
-    return found
+    return found, documents or ()
 
 
 def _forget_ended(parts: Path) -> None:
@@ -228,8 +276,11 @@ def _remove(parts: Path, patience: float = 60.0) -> None:
     shutil.rmtree(parts, ignore_errors=True)
 
 
-def _one_head(atlas: HeadAtlas, head: str, model: str) -> None:
-    """All about one head; its examples need the model, and are left out where it is not here."""
+def _one_head(atlas: HeadAtlas, head: str, model: str, documents: Sequence[corpus.Document]) -> None:
+    """All about one head; its examples need the model, and are left out where it is not here.
+
+    ``documents`` are the texts that were just read; none, if the atlas was there before.
+    """
     _check_head(head, atlas.heads, atlas.name)
     layer, number = split_head(head)
     terminal_heads.print_head(atlas, layer, number)
@@ -242,7 +293,7 @@ def _one_head(atlas: HeadAtlas, head: str, model: str) -> None:
         told = f"Its examples in words are left out: {model} has other weights than the atlas was made of."
         terminal.print_line(told, error=True)
         return
-    _examples(atlas, loaded, layer, number)
+    _examples(atlas, loaded, layer, number, documents)
 
 
 def _frames() -> dict[str, list[Example]]:
@@ -252,12 +303,12 @@ def _frames() -> dict[str, list[Example]]:
     return {"English frames": english(), "Chinese frames": chinese()}
 
 
-def _examples(atlas: HeadAtlas, loaded: models.Loaded, layer: int, head: int) -> None:
+def _examples(atlas: HeadAtlas, loaded: models.Loaded, layer: int, head: int, given: Sequence[corpus.Document]) -> None:
     """Examples from the texts and sentences that the atlas was made of, as far as they are still here."""
     from headscope.examples import pair_looks, token_looks
 
     with terminal.running("reading examples") as _:
-        documents = list(islice(_texts_of(atlas), 4))
+        documents = list(islice(_texts_of(atlas, given), 4))
         if not documents:
             terminal.print_line(
                 "The atlas' texts are not here, or have changed: examples are from texts of this machine."
@@ -266,15 +317,15 @@ def _examples(atlas: HeadAtlas, loaded: models.Loaded, layer: int, head: int) ->
     terminal_heads.print_examples(best, worst)
     scored = [row for row in atlas.relation_scores() if (row.layer, row.head) == (layer, head) and not row.too_fixed]
     for row in sorted(scored, key=lambda row: row.baseline - row.accuracy)[:1]:
-        given = [e for e in _sentences_of(atlas) if e.half == 1 and any(p.relation == row.relation for p in e.pairs)]
-        looks = pair_looks(loaded, given[::3][:24], row.relation, layer, head, reverse=row.direction != row.relation)
+        asked = [e for e in _sentences_of(atlas) if e.half == 1 and any(p.relation == row.relation for p in e.pairs)]
+        looks = pair_looks(loaded, asked[::3][:24], row.relation, layer, head, reverse=row.direction != row.relation)
         if looks:
             terminal_heads.print_pairs(looks, row.direction)
 
 
-def _texts_of(atlas: HeadAtlas) -> Iterator[corpus.Document]:
-    """Those of the atlas' texts that can be read again, and are as they were."""
-    known = {document.name: document for document in corpus.default_documents()}
+def _texts_of(atlas: HeadAtlas, given: Sequence[corpus.Document]) -> Iterator[corpus.Document]:
+    """Those of the atlas' texts that are at hand or can be read again, and are as they were."""
+    known = {document.name: document for document in (*corpus.default_documents(), *given)}
     for name, held in atlas.info["texts"].items():
         document = known.get(name) or corpus.documents_of([Path(name)])[0]
         with suppress(TextError):

@@ -73,13 +73,12 @@ class Parts:
                 "Remove the folder, or give another --out."
             )
 
-    def run(self, work: dict[str, Callable[[], HeadAtlas]], later: int) -> list[HeadAtlas]:
-        """Do one round of parts."""
+    def run(self, work: dict[str, Callable[[], HeadAtlas]], later: int) -> Iterator[HeadAtlas]:
+        """Do one round of parts, and give everybody's one after another: none is held here."""
         of = self.done + len(work) + later
-        here: dict[str, HeadAtlas] = {}
         for number, name in enumerate(sorted(work)):
             if self.folder is None:
-                here[name] = work[name]()
+                yield work[name]()
             elif number % self.count == self.rank:
                 held = self._load(name)
                 if held is None:
@@ -89,9 +88,8 @@ class Parts:
             self.done += 1
             if self.on_part is not None:
                 self.on_part(self.done, of, name.partition("-")[0])
-        if self.folder is None:
-            return [here[name] for name in sorted(here)]
-        return list(self._gather(sorted(work)))
+        if self.folder is not None:
+            yield from self._gather(sorted(work))
 
     def _check_texts(self, part: HeadAtlas) -> None:
         """Raise AtlasError if a text has changed since its part was finished."""

@@ -7,15 +7,18 @@ is worth: that is an effect.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from headscope.relations.score import RelationScore
+from headscope.relations import RelationCounts
+from headscope.relations.counts import with_arrow
+from headscope.relations.score import LEVEL, RelationScore
+from headscope.statistics import fewest_clusters
 from headscope.sums import Sums
 
-__all__ = ["LEAST_TEXT", "ROLES", "Evidence", "Role", "find_roles"]
+__all__ = ["LEAST_TEXT", "ROLES", "Evidence", "Role", "find_roles", "why_no_role"]
 
 LEAST_TEXT = 0.05  # a head that gives text less than this has no role from what it gives to text
 
@@ -168,3 +171,41 @@ def _of_relation(row: RelationScore) -> Evidence:
         examples=row.pairs,
         documents=row.clusters,
     )
+
+
+def why_no_role(halves: Mapping[str, int], counts: RelationCounts) -> list[str]:
+    """What is too little for any role to come from it, in sentences.
+
+    Args:
+        halves: Each text's half, by its name.
+        counts: Of the relations.
+    """
+    return [*_too_few_texts(halves), *_too_few_rivals(counts)]
+
+
+def _too_few_texts(halves: Mapping[str, int]) -> list[str]:
+    """Heads are picked on one half, and reported on two texts of the other."""
+    found = [half for name, half in halves.items() if not name.startswith("repeat:")]
+    if not found or (0 in found and found.count(1) > 1):
+        return []
+    return [
+        f"Too few texts for roles that come from texts (previous token, rest, broad …): {found.count(0)} to pick heads "
+        f"where one is needed, {found.count(1)} to confirm them where two are. Give four at once."
+    ]
+
+
+def _too_few_rivals(counts: RelationCounts) -> list[str]:
+    """Relations that are frequent enough, but not where a head could take one word for another."""
+    least = fewest_clusters(1, LEVEL)
+    named = set()
+    for relation, direction, half in counts.keys:
+        tally = counts.tally(relation, direction, half)
+        contested = int((tally.contested > 0).sum())
+        if len(tally.clusters) >= least > contested > 0:
+            named.add(with_arrow(direction))
+    if not named:
+        return []
+    return [
+        f"No head can have a role from {', '.join(sorted(named))}: in fewer than {least} documents that pick heads, or "
+        "that confirm them, does a pair have another word of the right class to choose from."
+    ]

@@ -7,7 +7,8 @@ any number of processes, and a run that was killed and begun again, give the sam
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,7 @@ from headscope.models import Loaded, reader
 from headscope.parts import Parts, Told
 from headscope.profiling import columns_of, measure
 from headscope.recording import record
-from headscope.relations import Example, RelationCounts, count_relations, reads
-from headscope.relations.counts import with_arrow
+from headscope.relations import Example, count_relations, reads
 from headscope.relations.score import LEVEL
 from headscope.seam import AttentionCall
 from headscope.statistics import fewest_clusters
@@ -35,6 +35,7 @@ from headscope.training.processes import processes
 __all__ = ["Plan", "head_counts", "profile", "weights_hash"]
 
 _DOCUMENTS, _EXAMPLES = 4, 200  # of texts and sentences in one part
+_HELD = 1 << 16  # tokens of a part's texts that are held before they are measured
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,11 @@ class _Survey:
     heads: tuple[int, ...]
     means: Tensor | None = None
 
+    @property
+    def first_half(self) -> int:
+        """The half of the first text; a lone one's follows from its name, so that atlases of one text can be merged."""
+        return zlib.crc32(self.documents[0].name.encode("utf-8", "replace")) & 1 if len(self.documents) == 1 else 0
+
     def first(self) -> dict[str, Callable[[], HeadAtlas]]:
         """The parts that need nothing else: texts, repeats, relations."""
         work: dict[str, Callable[[], HeadAtlas]] = {}
@@ -96,30 +102,36 @@ class _Survey:
 
     def _texts(self, start: int) -> HeadAtlas:
         part = HeadAtlas(self.info | {"documents": {}, "texts": {}, "examples": {}})
-        pieces: list[Piece] = []
+        notes: list[str] = []
+        held: list[Piece] = []
         for number, document in enumerate(self.documents[start : start + _DOCUMENTS], start):
-            half = number % 2
-            most = self.plan.pieces or 1 << 62
-            found = corpus.cut(self.loaded, document, half, length=self.plan.length, most=most + 1)
+            half = (number + self.first_half) % 2
+            found = self._pieces(document, half, notes)
             if not found:
-                part.measured.notes.append(f"{document.name} has fewer than two tokens: left out.")
                 continue
-            length = min(self.plan.length, self.loaded.context or self.plan.length)
-            if len(found) > 1 < most:
-                told = f"Texts longer than {length} tokens are read in pieces, each after a start token."
-                part.measured.notes.append(told)
-            if len(found) > most:
-                found = found[:most]
-                pieces_read = f"{length} tokens" if most == 1 else f"{most} times {length} tokens"
-                told = f"Of longer texts only the beginning was read, {pieces_read} at most; --pieces 0 reads all."
-                part.measured.notes.append(told)
-            pieces += found
+            held += found
             part.info["documents"][document.name] = half
             part.info["texts"][document.name] = corpus.digest(document)
-        notes = part.measured.notes
-        part.measured = measure(self.loaded, pieces, self.measures, tokens=self.plan.tokens)
+            if sum(len(piece.ids) for piece in held) >= _HELD:
+                part.measured.merge(measure(self.loaded, held, self.measures, tokens=self.plan.tokens))
+                held = []
+        part.measured.merge(measure(self.loaded, held, self.measures, tokens=self.plan.tokens))
         part.measured.notes = list(dict.fromkeys(notes + part.measured.notes))
         return part
+
+    def _pieces(self, document: Document, half: int, notes: list[str]) -> list[Piece]:
+        """What is read of a text; ``notes`` is told what is not."""
+        most = self.plan.pieces or 1 << 62
+        found = corpus.cut(self.loaded, document, half, length=self.plan.length, most=most + 1)
+        length = min(self.plan.length, self.loaded.context or self.plan.length)
+        if not found:
+            notes.append(f"{document.name} has fewer than two tokens: left out.")
+        if len(found) > 1 < most:
+            notes.append(f"Texts longer than {length} tokens are read in pieces, each after a start token.")
+        if len(found) > most:
+            pieces_read = f"{length} tokens" if most == 1 else f"{most} times {length} tokens"
+            notes.append(f"Of longer texts only the beginning was read, {pieces_read} at most; --pieces 0 reads all.")
+        return found[:most]
 
     def _repeats(self) -> HeadAtlas:
         plan = self.plan
@@ -144,16 +156,18 @@ class _Survey:
             return part
         ids = torch.tensor([pieces[0].ids], device=self.loaded.model.device)
         entry, _ = reader(self.loaded.model)  # the heads that were measured: of two sides, the encoder's
-        values: dict[str, Tensor] = {}
         zero = head_effects(entry, ids)
-        values["ablation_zero"] = zero.per_example.double()
+        made = {"ablation_zero": zero}
         if self.means is None:
             told = "Ablation to the mean is left out: the heads' outputs are not of one shape in all layers."
             part.measured.notes.append(told)
         else:
-            values["ablation_mean"] = head_effects(entry, ids, to=self.means).per_example.double()
+            made["ablation_mean"] = head_effects(entry, ids, to=self.means)
         if zero.unit != "1 - cosine":  # whose derivative is zero at the clean run
-            values["gradient"] = head_effects(entry, ids, method="gradient").per_example.double()
+            made["gradient"] = head_effects(entry, ids, method="gradient")
+        values = {name: effects.per_example.double() for name, effects in made.items()}
+        for effects in made.values():
+            part.measured.notes += [f"What heads are worth: {note}." for note in effects.notes]
         part.worth = Worth(values, zero.clean.double(), [document.name], zero.unit)
         return part
 
@@ -190,7 +204,7 @@ def profile(
         raise AtlasError(f"{count} processes share work through a folder: give parts=, or --out on the command line.")
     given = corpus.default_documents() if documents is None else list(documents)
     corpus.check_names(given)
-    chosen, refused = _readable(loaded, examples or {})
+    chosen, notes = _readable(loaded, examples or {})
     collections = _collections(chosen)
     plan = plan or Plan()
     taken = tuple(measures) if measures is not None else standard()
@@ -198,12 +212,12 @@ def profile(
     survey.info = _info(survey)
     told = {"info": survey.info, "documents": [d.name for d in given], "examples": collections}
     works = Parts(parts, told, given, on_part)
-    first = works.run(survey.first(), len(survey.second()))
-    survey.means = _means(first)
-    second = works.run(survey.second(), 0)
-    atlas = _together([*first, *second], survey.info | {"examples": collections})
-    notes = refused + _too_long(atlas) + _too_few(atlas) + _too_few_clusters(chosen) + _without_classes(chosen)
-    notes += _too_few_rivals(atlas.relations)
+    atlas = HeadAtlas(survey.info | {"documents": {}, "texts": {}, "examples": collections})
+    _add(atlas, works.run(survey.first(), len(survey.second())))
+    survey.means = _means(atlas.measured.outputs)
+    _add(atlas, works.run(survey.second(), 0))
+    atlas.worth = atlas.worth.sorted()
+    notes += _too_long(atlas) + _too_few_clusters(chosen) + _without_classes(chosen)
     atlas.measured.notes = list(dict.fromkeys(atlas.measured.notes + notes))
     return atlas
 
@@ -250,23 +264,6 @@ def _too_few_clusters(examples: dict[str, list[Example]]) -> list[str]:
     return notes
 
 
-def _too_few_rivals(counts: RelationCounts) -> list[str]:
-    """A note on relations that are frequent enough, but not where a head could take one word for another."""
-    least = fewest_clusters(1, LEVEL)
-    named = set()
-    for relation, direction, half in counts.keys:
-        tally = counts.tally(relation, direction, half)
-        contested = int((tally.contested > 0).sum())
-        if len(tally.clusters) >= least > contested > 0:
-            named.add(with_arrow(direction))
-    if not named:
-        return []
-    return [
-        f"No head can have a role from {', '.join(sorted(named))}: in fewer than {least} documents that pick heads, or "
-        "that confirm them, does a pair have another word of the right class to choose from."
-    ]
-
-
 def _without_classes(examples: dict[str, list[Example]]) -> list[str]:
     """A note for each collection whose words have no class, so that one cannot be taken for another."""
     return [
@@ -276,32 +273,20 @@ def _without_classes(examples: dict[str, list[Example]]) -> list[str]:
     ]
 
 
-def _too_few(atlas: HeadAtlas) -> list[str]:
-    """A note where no role can come from the texts: heads are picked on one half, and reported on two of the other."""
-    halves = [half for name, half in atlas.info["documents"].items() if not name.startswith("repeat:")]
-    if not halves or (0 in halves and halves.count(1) > 1):
-        return []
-    return [
-        f"{len(halves)} {'text is' if len(halves) == 1 else 'texts are'} too few for roles that come from texts "
-        "(previous token, rest, broad …): every second one picks heads, and two others must confirm them. Give four."
-    ]
-
-
 def _readable(loaded: Loaded, examples: dict[str, list[Example]]) -> tuple[dict[str, list[Example]], list[str]]:
-    """The collections in languages that the model reads, and why not the others."""
-    chosen, refused = {}, []
+    """The collections in languages that the model reads, and why not the others, or what is doubtful."""
+    chosen, notes = {}, []
     for name, given in examples.items():
         can, why = reads(loaded, [example.text for example in given[:200]]) if given else (False, "it is empty")
         if can:
             chosen[name] = given
-        else:
-            refused.append(f"{name}: not profiled, the model does not read it: {why}.")
-    return chosen, refused
+        if why:
+            notes.append(f"{name}: {'profiled, but' if can else 'not profiled, the model does not read it:'} {why}.")
+    return chosen, notes
 
 
-def _together(parts: Sequence[HeadAtlas], info: dict[str, Any]) -> HeadAtlas:
-    """All parts as one atlas: added up in the order given."""
-    atlas = HeadAtlas(info | {"documents": {}, "texts": {}})
+def _add(atlas: HeadAtlas, parts: Iterable[HeadAtlas]) -> None:
+    """Add up parts in the order given; one is held at a time."""
     for part in parts:
         atlas.measured.merge(part.measured)
         atlas.relations.merge(part.relations)
@@ -312,18 +297,11 @@ def _together(parts: Sequence[HeadAtlas], info: dict[str, Any]) -> HeadAtlas:
             held = atlas.info["examples"][name]
             held |= {key: held.get(key, 0) + number for key, number in counted.items()}
     corpus.check_texts(atlas.info["texts"].items(), AtlasError)
-    atlas.worth = atlas.worth.sorted()
-    return atlas
 
 
-def _means(parts: Sequence[HeadAtlas]) -> Tensor | None:
+def _means(outputs: dict[str, Tensor]) -> Tensor | None:
     """Mean head outputs over all valid positions of the corpus, [layers, H, Dv]."""
-    sums = [part.measured.outputs for part in parts if part.measured.outputs]
-    if not sums:
-        return None
-    total = torch.stack([part["sum"] for part in sums]).sum(0)
-    count = torch.stack([part["count"] for part in sums]).sum(0)
-    return (total / count.clamp(min=1)).float()
+    return (outputs["sum"] / outputs["count"].clamp(min=1)).float() if outputs else None
 
 
 def head_counts(loaded: Loaded) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ def print_atlas(atlas: HeadAtlas, *, all_heads: bool = False) -> None:
     print_renderable(_roles_table(roles, all_heads))
     print_renderable(_worth(atlas, roles))
     print_renderable(_guesses(atlas))
-    for note in atlas.measured.notes:
+    for note in atlas.notes:
         print_renderable(Text(note, style="yellow"))
     print_renderable(
         Text(

@@ -280,12 +280,13 @@ def _padding(tokenizer: Any) -> int:
 
 
 def reads(loaded: Loaded, texts: Sequence[str]) -> tuple[bool, str]:
-    """Whether the model reads a language, judged by its tokens of these texts; if not, the reason.
+    """Whether the model reads a language, judged by its tokens of these texts; if not, the reason; else a doubt, or "".
 
     It does with at most 5 % unknown tokens and, where most letters are Chinese, at most 1.2 tokens a
-    character: a model that sees characters only as bytes has not learned their words.
+    character: a model that sees characters only as bytes has not learned their words. In other scripts more tokens than
+    that are a doubt: a model may have learned from bytes.
     """
-    tokens = unknown = characters = chinese = 0
+    tokens = unknown = letters = characters = chinese = 0
     for text in texts:
         try:
             cut = tokenize(text, loaded.tokenizer)
@@ -293,6 +294,7 @@ def reads(loaded: Loaded, texts: Sequence[str]) -> tuple[bool, str]:
             continue
         tokens += len(cut) - sum(cut.special)
         unknown += sum(cut.unknown)
+        letters += len(text)
         characters += sum(not c.isspace() for c in text)
         chinese += sum("\u3400" <= c <= "\u9fff" for c in text)
     if unknown > _MOST_UNKNOWN * tokens:
@@ -301,4 +303,6 @@ def reads(loaded: Loaded, texts: Sequence[str]) -> tuple[bool, str]:
         return False, (
             f"it needs {tokens / characters:.2f} tokens for a Chinese character, more than {_MOST_PER_CHARACTER}"
         )
+    if tokens > _MOST_PER_CHARACTER * letters:
+        return True, f"it needs {tokens / letters:.2f} tokens for a character, and may know the words as bytes only"
     return True, ""

@@ -6,6 +6,8 @@ https://universaldependencies.org/format.html
 
 from __future__ import annotations
 
+import codecs
+import hashlib
 import io
 import os
 import re
@@ -33,7 +35,8 @@ def read_conllu(path: str | os.PathLike[str]) -> list[Example]:
     """The sentences of a treebank with their dependencies, dependent to head, named by the deprel.
 
     Subtypes are kept ("nsubj:pass"); roots and punctuation are left out. A document ("# newdoc") is a cluster,
-    and a hash of its id chooses its half; a file without documents is cut into blocks of 10 sentences. Words
+    and a hash of its id chooses its half; a file without documents is cut into blocks of 10 sentences, named by a hash
+    of all of it, too: two treebanks may have one file name. Words
     of a multiword token share its surface if their forms make it up ("gonna": gon, na); otherwise the
     surface is one word ("du": de, le), and dependencies inside it are left out. Empty nodes are skipped. A word's
     class is its universal part of speech.
@@ -48,13 +51,23 @@ def read_conllu(path: str | os.PathLike[str]) -> list[Example]:
     language = re.match(r"([a-z]{2,3})_", path.name)
     try:
         with path.open("rb") as file:
-            lines = _Lines(file, path)
-            examples = list(_examples(lines, path, language[1] if language else ""))
+            name = f"{path.name} ({_digest(file)})"
+            file.seek(0)
+            examples = list(_examples(_Lines(file, path), name, language[1] if language else ""))
     except OSError as error:
         raise TreebankError(f"{path} cannot be read: {error.strerror or error}. Give a .conllu file.") from error
     if not examples:
         raise TreebankError(f"{path} holds no sentence. Give a .conllu file with at least one.")
     return examples
+
+
+def _digest(file: BinaryIO) -> str:
+    """Tells treebanks apart, whatever their line ends and empty lines."""
+    found = hashlib.sha256()
+    for raw in file:
+        if line := raw.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n"):
+            found.update(line + b"\n")
+    return found.hexdigest()[:8]
 
 
 class _Lines(io.TextIOBase):
@@ -103,7 +116,7 @@ class _Lines(io.TextIOBase):
         return TreebankError(f"{self.path}:{number}: {reason}.")
 
 
-def _examples(lines: _Lines, path: Path, language: str) -> Iterator[Example]:
+def _examples(lines: _Lines, name: str, language: str) -> Iterator[Example]:
     sentences = iter(conllu.parse_incr(lines))  # type: ignore[arg-type]
     document, documents, count = "", 0, 0
     while True:
@@ -117,11 +130,11 @@ def _examples(lines: _Lines, path: Path, language: str) -> Iterator[Example]:
         meta = sentence.metadata
         if "newdoc id" in meta or "newdoc" in meta:
             documents += 1
-            document = meta.get("newdoc id") or f"{path.name} document {documents}"
+            document = meta.get("newdoc id") or f"{name} document {documents}"
         if not len(sentence):
             continue
         first = count // _BLOCK * _BLOCK + 1
-        cluster = document or f"{path.name} sentences {first}-{first + _BLOCK - 1}"
+        cluster = document or f"{name} sentences {first}-{first + _BLOCK - 1}"
         count += 1
         yield _example(sentence, lines, cluster, language)
 
