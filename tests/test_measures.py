@@ -169,13 +169,15 @@ def made(positions: list[list[int]], length: int, strength: float = 30.0) -> Att
     return AttentionMatrix(query, key, mask=masks.causal(), scale=1.0)
 
 
-def roles_of(matrix: AttentionMatrix, plain: Batch, repeated: AttentionMatrix, twice: Batch) -> list[set[str]]:
+def roles_of(
+    matrix: AttentionMatrix, plain: Batch, repeated: AttentionMatrix, twice: Batch, *, causal: bool = True
+) -> list[set[str]]:
     """The roles of heads made by hand, by the same way as a model's."""
     sums, null = Sums(), Sums()
     count = matrix.shape[1]
     for number in range(6):
         for weights, batch in ((matrix, plain), (repeated, twice)):
-            seen = Visibility(batch, masks.causal(), count)
+            seen = Visibility(batch, masks.causal() if causal else None, count)
             asked = [measure for measure in standard() if measure.reads(batch)]
             given = weights_of([(f"{'repeat:' if batch is twice else ''}{number}", number % 2)])
             for into, page in ((sums, Page(weights, seen)), (null, Page(seen.uniform, seen))):
@@ -202,6 +204,15 @@ def test_heads_made_by_hand_get_their_role_and_no_other() -> None:
     found = roles_of(on_plain, plain, on_twice, twice)
     wanted = [{"previous token"}, {"self"}, {"rest"}, {"broad"}, set(), {"delimiter"}, {"induction"}, {"duplicate"}]
     assert found == wanted
+
+
+def test_a_head_of_an_encoder_that_looks_at_the_next_token() -> None:
+    length = 41
+    (twice,) = batches([piece(41, end=False, period=20)])
+    key = torch.eye(length).expand(1, 1, -1, -1)
+    after = 30 * torch.eye(length)[[min(i + 1, length - 1) for i in range(length)]].expand(1, 1, -1, -1)
+    matrix = AttentionMatrix(after, key, scale=1.0)
+    assert roles_of(matrix, batch_of(length), matrix, twice, causal=False) == [{"next token"}]
 
 
 def test_a_head_that_gives_text_almost_nothing_has_no_role_from_it() -> None:

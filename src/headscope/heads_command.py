@@ -24,7 +24,7 @@ from headscope.measures import standard
 from headscope.pipe import read_pipe
 from headscope.profiling import columns_of
 from headscope.relations import Example
-from headscope.relations.counts import direction_of
+from headscope.relations.counts import direction_of, with_arrow
 from headscope.survey import Plan, head_counts, profile, weights_hash
 from headscope.training.processes import processes, rank
 
@@ -86,7 +86,7 @@ By = Annotated[
 Worth = Annotated[bool, typer.Option("--worth/--no-worth", help="Whether to measure what heads are worth.")]
 Length = Annotated[int, typer.Option("--length", min=8, help="Tokens in a piece of text.")]
 Pieces = Annotated[int, typer.Option("--pieces", min=0, help="Pieces of each text, from its start; 0: all of it.")]
-All = Annotated[bool, typer.Option("--all", help="Every head of each role, not the first three.")]
+All = Annotated[bool, typer.Option("--all", help="Every head of each role and by worth, not the first few.")]
 Again = Annotated[bool, typer.Option("--again", help="Measure anew what the package already holds.")]
 
 
@@ -320,7 +320,7 @@ def _examples(atlas: HeadAtlas, loaded: models.Loaded, layer: int, head: int, gi
         asked = [e for e in _sentences_of(atlas) if e.half == 1 and any(p.relation == row.relation for p in e.pairs)]
         looks = pair_looks(loaded, asked[::3][:24], row.relation, layer, head, reverse=row.direction != row.relation)
         if looks:
-            terminal_heads.print_pairs(looks, row.direction)
+            terminal_heads.print_pairs(looks, with_arrow(row.direction))
 
 
 def _texts_of(atlas: HeadAtlas, given: Sequence[corpus.Document]) -> Iterator[corpus.Document]:

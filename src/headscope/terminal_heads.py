@@ -13,13 +13,14 @@ from rich.text import Text
 from headscope.atlas import HeadAtlas
 from headscope.examples import PairLook, TokenLook
 from headscope.relations.counts import with_arrow
+from headscope.relations.score import RelationScore
 from headscope.roles import ROLES, Evidence
 from headscope.terminal import print_renderable, width
 
 __all__ = ["print_atlas", "print_examples", "print_head", "print_pairs"]
 
 _TITLES = {"ablation_zero": "without it", "ablation_mean": "its mean", "gradient": "gradient"}
-_MOST = 3  # heads shown for a role
+_MOST, _MOST_WORTH = 3, 8  # heads shown for a role, and by worth, unless all are wanted
 _EVIDENCE = ("head", "picked", "score, 95 %", "null", "p", "examples")
 _NARROW = 70  # columns, below which what a head was picked by is left out
 _GUESSES = (
@@ -34,7 +35,7 @@ def print_atlas(atlas: HeadAtlas, *, all_heads: bool = False) -> None:
     roles = atlas.roles()
     print_renderable(_heading(atlas, roles))
     print_renderable(_roles_table(roles, all_heads))
-    print_renderable(_worth(atlas, roles))
+    print_renderable(_worth(atlas, roles, len(atlas) if all_heads else _MOST_WORTH))
     print_renderable(_guesses(atlas))
     for note in atlas.notes:
         print_renderable(Text(note, style="yellow"))
@@ -94,7 +95,7 @@ def _evidence_cells(row: Evidence) -> dict[str, Any]:
     }
 
 
-def _worth(atlas: HeadAtlas, roles: Sequence[Evidence], most: int = 8) -> Any:
+def _worth(atlas: HeadAtlas, roles: Sequence[Evidence], most: int) -> Any:
     if "ablation_zero" not in atlas.worth.values:
         return Text("What the heads are worth was not measured.", style="dim")
     columns = atlas.columns()
@@ -172,7 +173,12 @@ def print_head(atlas: HeadAtlas, layer: int, head: int) -> None:
     table.add_column("what it is", ratio=1, overflow="fold")
     mine = [row for row in atlas.relation_scores() if (row.layer, row.head) == (layer, head)]
     fixed = {f"relation:{row.direction}": row.null for row in mine}
-    for name, values in atlas.columns().items():
+    more = {f"relation:{row.direction}": _among(row) for row in mine}
+    columns = atlas.columns()
+    for name in [name for name in columns if f"{name}_low" in columns]:
+        low, high = (float(columns[f"{name}_{end}"][layer, head]) for end in ("low", "high"))
+        more[name] = f"; 95 %: {low:+.3f} to {high:+.3f}"
+    for name, values in columns.items():
         value = float(values[layer, head])
         if math.isnan(value) or name.endswith(("_low", "_high")) or _far_offset(name):
             continue
@@ -182,7 +188,7 @@ def print_head(atlas: HeadAtlas, layer: int, head: int) -> None:
         even = "" if null is None else f"{float(atlas.measured.null.value(name)[layer, 0]):.3f}"
         even = f"{fixed[name]:.3f}" if name in fixed else even
         about = atlas.info["columns"].get(name, {})
-        told = f"{about.get('about', _ABOUT.get(name.split(':')[0], ''))}"
+        told = f"{about.get('about', _ABOUT.get(name.split(':')[0], ''))}{more.get(name, '')}"
         table.add_row(
             with_arrow(name.removeprefix("relation:")),
             f"{value:.3f}",
@@ -201,6 +207,11 @@ _ABOUT = {
 }
 
 
+def _among(row: RelationScore) -> str:
+    """What is known of an accuracy."""
+    return f": {row.pairs}; 95 %: {row.low:.3f} to {row.high:.3f}; p = {row.p_holm:.1g}"
+
+
 def _far_offset(name: str) -> bool:
     if not name.startswith(("offset_mass", "offset_hits")):
         return False
@@ -210,7 +221,7 @@ def _far_offset(name: str) -> bool:
 
 def _named(roles: Sequence[Evidence]) -> str:
     about = {role.name: role.about for role in ROLES}
-    named = [f"{row.role} ({about[row.role]})" if row.role in about else row.role for row in roles]
+    named = [f"{row.role} ({about[row.role]})" if row.role in about else with_arrow(row.role) for row in roles]
     return "; ".join(named) or "no role."
 
 
