@@ -137,6 +137,7 @@ def test_line_ends_and_a_byte_order_mark_do_not_matter(read: Read, tmp_path: Pat
         ([DOG[0], DOG[0]], 2, "the id is 1, wanted 2"),
         ([line("1", "The", "7", "det")], 1, "the head of word 1 (The) is 7, which is no word of the sentence"),
         ([line("1", "The", "1", "det")], 1, "is 1, which is the word itself"),
+        ([line("1", "The", "2", "det"), line("2", "dog", "1", "dep")], 1, "heads of word 1 (The) go round in a circle"),
         ([line("1", "The", "up", "det")], 1, "'up' is no head"),
         ([line("1", "The")], 1, "'_' is no head"),
         ([line("1", "The", "2"), line("2", "dog", "0", "root")], 1, "word 1 (The) has a head and no relation to it"),

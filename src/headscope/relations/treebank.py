@@ -173,8 +173,21 @@ def _example(sentence: Any, lines: _Lines, cluster: str, language: str) -> Examp
         source, target = word_of[token["id"]], word_of[head]
         if source != target:
             pairs.append(Pair(relation, source, target))
+    _check_tree(sentence, lines)
     half = zlib.crc32(cluster.encode()) & 1
     return Example(text, tuple(words), tuple(dict.fromkeys(pairs)), cluster, half, language, tuple(classes))
+
+
+def _check_tree(sentence: Any, lines: _Lines) -> None:
+    """Every word's head, its head's head and so on must end at a root."""
+    heads = {token["id"]: token["head"] for token in sentence if isinstance(token["id"], int)}
+    for token, number in zip(sentence, lines.words, strict=True):
+        at, passed = token["id"] if isinstance(token["id"], int) else 0, set[int]()
+        while at:
+            if at in passed:
+                raise lines.error(number, f"the heads of word {token['id']} ({token['form']}) go round in a circle")
+            passed.add(at)
+            at = heads[at]
 
 
 def _class(parts_of_speech: set[str | None]) -> str:
