@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from headscope import AttentionMatrix, attention, masks
+from headscope.measures.products import Distance, Product, Together
+from headscope.measures.strongest import Strongest
 from headscope.reductions import Entropy, Groups, Mass, Max, Offsets, Pool, Received, TopK, TransposedProduct
 
 HEADS, LENGTH, SIZE = 8, 4096, 16
@@ -98,6 +100,8 @@ def key_bias(grad: bool = False) -> Tensor:
 IDS = torch.arange(LENGTH) // 30
 REDUCTIONS = [Entropy(), Max(), TopK(5), Received(mean=True), Offsets(8), Groups(IDS), Mass()]
 REDUCTIONS += [Pool(IDS, IDS, "mass"), Pool(64, 64, "mean"), Pool(64, 64, "max"), TransposedProduct(tensor())]
+TEXT = torch.arange(LENGTH)[None] > 0  # all but a start token
+MEASURES = [Strongest(TEXT, 8), Together([Distance(TEXT[..., None]), Product(torch.rand(1, HEADS, LENGTH, 4))])]
 CASES: dict[str, Callable[[], None]] = {
     "no mask": attend(),
     "causal": attend(mask=masks.causal()),
@@ -136,6 +140,7 @@ CASES: dict[str, Callable[[], None]] = {
     "entropy, rows known": ask(lambda P: (P @ tensor(), P.entropy())),
     "logsumexp": ask(lambda P: P.logsumexp),
     "every reduction in one pass": ask(lambda P: P.reduce(*REDUCTIONS)),
+    "the measures' questions": ask(lambda P: P.reduce(*MEASURES)),
     "a part": ask(lambda P: P[0, 3, 100:4000, :50]),
     "far apart cells": ask(lambda P: P[0, [1, 5], [17, 4000], [3, 9]]),
 }  # fmt: skip

@@ -54,7 +54,7 @@ class Confidence(Measure):
 
     def questions(self, page: Page) -> dict[str, Reduction]:
         """The largest weights, with sinks and without."""
-        return {"strongest": Strongest(page.text, RADIUS), "mass": _mass(page)}
+        return {"strongest": _strongest(page), "mass": _mass(page)}
 
     def sums(self, page: Page) -> dict[str, Ratio]:
         """Over the weight on text, and over rows."""
@@ -94,7 +94,7 @@ class OffsetMass(Measure):
 
     def questions(self, page: Page) -> dict[str, Reduction]:
         """The diagonals, which the search for the strongest key reads."""
-        return {"strongest": Strongest(page.text, RADIUS), "mass": _mass(page)}
+        return {"strongest": _strongest(page), "mass": _mass(page)}
 
     def sums(self, page: Page) -> dict[str, Ratio]:
         """Each diagonal, with what lies on sinks and without."""
@@ -115,7 +115,7 @@ class OffsetHits(Measure):
 
     def questions(self, page: Page) -> dict[str, Reduction]:
         """The strongest key that is text, if it is near; where two share the largest weight there is none."""
-        return {"strongest": Strongest(page.text, RADIUS)}
+        return {"strongest": _strongest(page)}
 
     def sums(self, page: Page) -> dict[str, Ratio]:
         """Rows, not weights, are counted: a hit is a hit."""
@@ -196,7 +196,7 @@ class Norms(Measure):
         norms = _norms(page)
         groups = torch.stack([page.batch.valid, page.batch.sinks, _first(page), page.batch.delimiters], -2)
         norms = norms.unsqueeze(-2) * groups.unsqueeze(1)  # [B, H, 4, S]
-        return {"norms": Product(norms.transpose(-1, -2)), "strongest": Strongest(page.text, RADIUS)}
+        return {"norms": Product(norms.transpose(-1, -2)), "strongest": _strongest(page)}
 
     def sums(self, page: Page) -> dict[str, Ratio]:
         """Row by row a share; then the mean over rows."""
@@ -239,6 +239,11 @@ class Repeats(Measure):
         counts = torch.tensor([[float(piece.period)] for piece in page.batch.pieces], dtype=torch.float64)
         counts = counts.to(page.batch.ids.device).expand(-1, heads)
         return {name: Ratio(torch.stack(parts), counts) for name, parts in found.items()}
+
+
+def _strongest(page: Page) -> Strongest:
+    """The strongest key that is text, and what lies on the keys around each row."""
+    return Strongest(page.text, RADIUS)
 
 
 def _mass(page: Page) -> Product:

@@ -1,4 +1,4 @@
-"""The strongest key of each row among those that count, and how far off it is."""
+"""The strongest key of each row among those that count, how far off it is, and the weights on keys around the row."""
 
 from __future__ import annotations
 
