@@ -69,7 +69,7 @@ def few() -> dict[str, list[Example]]:
 
 @pytest.fixture(scope="module")
 def atlas(decoder: Loaded) -> HeadAtlas:
-    return profile(decoder, documents(), examples=few(), plan=PLAN)
+    return profile(decoder, texts=documents(), relations=few(), plan=PLAN)
 
 
 def same(left: HeadAtlas, right: HeadAtlas, tolerance: float = 1e-6) -> None:
@@ -136,7 +136,7 @@ def test_an_encoder_is_measured_without_a_loss() -> None:
         vocab_size=tiny.VOCABULARY, hidden_size=24, num_hidden_layers=2, num_attention_heads=6, intermediate_size=32
     )
     loaded = Loaded("bert", BertModel(config).eval().requires_grad_(False), letters(), 0, 64, False, "a test")
-    found = profile(loaded, documents(), plan=PLAN)
+    found = profile(loaded, texts=documents(), plan=PLAN)
     assert found.worth.unit == "1 - cosine"
     assert "gradient" not in found.columns()
     assert float(found.value("offset_mass+1").nan_to_num().sum()) > 0  # it sees what comes after
@@ -147,26 +147,28 @@ def test_finished_parts_are_not_done_again(decoder: Loaded, atlas: HeadAtlas, tm
     told: list[str] = []
     parts = tmp_path / "parts"
     same(
-        profile(decoder, documents(), examples=few(), plan=PLAN, parts=parts, on_part=lambda d, o, w: told.append(w)),
+        profile(
+            decoder, texts=documents(), relations=few(), plan=PLAN, parts=parts, on_part=lambda d, o, w: told.append(w)
+        ),
         atlas,
     )
     assert told == ["relations", "repeats", "texts", "texts", "worth", "worth", "worth"]
     times = {path.name: path.stat().st_mtime_ns for path in parts.iterdir()}
     (parts / "texts-00000004.safetensors").unlink()
-    same(profile(decoder, documents(), examples=few(), plan=PLAN, parts=parts), atlas)
+    same(profile(decoder, texts=documents(), relations=few(), plan=PLAN, parts=parts), atlas)
     changed = {path.name for path in parts.iterdir() if times[path.name] != path.stat().st_mtime_ns}
     assert changed == {"texts-00000004.safetensors"}
     with pytest.raises(AtlasError, match="holds the finished parts of other work"):
-        profile(decoder, documents("owl"), examples=few(), plan=PLAN, parts=parts)
+        profile(decoder, texts=documents("owl"), relations=few(), plan=PLAN, parts=parts)
     (parts / "texts-00000000.safetensors").write_bytes(b"cut")
     with pytest.raises(AtlasError, match=r"texts-00000000.safetensors is damaged .*remove it"):
-        profile(decoder, documents(), examples=few(), plan=PLAN, parts=parts)
+        profile(decoder, texts=documents(), relations=few(), plan=PLAN, parts=parts)
 
 
 def test_several_processes_need_a_folder(decoder: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(AtlasError, match="3 processes share work through a folder"):
-        profile(decoder, documents(), plan=PLAN)
+        profile(decoder, texts=documents(), plan=PLAN)
 
 
 def test_saved_and_loaded_it_is_the_same(atlas: HeadAtlas, tmp_path: Path) -> None:
@@ -214,10 +216,10 @@ def test_to_pandas_and_polars(atlas: HeadAtlas) -> None:
 
 def test_two_corpora_merge_into_one(decoder: Loaded, atlas: HeadAtlas) -> None:
     names = list(TEXTS)
-    first = profile(decoder, documents(*names[:2]), examples=few(), plan=PLAN)
-    second = profile(decoder, documents(*names[2:4]), examples=few(), plan=PLAN)
+    first = profile(decoder, texts=documents(*names[:2]), relations=few(), plan=PLAN)
+    second = profile(decoder, texts=documents(*names[2:4]), relations=few(), plan=PLAN)
     both = first.merge(second)
-    whole = profile(decoder, documents(*names[:4]), examples=few(), plan=replace(PLAN, worth=4))
+    whole = profile(decoder, texts=documents(*names[:4]), relations=few(), plan=replace(PLAN, worth=4))
     for name in ("entropy", "sink", "induction", "relation:coreference", "ablation_zero"):
         torch.testing.assert_close(both.value(name), whole.value(name), atol=1e-9, rtol=1e-9, equal_nan=True)
     for name, sums in whole.measured.sums.values.items():  # a ratio would not tell what counts twice
@@ -229,7 +231,7 @@ def test_two_corpora_merge_into_one(decoder: Loaded, atlas: HeadAtlas) -> None:
         atlas.merge(first)
     stranger = Loaded("other", tiny.mistral(4), letters(), 0, 64, True, "a test")
     with pytest.raises(AtlasError, match="of different types cannot be merged: tiny and other"):
-        first.merge(profile(stranger, documents("cat"), plan=Plan(length=24, repeats=0, worth=0)))
+        first.merge(profile(stranger, texts=documents("cat"), plan=Plan(length=24, repeats=0, worth=0)))
 
 
 def test_atlases_that_share_sentences_count_them_once(decoder: Loaded) -> None:
@@ -241,11 +243,11 @@ def test_atlases_that_share_sentences_count_them_once(decoder: Loaded) -> None:
         (mine if number < 3 else theirs).append(example)
     given = {"frames": frames, "mine": mine}, {"frames": frames, "theirs": theirs}
     first, second = (
-        profile(decoder, documents(*names), examples=held, plan=plan)
+        profile(decoder, texts=documents(*names), relations=held, plan=plan)
         for names, held in zip((("owl", "sea"), ("bus", "pie")), given, strict=True)
     )
     everything = {"frames": frames, "mine": mine, "theirs": theirs}
-    whole = profile(decoder, documents("owl", "sea", "bus", "pie"), examples=everything, plan=plan)
+    whole = profile(decoder, texts=documents("owl", "sea", "bus", "pie"), relations=everything, plan=plan)
     for both in (first.merge(second), second.merge(first)):
         assert both.relations.keys == whole.relations.keys
         assert both.relations.examples == whole.relations.examples > 6
@@ -256,10 +258,10 @@ def test_atlases_that_share_sentences_count_them_once(decoder: Loaded) -> None:
             torch.testing.assert_close(ours.hits, wanted.hits)
             torch.testing.assert_close(ours.pairs, wanted.pairs)
         assert both.info["examples"] == whole.info["examples"]
-    changed = profile(decoder, documents("cat"), examples={"mine": mine[:2]}, plan=plan)
+    changed = profile(decoder, texts=documents("cat"), relations={"mine": mine[:2]}, plan=plan)
     with pytest.raises(AtlasError, match="hold sentences named 'mine', and these differ"):
         first.merge(changed)
-    renamed = profile(decoder, documents("cat"), examples={"other": mine[:2]}, plan=plan)
+    renamed = profile(decoder, texts=documents("cat"), relations={"other": mine[:2]}, plan=plan)
     with pytest.raises(AtlasError, match="hold sentences of 'document 0', in collections that differ"):
         first.merge(renamed)
 
@@ -268,17 +270,17 @@ def test_what_is_given_twice_is_refused(decoder: Loaded, tmp_path: Path) -> None
     """A head would be confirmed on the text that picked it."""
     plan = Plan(length=24, repeats=0, worth=0)
     with pytest.raises(TextError, match="owl is given twice"):
-        profile(decoder, documents("owl", "sea", "owl"), plan=plan)
+        profile(decoder, texts=documents("owl", "sea", "owl"), plan=plan)
     copy = [*documents("owl", "sea"), Document("copy", lambda: TEXTS["owl"])]
     with pytest.raises(AtlasError, match="owl and copy hold the same text"):
-        profile(decoder, copy, plan=plan)
+        profile(decoder, texts=copy, plan=plan)
     with pytest.raises(AtlasError, match="a and b hold the same sentences"):
-        profile(decoder, documents("owl"), examples={"a": few()["some"], "b": few()["some"]}, plan=plan)
+        profile(decoder, texts=documents("owl"), relations={"a": few()["some"], "b": few()["some"]}, plan=plan)
     with pytest.raises(AtlasError, match=r"a and b both hold .*: its sentences would count twice"):
-        profile(decoder, documents("owl"), examples={"a": few()["some"], "b": few()["some"][:-1]}, plan=plan)
-    first = profile(decoder, documents("owl"), plan=plan)
+        profile(decoder, texts=documents("owl"), relations={"a": few()["some"], "b": few()["some"][:-1]}, plan=plan)
+    first = profile(decoder, texts=documents("owl"), plan=plan)
     with pytest.raises(AtlasError, match="both atlases hold 'copy' and 0 more"):
-        first.merge(profile(decoder, copy[2:], plan=plan))
+        first.merge(profile(decoder, texts=copy[2:], plan=plan))
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("The same words.", "utf-8")
     same_text = ["--text", str(tmp_path / "a.txt"), "--text", str(tmp_path / "b.txt")]
@@ -300,14 +302,14 @@ def test_collections_that_can_give_no_role_are_said(decoder: Loaded) -> None:
         for name, count in (("small", 4), ("large", 5))
     }
     long = Example("word " * 40, ((0, 4), (5, 9), (10, 14)), words, "long", 0, "en")
-    found = profile(decoder, documents("owl", "sea", "bus", "pie"), examples=given | {"long": [long]}, plan=plan)
+    found = profile(decoder, texts=documents("owl", "sea", "bus", "pie"), relations=given | {"long": [long]}, plan=plan)
     notes = found.measured.notes
     told = "small has 9 documents (5 to pick heads, 4 to confirm them): too few for roles that come from it, "
     assert told + "which take 5 of each." in notes
     assert not any(note.startswith("large has") for note in notes)
     unclassed = "gives no parts of speech: a head with a role from it may look at any word of the right kind."
     assert f"large {unclassed}" in notes
-    frames = profile(decoder, documents("owl"), examples=few(), plan=plan)
+    frames = profile(decoder, texts=documents("owl"), relations=few(), plan=plan)
     assert not any("parts of speech" in note for note in frames.measured.notes)
     assert "long: 1 of 1 sentences are longer than the model reads, and were left out." in notes
     assert found.info["examples"]["large"]["read"] == found.info["examples"]["long"]["too_long"] + 9 == 10
@@ -316,7 +318,7 @@ def test_collections_that_can_give_no_role_are_said(decoder: Loaded) -> None:
 
 def test_texts_are_measured_a_few_at_a_time(decoder: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part holds no more than it must, and that changes nothing."""
-    whole = profile(decoder, documents(), plan=PLAN)
+    whole = profile(decoder, texts=documents(), plan=PLAN)
     asked: list[int] = []
     usual = survey.measure
 
@@ -326,15 +328,44 @@ def test_texts_are_measured_a_few_at_a_time(decoder: Loaded, monkeypatch: pytest
 
     monkeypatch.setattr(survey, "_HELD", 1)
     monkeypatch.setattr(survey, "measure", counted)
-    same(profile(decoder, documents(), plan=PLAN), whole)
+    same(profile(decoder, texts=documents(), plan=PLAN), whole)
     assert asked == [4, 1, 1, 1, 1, 0, 1, 0]  # the repeats; four texts, and what is left; one text
 
 
 def test_what_memory_did_to_the_worth_is_said(decoder: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     usual, told = survey.head_effects, ("out of memory with 12 heads",)
     monkeypatch.setattr(survey, "head_effects", lambda *given, **how: replace(usual(*given, **how), notes=told))
-    found = profile(decoder, documents("owl"), plan=replace(PLAN, repeats=0, worth=1))
+    found = profile(decoder, texts=documents("owl"), plan=replace(PLAN, repeats=0, worth=1))
     assert found.notes.count("What heads are worth: out of memory with 12 heads.") == 1
+
+
+def test_the_texts_for_worth_are_spread_over_the_corpus(decoder: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts evenly, and places in them by their names: whoever measures a text measures the same of it."""
+    usual, read = survey.head_effects, []
+    monkeypatch.setattr(survey, "head_effects", lambda e, ids, **how: read.append(ids) or usual(e, ids, **how))
+    plan = replace(PLAN, repeats=0, worth=2)
+    found = profile(decoder, texts=documents(), plan=plan)
+    assert found.worth.documents == ["bus", "owl"]  # the first and the third of five
+    alone = {name: profile(decoder, texts=documents(name), plan=plan).worth for name in ("owl", "bus")}
+    for row, name in enumerate(found.worth.documents):
+        torch.testing.assert_close(found.worth.values["gradient"][row], alone[name].values["gradient"][0])
+    starts = {tuple(ids[0, 1:3].tolist()) for ids in read}
+    assert len(starts) == 2
+    assert starts != {tuple(decoder.tokenizer(TEXTS[name])["input_ids"][:2]) for name in ("owl", "bus")}
+
+
+def test_a_model_of_ones_own_is_profiled_with_its_tokenizer(decoder: Loaded, atlas: HeadAtlas) -> None:
+    found = profile(decoder.model, decoder.tokenizer, list(TEXTS.values()), plan=replace(PLAN, worth=0))
+    assert found.name == "LlamaForCausalLM"
+    assert list(found.info["texts"]) == [f"text {number}" for number in range(1, 6)]
+    for name in ("first", "entropy", "induction"):  # with the start token that the tokenizer declares
+        torch.testing.assert_close(found.value(name), atlas.value(name))
+    with pytest.raises(ValueError, match="a model without its tokenizer"):
+        profile(decoder.model, texts=list(TEXTS.values()))
+    with pytest.raises(ValueError, match="one text where a list of texts is wanted"):
+        profile(decoder, texts=TEXTS["owl"])
+    with pytest.raises(ValueError, match=r"in training.*call model.eval\(\) first"):
+        profile(tiny.llama().train(), decoder.tokenizer)
 
 
 def test_two_treebanks_of_one_file_name_are_two(decoder: Loaded, tmp_path: Path) -> None:
@@ -345,7 +376,10 @@ def test_two_treebanks_of_one_file_name_are_two(decoder: Loaded, tmp_path: Path)
         rows = ["1\tIt\t_\tPRON\t_\t_\t2\tnsubj\t_\t_", f"2\t{verb}\t_\tVERB\t_\t_\t0\troot\t_\t_", "", ""]
         path.write_text("\n".join(rows))
         examples[str(path)] = read_conllu(path)
-    assert profile(decoder, documents("owl"), examples=examples, plan=replace(PLAN, worth=0)).relations.examples == 2
+    assert (
+        profile(decoder, texts=documents("owl"), relations=examples, plan=replace(PLAN, worth=0)).relations.examples
+        == 2
+    )
 
 
 def test_relations_whose_rivals_are_in_too_few_documents_are_said(decoder: Loaded) -> None:
@@ -365,7 +399,7 @@ def test_relations_whose_rivals_are_in_too_few_documents_are_said(decoder: Loade
             )
             for i in range(10)
         ]
-        return profile(decoder, documents("owl"), examples={"nouns": found}, plan=plan).notes
+        return profile(decoder, texts=documents("owl"), relations={"nouns": found}, plan=plan).notes
 
     told = [note for note in notes(1) if "right class" in note]
     assert len(told) == 1
@@ -382,7 +416,7 @@ def test_layers_with_other_heads_are_ablated_to_zero(decoder: Loaded) -> None:
     torch.manual_seed(1)
     model.model.layers[1].self_attn = LlamaAttention(narrow, 1).eval()
     loaded = replace(decoder, model=model)
-    found = profile(loaded, documents("owl", "sea"), plan=replace(PLAN, repeats=0, worth=2))
+    found = profile(loaded, texts=documents("owl", "sea"), plan=replace(PLAN, repeats=0, worth=2))
     assert found.heads == (6, 4)
     assert set(found.worth.values) == {"ablation_zero", "gradient"}
     assert found.value("ablation_zero").isfinite().tolist() == [[True] * 6, [True] * 4 + [False] * 2]
@@ -448,7 +482,7 @@ def test_texts_longer_than_the_context_are_cut_and_it_is_said(decoder: Loaded) -
     assert {len(piece.ids) for piece in pieces[:-1]} == {64}
     assert sum(len(piece.ids) - 1 for piece in pieces) == 1000
     assert [piece.offset for piece in pieces[:3]] == [0, 63, 126]
-    found = profile(decoder, [long], plan=Plan(length=64, pieces=0, repeats=0, worth=0))
+    found = profile(decoder, texts=[long], plan=Plan(length=64, pieces=0, repeats=0, worth=0))
     assert "Texts longer than 64 tokens are read in pieces, each after a start token." in found.measured.notes
 
 
@@ -489,7 +523,9 @@ def test_delimiters_that_are_sinks_are_no_text(decoder: Loaded) -> None:
 def test_a_language_that_the_model_does_not_read_is_said(decoder: Loaded) -> None:
     from headscope.relations import chinese
 
-    found = profile(decoder, documents("owl"), examples={"Chinese frames": chinese()}, plan=Plan(repeats=0, worth=0))
+    found = profile(
+        decoder, texts=documents("owl"), relations={"Chinese frames": chinese()}, plan=Plan(repeats=0, worth=0)
+    )
     assert found.relations.examples == 0
     told = "Chinese frames: not profiled, the model does not read it: "
     assert any(note.startswith(told) for note in found.measured.notes)
@@ -507,7 +543,9 @@ def test_a_model_that_reads_chinese_is_profiled_in_chinese() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**tiny._decoder() | {"vocab_size": len(known) + 2})).eval()
     loaded = Loaded("tiny", model, tokenizer, 0, 64, True, "a test")
-    found = profile(loaded, documents("owl"), examples={"Chinese frames": chinese()}, plan=Plan(repeats=0, worth=0))
+    found = profile(
+        loaded, texts=documents("owl"), relations={"Chinese frames": chinese()}, plan=Plan(repeats=0, worth=0)
+    )
     assert not any("Chinese" in note for note in found.measured.notes)
     assert found.relations.examples == len(chinese())
     assert {row.relation for row in found.relation_scores()} == {"coreference-zh", "giver-receiver-zh"}
@@ -517,14 +555,14 @@ def test_a_model_that_reads_chinese_is_profiled_in_chinese() -> None:
 def test_of_two_sides_the_encoder_is_profiled() -> None:
     model = tiny.bart()
     loaded = Loaded("tiny", model, letters(), 0, 64, True, "a test")
-    found = profile(loaded, documents("owl", "sea"), examples=few(), plan=PLAN)
+    found = profile(loaded, texts=documents("owl", "sea"), relations=few(), plan=PLAN)
     assert found.heads == (6, 6)
     assert found.relations.examples > 0
     assert bool(found.value("norm_first").isfinite().all())
     assert found.worth.unit == "1 - cosine"
     assert float(found.value("ablation_zero").min()) > 0
     inner = Loaded("tiny", model.get_encoder(), letters(), 0, 64, True, "a test")
-    alone = profile(inner, documents("owl", "sea"), examples=few(), plan=PLAN)
+    alone = profile(inner, texts=documents("owl", "sea"), relations=few(), plan=PLAN)
     for column in ("entropy", "norm_first", "ablation_zero"):
         torch.testing.assert_close(found.value(column), alone.value(column))
 
@@ -559,7 +597,7 @@ def test_a_folder_of_the_papers_kinds_and_a_treebank(kind: str, tmp_path: Path) 
     loaded = models.load(tmp_path / kind)
     examples = read_conllu(file)
     assert {example.half for example in examples} == {0, 1}
-    found = profile(loaded, documents(), examples={"made up": examples}, plan=replace(PLAN, worth=0))
+    found = profile(loaded, texts=documents(), relations={"made up": examples}, plan=replace(PLAN, worth=0))
     columns = found.columns()
     assert found.relations.examples == 12
     assert {"relation:nsubj (reverse)", "relation:obj"} <= set(columns)  # a decoder sees what comes before
@@ -729,12 +767,12 @@ def test_too_few_texts_give_no_roles_and_it_is_said(decoder: Loaded, monkeypatch
     monkeypatch.setattr(roles, "ROLES", (replace(broad, threshold=0.1),))  # every head has it
     plan = replace(PLAN, repeats=0, worth=0)
     for count, told in ((2, "1 to pick heads where one is needed, 1 to confirm"), (3, "2 to pick heads"), (4, None)):
-        found = profile(decoder, documents()[:count], plan=plan)
+        found = profile(decoder, texts=documents()[:count], plan=plan)
         assert any("Too few texts" in note and f": {told}" in note for note in found.notes) == (told is not None)
         assert any("Too few texts" in note for note in found.notes) == (told is not None)
         assert bool(found.roles()) == (told is None)
     names = ("owl", "sea", "bus", "cat")
-    alone = [profile(decoder, documents(name), plan=plan) for name in names]
+    alone = [profile(decoder, texts=documents(name), plan=plan) for name in names]
     assert [found.info["documents"] for found in alone] == [{"owl": 1}, {"sea": 1}, {"bus": 1}, {"cat": 0}]
     assert not any(found.roles() for found in alone)
     merged = alone[0].merge(alone[1]).merge(alone[2]).merge(alone[3])
@@ -745,16 +783,16 @@ def test_too_few_texts_give_no_roles_and_it_is_said(decoder: Loaded, monkeypatch
 def test_texts_of_which_only_the_beginning_is_read_are_said(decoder: Loaded) -> None:
     plan = replace(PLAN, repeats=0, worth=0)
     told = "Of longer texts only the beginning was read, 24 tokens at most; --pieces 0 reads all."
-    assert told in profile(decoder, documents(), plan=plan).measured.notes
-    assert told not in profile(decoder, documents(), plan=replace(plan, pieces=0)).measured.notes
+    assert told in profile(decoder, texts=documents(), plan=plan).measured.notes
+    assert told not in profile(decoder, texts=documents(), plan=replace(plan, pieces=0)).measured.notes
 
 
 def test_a_text_that_changed_since_its_part_was_finished_is_refused(decoder: Loaded, tmp_path: Path) -> None:
     plan = replace(PLAN, repeats=0, worth=0)
-    profile(decoder, documents(), plan=plan, parts=tmp_path / "parts")
+    profile(decoder, texts=documents(), plan=plan, parts=tmp_path / "parts")
     changed = [*documents()[:4], Document("cat", lambda: "Another text stands under this name now.")]
     with pytest.raises(AtlasError, match="was measured on another text named 'cat': remove it"):
-        profile(decoder, changed, plan=plan, parts=tmp_path / "parts")
+        profile(decoder, texts=changed, plan=plan, parts=tmp_path / "parts")
 
 
 def test_more_layers_than_the_config_says() -> None:

@@ -1,27 +1,33 @@
 """Multi-head attention that you can run, look inside and trust.
 
 In the order in which data passes: a model is loaded, its text tokenized, its attention recorded; each recorded
-site is an AttentionMatrix that is never built and answers questions; edits change what heads do.
+site is an AttentionMatrix that is never built and answers questions; edits change what heads do; profile() asks
+every head of a model everything, over texts, and gives a HeadAtlas.
 """
 
 from headscope import masks, positions, reductions
+from headscope.atlas import HeadAtlas
 from headscope.cache import KVCache, SlidingWindowCache
 from headscope.edits import ablate, edit, knock_out, patch
+from headscope.effects import head_effects
 from headscope.errors import HeadscopeError
 from headscope.matrix import AttentionMatrix, attention
 from headscope.models import load, pull
 from headscope.monitor import HeadWarning, monitor
 from headscope.multihead import MultiHeadAttention
 from headscope.recording import Recording, record
+from headscope.survey import Plan, profile
 from headscope.tokens import tokenize
 from headscope.transformer import Transformer, TransformerConfig
 
 __all__ = [
     "AttentionMatrix",
+    "HeadAtlas",
     "HeadWarning",
     "HeadscopeError",
     "KVCache",
     "MultiHeadAttention",
+    "Plan",
     "Recording",
     "SlidingWindowCache",
     "Transformer",
@@ -29,12 +35,14 @@ __all__ = [
     "ablate",
     "attention",
     "edit",
+    "head_effects",
     "knock_out",
     "load",
     "masks",
     "monitor",
     "patch",
     "positions",
+    "profile",
     "pull",
     "record",
     "reductions",

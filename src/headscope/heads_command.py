@@ -247,7 +247,7 @@ def _measure(given: _Given, plan: Plan) -> tuple[HeadAtlas, Sequence[corpus.Docu
     if parts is not None:
         _forget_ended(parts)
     with terminal.running("measuring heads", shown=rank() == 0) as tell:
-        found = profile(loaded, documents, examples=examples, plan=plan, parts=parts, on_part=tell)
+        found = profile(loaded, texts=documents, relations=examples, plan=plan, parts=parts, on_part=tell)
     if out is not None and parts is not None:
         if rank() == 0:
             HeadAtlas.load(found.save(out))  # can it be read? only then may what it was made of go

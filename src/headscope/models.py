@@ -49,6 +49,19 @@ class Loaded:
     causal: bool
     source: str
 
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, *, name: str | None = None) -> "Loaded":
+        """A model of your own, in evaluation, with its tokenizer; the name is its type's unless you give one.
+
+        Raises:
+            ValueError: The model is in training, where dropout would change every number.
+        """
+        if model.training:
+            raise ValueError("the model is in training, where dropout changes what heads do: call model.eval() first.")
+        decoder = _is_decoder(model.config)
+        start, context = _start_token("", tokenizer, decoder), _context(model.config, tokenizer)
+        return cls(name or type(model).__name__, model, tokenizer, start, context, decoder, "in memory")
+
 
 def pull(name: str, *, report: _store.Report | None = None) -> Path:
     """Fetch a model into the cache folder, unless it is there, and return its folder.
@@ -286,7 +299,7 @@ def _is_decoder(config: Any) -> bool:
 def _start_token(where: str, tokenizer: Any, decoder: bool) -> int | None:
     """What the manifest declares; else none if the tokenizer adds its own; else a decoder's bos."""
     manifest = Path(where) / _store.MANIFEST
-    if manifest.is_file():
+    if where and manifest.is_file():
         declared: int | None = json.loads(manifest.read_text("utf-8")).get("start_token_id")
         return declared
     if any(tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"][:1]):

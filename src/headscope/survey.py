@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,9 @@ from headscope.models import Loaded, reader
 from headscope.parts import Parts, Told
 from headscope.profiling import columns_of, measure
 from headscope.recording import record
-from headscope.relations import Example, count_relations, reads
-from headscope.relations.score import LEVEL
+from headscope.relations import Example, count_relations
 from headscope.seam import AttentionCall
-from headscope.statistics import fewest_clusters
+from headscope.sentences import collections_of, notes_on, readable
 from headscope.training.processes import processes
 
 __all__ = ["Plan", "head_counts", "profile", "weights_hash"]
@@ -47,8 +46,8 @@ class Plan:
         pieces: Pieces of each document, from its start; 0 for all.
         repeats: Texts of repeated random tokens.
         period: Tokens that are repeated in them.
-        worth: How many documents are used to find what heads are worth; 0 for none.
-        worth_tokens: Tokens of each of these.
+        worth: How many documents, spread evenly over all, are used to find what heads are worth; 0 for none.
+        worth_tokens: Tokens of each of these, from a place that follows from its name.
         seed: Of the random tokens.
         tokens: Tokens in a batch.
     """
@@ -57,8 +56,8 @@ class Plan:
     pieces: int = 1
     repeats: int = 16
     period: int = 50
-    worth: int = 8
-    worth_tokens: int = 48
+    worth: int = 12
+    worth_tokens: int = 32
     seed: int = 0
     tokens: int = 2048
 
@@ -79,7 +78,7 @@ class _Survey:
     @property
     def first_half(self) -> int:
         """The half of the first text; a lone one's follows from its name, so that atlases of one text can be merged."""
-        return zlib.crc32(self.documents[0].name.encode("utf-8", "replace")) & 1 if len(self.documents) == 1 else 0
+        return _number(self.documents[0]) & 1 if len(self.documents) == 1 else 0
 
     def first(self) -> dict[str, Callable[[], HeadAtlas]]:
         """The parts that need nothing else: texts, repeats, relations."""
@@ -98,7 +97,7 @@ class _Survey:
     def second(self) -> dict[str, Callable[[], HeadAtlas]]:
         """The parts that need the means of all head outputs: what heads are worth."""
         count = min(self.plan.worth, len(self.documents))
-        return {f"worth-{i:08d}": lambda i=i: self._worth(i) for i in range(count)}  # type: ignore[misc]
+        return {f"worth-{i:08d}": lambda i=i: self._worth(i, count) for i in range(count)}  # type: ignore[misc]
 
     def _texts(self, start: int) -> HeadAtlas:
         part = HeadAtlas(self.info | {"documents": {}, "texts": {}, "examples": {}})
@@ -148,13 +147,17 @@ class _Survey:
         part.info["examples"][name] = {"read": part.relations.examples, "too_long": part.relations.skipped}
         return part
 
-    def _worth(self, number: int) -> HeadAtlas:
+    def _worth(self, number: int, count: int) -> HeadAtlas:
+        """What heads are worth on text ``number`` of ``count``, spread evenly; the place in it by its name."""
         part = HeadAtlas(self.info | {"documents": {}, "texts": {}, "examples": {}})
-        document = self.documents[number]
-        pieces = corpus.cut(self.loaded, document, 0, length=self.plan.worth_tokens, most=1)
-        if not pieces:
+        document = self.documents[number * len(self.documents) // count]
+        tokens = self.plan.worth_tokens
+        found = corpus.cut(self.loaded, document, 0, length=tokens, most=max(1, self.plan.length // tokens))
+        if not found:
             return part
-        ids = torch.tensor([pieces[0].ids], device=self.loaded.model.device)
+        whole = [piece for piece in found if len(piece.ids) == len(found[0].ids)]
+        piece = whole[_number(document) % len(whole)]
+        ids = torch.tensor([piece.ids], device=self.loaded.model.device)
         entry, _ = reader(self.loaded.model)  # the heads that were measured: of two sides, the encoder's
         zero = head_effects(entry, ids)
         made = {"ablation_zero": zero}
@@ -173,11 +176,12 @@ class _Survey:
 
 
 def profile(
-    loaded: Loaded,
-    documents: Sequence[Document] | None = None,
+    model: Any,
+    tokenizer: Any = None,
+    texts: Sequence[str | Document] | None = None,
     *,
-    examples: dict[str, list[Example]] | None = None,
     measures: Sequence[Measure] | None = None,
+    relations: dict[str, list[Example]] | None = None,
     plan: Plan | None = None,
     parts: Path | None = None,
     on_part: Told | None = None,
@@ -185,10 +189,13 @@ def profile(
     """Profile every head of a model.
 
     Args:
-        loaded: The model.
-        documents: The texts; without any, docstrings and licence texts that every machine has.
-        examples: Sentences with known relations, by the name of their collection.
+        model: What :func:`headscope.load` gives, tokenizer and all; or a model of `transformers`, in evaluation.
+        tokenizer: Its tokenizer, if it is the latter.
+        texts: The texts, or documents that are read when it is their turn; without any, docstrings and licence texts
+            that every machine has.
         measures: What to take; :func:`headscope.measures.standard` by default.
+        relations: Sentences with known relations, by the name of their collection, as in
+            ``{"English frames": headscope.relations.english()}``.
         plan: How much of it.
         parts: A folder for finished parts: the same call goes on where it was stopped, and several processes
             started by torchrun share the work. Without it everything happens here and now.
@@ -198,17 +205,26 @@ def profile(
         AtlasError: The folder holds the parts of other work, or several processes have no folder; two documents or
             two collections are the same.
         TextError: A document cannot be read, or two have one name.
+        ValueError: A model without its tokenizer, or in training; or one text where a list of them is wanted.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+        >>> from tokenizers import Tokenizer, models
+        >>> words = "<s> ? the cat sat on a mat".split()
+        >>> inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "?"))
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?", bos_token="<s>")
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=24, n_layer=2, n_head=3)).eval()
+        >>> atlas = profile(model, tokenizer, ["cat", "sat on"], plan=Plan(repeats=2, period=5, worth=0))
+        >>> atlas.value("induction").shape
+        torch.Size([2, 3])
     """
-    count = processes()
-    if count > 1 and parts is None:
+    if (count := processes()) > 1 and parts is None:
         raise AtlasError(f"{count} processes share work through a folder: give parts=, or --out on the command line.")
-    given = corpus.default_documents() if documents is None else list(documents)
-    corpus.check_names(given)
-    chosen, notes = _readable(loaded, examples or {})
-    collections = _collections(chosen)
-    plan = plan or Plan()
+    loaded, given = _loaded(model, tokenizer), _documents(texts)
+    chosen, notes = readable(loaded, relations or {})
+    collections = collections_of(chosen)
     taken = tuple(measures) if measures is not None else standard()
-    survey = _Survey(loaded, given, chosen, taken, plan, {}, head_counts(loaded))
+    survey = _Survey(loaded, given, chosen, taken, plan or Plan(), {}, head_counts(loaded))
     survey.info = _info(survey)
     told = {"info": survey.info, "documents": [d.name for d in given], "examples": collections}
     works = Parts(parts, told, given, on_part)
@@ -216,73 +232,37 @@ def profile(
     _add(atlas, works.run(survey.first(), len(survey.second())))
     survey.means = _means(atlas.measured.outputs)
     _add(atlas, works.run(survey.second(), 0))
-    atlas.worth = atlas.worth.sorted()
-    notes += _too_long(atlas) + _too_few_clusters(chosen) + _without_classes(chosen)
+    atlas.worth, notes = atlas.worth.sorted(), notes + notes_on(atlas.info["examples"], chosen)
     atlas.measured.notes = list(dict.fromkeys(atlas.measured.notes + notes))
     return atlas
 
 
-def _collections(examples: dict[str, list[Example]]) -> dict[str, dict[str, Any]]:
-    """What an atlas keeps of each collection, so that none counts twice where two atlases are merged."""
-    found: dict[str, dict[str, Any]] = {}
-    names: dict[str, str] = {}
-    for name, given in examples.items():
-        same = hashlib.sha256(repr(given).encode("utf-8", "surrogatepass")).hexdigest()
-        if names.setdefault(same, name) != name:
-            raise AtlasError(f"{names[same]} and {name} hold the same sentences: give them once.")
-        clusters = sorted({example.cluster for example in given})
-        for other, held in found.items():
-            if both := sorted(set(clusters) & set(held["clusters"])):
-                raise AtlasError(
-                    f"{other} and {name} both hold {both[0]!r}: its sentences would count twice. Give one of them."
-                )
-        found[name] = {"language": given[0].language, "sha256": same, "clusters": clusters}
+def _loaded(model: Any, tokenizer: Any) -> Loaded:
+    if isinstance(model, Loaded):
+        return model if tokenizer is None else replace(model, tokenizer=tokenizer)
+    if tokenizer is None:
+        raise ValueError(
+            "a model without its tokenizer: profile(model, tokenizer, texts), or profile(headscope.load(…))."
+        )
+    return Loaded.of(model, tokenizer)
+
+
+def _documents(texts: Sequence[str | Document] | None) -> list[Document]:
+    if texts is None:
+        return corpus.default_documents()
+    if isinstance(texts, str):
+        raise ValueError("one text where a list of texts is wanted: [text].")
+    found = [
+        text if isinstance(text, Document) else Document(f"text {number}", lambda text=text: text)  # type: ignore[misc]
+        for number, text in enumerate(texts, 1)
+    ]
+    corpus.check_names(found)
     return found
 
 
-def _too_long(atlas: HeadAtlas) -> list[str]:
-    """A note for each collection with sentences that the model cannot read."""
-    return [
-        f"{name}: {held['too_long']} of {held['read'] + held['too_long']} sentences are longer than the model reads, "
-        "and were left out."
-        for name, held in atlas.info["examples"].items()
-        if held["too_long"]
-    ]
-
-
-def _too_few_clusters(examples: dict[str, list[Example]]) -> list[str]:
-    """A note for each collection in which even a head that is always right cannot get a role."""
-    least = fewest_clusters(1, LEVEL)  # to pick a head; and to confirm it, if it is the only one
-    notes = []
-    for name, given in examples.items():
-        halves = [len({example.cluster for example in given if example.half == half}) for half in (0, 1)]
-        if min(halves) < least:
-            notes.append(
-                f"{name} has {sum(halves)} documents ({halves[0]} to pick heads, {halves[1]} to confirm them): too few "
-                f"for roles that come from it, which take {least} of each."
-            )
-    return notes
-
-
-def _without_classes(examples: dict[str, list[Example]]) -> list[str]:
-    """A note for each collection whose words have no class, so that one cannot be taken for another."""
-    return [
-        f"{name} gives no parts of speech: a head with a role from it may look at any word of the right kind."
-        for name, given in examples.items()
-        if not any(any(example.classes) for example in given)
-    ]
-
-
-def _readable(loaded: Loaded, examples: dict[str, list[Example]]) -> tuple[dict[str, list[Example]], list[str]]:
-    """The collections in languages that the model reads, and why not the others, or what is doubtful."""
-    chosen, notes = {}, []
-    for name, given in examples.items():
-        can, why = reads(loaded, [example.text for example in given[:200]]) if given else (False, "it is empty")
-        if can:
-            chosen[name] = given
-        if why:
-            notes.append(f"{name}: {'profiled, but' if can else 'not profiled, the model does not read it:'} {why}.")
-    return chosen, notes
+def _number(document: Document) -> int:
+    """A number that follows from a document's name, the same in every corpus."""
+    return zlib.crc32(document.name.encode("utf-8", "replace"))
 
 
 def _add(atlas: HeadAtlas, parts: Iterable[HeadAtlas]) -> None:

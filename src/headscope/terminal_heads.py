@@ -124,7 +124,7 @@ def _worth(atlas: HeadAtlas, roles: Sequence[Evidence], most: int) -> Any:
     agreement = atlas.agreement()
     told = (
         f"What the model loses, in {atlas.worth.unit}, without the head, or with its mean output instead of its own; "
-        f"on the first {atlas.info['plan']['worth_tokens']} tokens of {len(atlas.worth.documents)} texts."
+        f"on {atlas.info['plan']['worth_tokens']} tokens from each of {len(atlas.worth.documents)} texts."
     )
     if not math.isnan(agreement):
         told += f" Rank correlation of its size with the gradient over all heads: {agreement:.2f}."

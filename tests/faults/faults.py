@@ -28,7 +28,7 @@ FAULTS = [
     ),
     Fault(
         "collections that share sentences count them twice",
-        "survey.py",
+        "sentences.py",
         'if both := sorted(set(clusters) & set(held["clusters"])):',
         "if both := list[str]():",
         "test_atlas.py::test_what_is_given_twice_is_refused",
@@ -1139,5 +1139,26 @@ FAULTS = [
         "looks.append(strongest(words, chunk.words, present[:, :used], causal=causal))",
         "looks = [strongest(words, chunk.words, present[:, :used], causal=causal)] * len(chunks)",
         "test_relations.py::test_a_long_text_is_read_in_chunks",
+    ),
+    Fault(
+        "the worth of heads is of the corpus' first texts",
+        "survey.py",
+        "self.documents[number * len(self.documents) // count]",
+        "self.documents[number]",
+        "test_atlas.py::test_the_texts_for_worth_are_spread_over_the_corpus",
+    ),
+    Fault(
+        "the worth of heads is of the beginning of texts",
+        "survey.py",
+        "whole[_number(document) % len(whole)]",
+        "whole[0]",
+        "test_atlas.py::test_the_texts_for_worth_are_spread_over_the_corpus",
+    ),
+    Fault(
+        "a model in training is profiled",
+        "models.py",
+        "        if model.training:",
+        "        if False:",
+        "test_atlas.py::test_a_model_of_ones_own_is_profiled_with_its_tokenizer",
     ),
 ]

@@ -63,7 +63,7 @@ LISTS: tuple[Mapping[str, list[str]], ...] = (
         thing="letter basket hammer lamp ball cup",
         place="garden kitchen village station church market",
         det="the this every some",
-        adj="old small heavy bright strange dirty",
+        adj="little small heavy bright strange dirty",
         adv="slowly quietly silently patiently",
         stood="stood sat",
         moved="moved vanished returned",
@@ -76,8 +76,8 @@ LISTS: tuple[Mapping[str, list[str]], ...] = (
         got="received bought",
     ),
     _lists(
-        man="prince brother grandfather son duke actor",
-        woman="princess sister grandmother daughter duchess actress",
+        man="prince brother grandfather son duke hero",
+        woman="princess sister grandmother daughter duchess heroine",
         person="nurse sculptor soldier driver judge pilot",
         thing="book box knife chair key plate",
         place="forest library office harbour school castle",
@@ -224,8 +224,9 @@ ADJECTIVES = (
         "{adj} , though not {adj2} , but {adj3}",
     ),
 )
-# What may stand between an adjective and its noun: nouns that say what it is for, as in "the old letter box".
+# What may stand between an adjective and its noun: how it was made, and a noun that says what it is for, as in "the
+# heavy letter basket", "the heavy and slowly made letter basket".
 COMPOUND = (
-    ("", "{thing3}", "{thing3} {thing4}", "{thing3} {thing4} {thing5}", "{thing3} {thing4} {thing5} {thing6}"),
-    ("", "{thing3}", "{thing3} {thing4}", "{thing3} {thing4} {thing5}", "{thing3} {thing4} {thing5} {thing6}"),
+    ("", "{thing3}", "{thing3} and {thing4}", "and {adv} made {thing3}", "and very {adv} made {thing3}"),
+    ("", "{thing3}", "{thing3} or {thing4}", "but {adv} built {thing3}", "but not so {adv} built {thing3}"),
 )

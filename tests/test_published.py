@@ -1,0 +1,154 @@
+"""Facts that papers report of other models, asked of the two models at hand, all the way through our own tools."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from headscope import HeadAtlas, Plan, ablate, corpus, edit, profile
+from headscope.edits import knock_out
+from headscope.measures import standard
+from headscope.models import Loaded
+from headscope.profiling import measure
+from headscope.roles import Evidence
+from tests.options import one_thread  # noqa: F401  (for the whole module)
+
+Head = tuple[int, int]
+PLAN = Plan(length=192, repeats=6, worth=0)
+
+
+@pytest.fixture(scope="module")
+def decoder(smollm2: Loaded) -> HeadAtlas:
+    return profile(smollm2, texts=corpus.default_documents(6), plan=PLAN)
+
+
+@pytest.fixture(scope="module")
+def encoder(minilm: Loaded) -> HeadAtlas:
+    return profile(minilm, texts=corpus.default_documents(6), plan=PLAN)
+
+
+def shipped(name: str) -> HeadAtlas:
+    return HeadAtlas.load(Path(str(resources.files("headscope") / "atlases" / f"{name}.parquet")))
+
+
+def heads_of(rows: Sequence[Evidence], role: str) -> list[Head]:
+    return [(row.layer, row.head) for row in rows if row.role == role]
+
+
+def losses(loaded: Loaded, pieces: Sequence[corpus.Piece], without: Sequence[Head] = ()) -> tuple[float, float]:
+    """Nats a token on the first copy of random tokens, and on the second from its second token on."""
+    ids = torch.tensor([piece.ids for piece in pieces])
+    with torch.no_grad(), edit(loaded.model, *(ablate(*head) for head in without)) if without else nullcontext():
+        found = loaded.model(ids, use_cache=False).logits.log_softmax(-1)
+    lost = -found[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    period = pieces[0].period
+    return float(lost[:, :period].mean()), float(lost[:, period + 1 :].mean())
+
+
+def induction(loaded: Loaded, pieces: Sequence[corpus.Piece], *edits: object) -> Tensor:
+    with edit(loaded.model, *edits) if edits else nullcontext():  # type: ignore[arg-type]
+        return measure(loaded, pieces, [m for m in standard() if m.columns[0].name == "induction"]).sums.value(
+            "induction"
+        )
+
+
+def test_induction_heads_carry_what_is_learned_in_context(smollm2: Loaded, decoder: HeadAtlas) -> None:
+    """Olsson et al. 2022, arXiv 2209.11895: without them a repetition helps hardly more than its first copy."""
+    heads = heads_of(decoder.roles(), "induction")
+    assert 4 <= len(heads) <= 20
+    assert {(18, 6), (17, 3), (17, 5), (17, 4)} <= set(heads)
+    pieces = corpus.repeats(smollm2, count=3, period=50, seed=11)  # which did not choose the heads
+    first, second = losses(smollm2, pieces)
+    assert second < 0.3 * first  # the second copy is easy
+    assert losses(smollm2, pieces, heads)[0] == pytest.approx(first, rel=0.03)  # the first copy does not need them
+    gone = losses(smollm2, pieces, heads)[1]
+    others = [(layer, (head + 1) % 9) for layer, head in heads if (layer, (head + 1) % 9) not in heads]
+    assert len(others) >= 4
+    assert gone - second > 0.75 * (first - second)  # with them nearly all is lost
+    assert losses(smollm2, pieces, others)[1] - second < 0.1 * (first - second)  # with their neighbours nearly nothing
+
+
+def test_induction_heads_need_a_previous_token_head_below(smollm2: Loaded, decoder: HeadAtlas) -> None:
+    """The same paper: they find a token by what stood before it, which another head wrote there."""
+    rows = decoder.roles()
+    heads, before = heads_of(rows, "induction"), heads_of(rows, "previous token")
+    first = min(layer for layer, _ in heads)
+    below = [head for head in before if head[0] < first]
+    assert below == [(16, 0)]
+    pieces = corpus.repeats(smollm2, count=1, period=50, seed=12)
+    whole = induction(smollm2, pieces)
+    without = induction(smollm2, pieces, ablate(*below[0]))
+    links = [knock_out(query=i, key=i - 1, layers=[16], heads=[0]) for i in range(2, 51)]
+    blind = induction(smollm2, pieces, *links)  # it writes, but not from the token before
+    others = [induction(smollm2, pieces, ablate(16, head)) for head in (1, 7)]
+    in_first = [head for head in heads if head[0] == first]
+    assert len(in_first) >= 3
+    for head in in_first:
+        assert whole[head] > 0.4
+        assert without[head] < 0.1
+        assert blind[head] < 0.1
+        assert all(other[head] > 0.8 * whole[head] for other in others)
+
+
+def test_most_heads_of_later_layers_rest_on_the_first_token(decoder: HeadAtlas) -> None:
+    """Gu et al. 2025, arXiv 2410.10781: sinks above 0.3 are all over a decoder, and hardly in its first layers."""
+    first = decoder.value("first")
+    assert float((first[12:] > 0.3).double().mean()) > 0.6
+    assert float((first[:3] > 0.3).double().mean()) < 0.1
+
+
+def test_a_sink_is_a_place_and_no_token(smollm2: Loaded) -> None:
+    """Xiao et al. 2024, arXiv 2309.17453: whatever token comes first, heads rest on it."""
+    text = corpus.default_documents(6)[1]
+    (piece,) = corpus.cut(smollm2, text, 0, length=128, most=1)
+    asked = [m for m in standard() if any(c.name == "first" for c in m.columns)]
+
+    def resting(ids: tuple[int, ...]) -> Tensor:
+        return measure(smollm2, [corpus.Piece(ids, piece.sinks, piece.delimiters, "a", 0)], asked).sums.value("first")
+
+    usual, another = resting(piece.ids), resting((5000, *piece.ids[1:]))
+    strong = usual > 0.5
+    assert int(strong.sum()) > 50
+    assert float(another[strong].median()) > 0.3
+
+
+def test_what_lies_on_a_sink_carries_little(decoder: HeadAtlas, encoder: HeadAtlas) -> None:
+    """Kobayashi et al. 2020, arXiv 2004.10102: special tokens get weight, and their values are small."""
+    for atlas, least, factor in ((decoder, 0.5, 0.75), (encoder, 0.2, 0.25)):
+        weight, carried = atlas.value("sink"), atlas.value("norm_sink")
+        strong = weight > least
+        assert int(strong.sum()) >= 8
+        assert bool((carried[strong] < weight[strong]).all())
+        assert float(carried[strong].mean()) < factor * float(weight[strong].mean())
+
+
+def test_heads_of_a_bert_are_broad_in_its_first_layer(encoder: HeadAtlas) -> None:
+    """Clark et al. 2019, arXiv 1906.04341: near-uniform heads in the lowest layers, and again in the last."""
+    broad = encoder.value("entropy_share").mean(1)
+    assert int(broad.argmin()) in (1, 2)
+    assert float(broad[0]) > 0.7
+    assert float(broad[-1]) > 0.7
+
+
+def test_few_tokens_get_most_of_what_is_given(decoder: HeadAtlas) -> None:
+    """Zhang et al. 2023, arXiv 2306.14048: heavy hitters, in nearly every head."""
+    assert float((decoder.value("received_top") > 0.4).double().mean()) > 0.8
+
+
+@pytest.mark.parametrize("name", ["smollm2", "minilm"])
+def test_most_heads_can_go_one_at_a_time(name: str) -> None:
+    """Michel et al. 2019, arXiv 1905.10650: of most heads hardly anything is missed; a few cost much."""
+    worth = shipped(name).value("ablation_zero").flatten()
+    assert float(worth.median()) < {"smollm2": 0.05, "minilm": 0.2}[name] * float(worth.max())
+    assert float((worth > 0.25 * worth.max()).double().mean()) < 0.25
+
+
+def test_gradient_and_ablation_agree_on_importance() -> None:
+    """The same paper: its estimate from one backward pass stands for removing each head."""
+    assert shipped("smollm2").agreement() > 0.8
