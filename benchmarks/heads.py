@@ -2,7 +2,8 @@
 
 All pattern measures, entropy to norm-weighted mass, as ``headscope heads`` takes them. Peer: the eager way, with
 output_attentions=True and the same measures from the maps. Relations: counting hits on sentences, ÷ their forwards.
-Each way runs in a process of its own; the plain forward is timed again in each.
+Effects of all heads on a sentence: by one backward pass, by batches that grow from layer to layer, and, as the
+peer, one edit at a time. Each way runs in a process of its own; the plain forward is timed again in each.
 """
 
 from __future__ import annotations
@@ -11,19 +12,27 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
-from measure import peak_memory, side_by_side, write
+from measure import Timing, peak_memory, side_by_side, write
 from recorded_model import text_ids
 from torch import Tensor
 
+from headscope import ablate, edit, head_effects, tokenize
 from headscope.corpus import Batch, Piece, batches
+from headscope.effects import HeadEffects, agreement, next_token_loss
 from headscope.measures import Measure, standard
 from headscope.models import Loaded, load
 from headscope.profiling import measure
 from headscope.relations import count_relations, english
 
 OURS, EAGER, RELATIONS = "all measures, streaming", "all measures, from eager maps", "relations of 96 sentences"
+EFFECTS, GRADIENT = "effects", "gradient importance"
+ABLATION, SINGLE = "ablation of all heads, growing batches", "ablation of all heads, one edit at a time"
+SENTENCE = "The animal didn't cross the street because it was too tired."
+SAMPLE = [(layer, layer * 7 % 9) for layer in range(0, 30, 2)]
+Row = list[str]
 
 
 def piece_of(length: int) -> Piece:
@@ -90,52 +99,141 @@ def ways(loaded: Loaded, length: int) -> tuple[Callable[[], object], dict[str, C
     return plain, {OURS: ours, EAGER: eager}
 
 
-def one(name: str, length: int, rounds: int) -> None:
-    """Measure one way in this process and print it as JSON."""
+def relations(loaded: Loaded) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The plain forwards of 96 sentences, and counting hits on them."""
+    given = english()
+    examples = given[:: len(given) // 96][:96]
+    ids = [loaded.tokenizer(example.text)["input_ids"] for example in examples]
+    order = sorted(ids, key=len, reverse=True)
+    rows = max(1, 2048 // len(order[0]))
+    groups = [order[i : i + rows] for i in range(0, len(order), rows)]
+    padded = [torch.tensor([x + [0] * (len(group[0]) - len(x)) for x in group]) for group in groups]
+
+    def plain() -> object:
+        return [loaded.model(x, use_cache=False, logits_to_keep=1) for x in padded]
+
+    return plain, lambda: count_relations(loaded, examples)
+
+
+class Effects:
+    """What every head is worth on one sentence, in three ways; the plain forward gives all logits, as these need."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.model = loaded.model
+        tokens = tokenize(SENTENCE, loaded.tokenizer, start_token_id=loaded.start_token_id)
+        self.ids = torch.tensor([tokens.ids])
+        self.found: dict[str, HeadEffects] = {}
+        self.single: dict[tuple[int, int], float] = {}
+
+    def plain(self) -> object:
+        """One forward."""
+        with torch.inference_mode():
+            return self.model(self.ids, use_cache=False)
+
+    def batched(self) -> None:
+        """All heads in growing batches."""
+        self.found["ablate"] = head_effects(self.model, self.ids)
+
+    def gradient(self) -> None:
+        """One forward and one backward pass."""
+        self.found["gradient"] = head_effects(self.model, self.ids, method="gradient")
+
+    def one_at_a_time(self) -> None:
+        """The peer: a forward a head inside edit(model, ablate(layer, head)), for some heads of every second layer."""
+        text = torch.ones_like(self.ids)
+        with torch.no_grad():
+            clean = next_token_loss(self.model(self.ids, use_cache=False).logits, self.ids, text)
+            for layer, head in SAMPLE:
+                with edit(self.model, ablate(layer, head)):
+                    logits = self.model(self.ids, use_cache=False).logits
+                self.single[layer, head] = float(next_token_loss(logits, self.ids, text) - clean)
+
+    def rows(self, rounds: int) -> list[Row]:
+        """Time all in turn, and compare what they give."""
+        self.plain()
+        before = peak_memory()
+        work = {GRADIENT: self.gradient, ABLATION: self.batched, SINGLE: self.one_at_a_time}
+        times = side_by_side({"plain": self.plain, **work}, rounds)
+        ablated = self.found["ablate"]
+        every, memory = ablated.values.numel() / len(SAMPLE), peak_memory() - before
+        gap = max(abs(value - float(ablated.values[at])) for at, value in self.single.items())
+        rank = agreement(replace(ablated, values=ablated.values.abs()), self.found["gradient"])
+        share = times[ABLATION].over(times[SINGLE]) / every
+        told = {
+            GRADIENT: f"Spearman {rank:.2f} with the size of ablation's",
+            ABLATION: f"{share:.3f} of one at a time (wanted: 0.12), off by {gap:.0e} nats at most",
+            SINGLE: f"{len(SAMPLE)} heads timed, times {every:.0f}",
+        }
+        scales = {SINGLE: every}
+        return [row_of(times, name, memory, told[name], scales.get(name, 1.0)) for name in work]
+
+
+def row_of(times: dict[str, Timing], name: str, memory: float, told: str = "", scale: float = 1.0) -> Row:
+    """A line of the table, from which the tokens are left out."""
+    time, plain = times[name], times["plain"]
+    between = "–".join(
+        f"{ratio * scale:.2f}" if scale == 1 else f"{ratio * scale:.0f}" for ratio in time.between(plain)
+    )
+    ratio = time.over(plain) * scale
+    return [
+        name,
+        f"{plain.median:.2f} s",
+        f"{time.median * scale:.2f} s",
+        f"{ratio:.2f}" if scale == 1 else f"{ratio:.0f}",
+        between,
+        f"{memory:+.0f} MB",
+        f"{len(time.taken)} rounds{'; ' if told else ''}{told}",
+    ]
+
+
+def one(name: str, length: int, rounds: int) -> list[Row]:
+    """Measure one way in this process."""
     loaded = load("smollm2")
+    if name == EFFECTS:
+        return Effects(loaded).rows(rounds)
     with torch.inference_mode():
         if name == RELATIONS:
-            given = english()
-            examples = given[:: len(given) // 96][:96]
-            ids = [loaded.tokenizer(example.text)["input_ids"] for example in examples]
-            order = sorted(ids, key=len, reverse=True)
-            rows = max(1, 2048 // len(order[0]))
-            padded = [torch.tensor([x + [0] * (len(g[0]) - len(x)) for x in g]) for g in
-                      (order[i : i + rows] for i in range(0, len(order), rows))]  # fmt: skip
-            plain = lambda: [loaded.model(x, use_cache=False, logits_to_keep=1) for x in padded]  # noqa: E731
-            work = lambda: count_relations(loaded, examples)  # noqa: E731
+            plain, work = relations(loaded)
         else:
             plain, found = ways(loaded, length)
             work = found[name]
         plain()
         before = peak_memory()
         times = side_by_side({"plain": plain, name: work}, rounds)
-    row = {"time": times[name].median, "plain": times["plain"].median, "ratio": times[name].over(times["plain"])}
-    print(json.dumps(row | {"before": before, "peak": peak_memory()}))
+    return [row_of(times, name, peak_memory() - before)]
 
 
 def main() -> None:
     """Run every way; the table is written anew after each."""
-    rows: list[list[str]] = []
-    for name, length, rounds in ((OURS, 2048, 15), (OURS, 4096, 9), (EAGER, 2048, 1), (RELATIONS, 0, 1)):
+    rows: list[Row] = []
+    asked = ((OURS, 2048, 15), (OURS, 4096, 9), (EAGER, 2048, 3), (RELATIONS, 0, 5), (EFFECTS, 14, 5))
+    for name, length, rounds in asked:
         command = [sys.executable, __file__, name, str(length), str(rounds)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        row = json.loads(done.stdout.splitlines()[-1])
         size = str(length) if length else "all"
-        cells = [f"{row['plain']:.2f} s", f"{row['time']:.2f} s", f"{row['ratio']:.2f}"]
-        rows.append([size, name, *cells, f"{row['peak'] - row['before']:+.0f} MB"])
+        rows += [[size, *row] for row in json.loads(done.stdout.splitlines()[-1])]
         write(
             "heads",
             "Profiling all 270 heads of SmolLM2-135M, ÷ its plain forward",
-            ("tokens", "work", "plain forward", "with it", "÷ plain", "memory above the plain forward"),
+            (
+                "tokens",
+                "work",
+                "plain forward",
+                "with it",
+                "÷ plain",
+                "half of the rounds",
+                "memory above plain",
+                "note",
+            ),
             rows,
-            "Each line includes the forward and ran in its own process beside a plain forward of the same texts, in "
-            "turn; the median of fifteen rounds (9 at 4,096; 1 of the peer and of relations). Other work: effects.md.",
+            "Every time includes the forward. Each way ran in its own process beside a plain forward of the same text, "
+            "in turn (the last three in one process); ratios are medians over the rounds. Effects are of "
+            f"“{SENTENCE}” with its start token, their plain forward gives all logits.",
         )
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        one(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+        print(json.dumps(one(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
     else:
         main()

@@ -28,7 +28,15 @@ class Timing:
 
     def over(self, other: Timing) -> float:
         """How many times the other: the median over the rounds, so that a slow minute counts on both sides."""
-        return statistics.median(a / b for a, b in zip(self.taken, other.taken, strict=True))
+        return statistics.median(self._ratios(other))
+
+    def between(self, other: Timing) -> tuple[float, float]:
+        """The quartiles of the rounds' ratios: half of the rounds lie between."""
+        low, _, high = statistics.quantiles(self._ratios(other), n=4, method="inclusive")
+        return low, high
+
+    def _ratios(self, other: Timing) -> list[float]:
+        return [a / b for a, b in zip(self.taken, other.taken, strict=True)]
 
 
 def side_by_side(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:

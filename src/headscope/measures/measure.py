@@ -7,10 +7,10 @@ or neighbours don't change them; means of ratios would do neither.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from headscope.measures.products import Linear, Product, Together
 from headscope.reductions import Reduction, TransposedProduct
 
 __all__ = ["Column", "Measure", "Page", "Ratio", "Visibility", "take"]
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,13 @@ class Visibility:
     batch: Batch
     mask: Mask | None
     heads: int
+    made: dict[str, Any] = field(default_factory=dict)
+
+    def once(self, name: str, make: Callable[[], Made]) -> Made:
+        """What follows from the batch and the mask alone, such as a question: made once for all layers."""
+        if name not in self.made:
+            self.made[name] = make()
+        return self.made[name]
 
     @cached_property
     def uniform(self) -> AttentionMatrix:

@@ -73,7 +73,8 @@ class MeanDistance(Measure):
 
     def questions(self, page: Page) -> dict[str, Reduction]:
         """Mean distances, with sinks and without."""
-        return {"distance": Distance(torch.stack([page.text, page.batch.sinks], -1)), "mass": _mass(page)}
+        among = torch.stack([page.text, page.batch.sinks], -1)
+        return {"distance": page.seen.once("distance", lambda: Distance(among)), "mass": _mass(page)}
 
     def sums(self, page: Page) -> dict[str, Ratio]:
         """The raw one adds what lies on sinks."""
@@ -99,8 +100,8 @@ class OffsetMass(Measure):
     def sums(self, page: Page) -> dict[str, Ratio]:
         """Each diagonal, with what lies on sinks and without."""
         offsets, on_text = page.answers["strongest"].near, _on_text(page)
-        raw = page.over_rows(offsets).unbind(-1)
-        text = page.over_rows(offsets * _at_offsets(page.text.to(offsets.dtype))[:, None]).unbind(-1)
+        kept = page.seen.once("text at offsets", lambda: _at_offsets(page.text.to(offsets.dtype))[:, None])
+        raw, text = page.over_rows(offsets).unbind(-1), page.over_rows(offsets * kept).unbind(-1)
         found = {f"offset_mass{d:+d}": Ratio(part, on_text) for d, part in zip(_DELTAS, text, strict=True)}
         return found | {f"offset_mass{d:+d}_raw": Ratio(part, page.count) for d, part in zip(_DELTAS, raw, strict=True)}
 
@@ -243,13 +244,17 @@ class Repeats(Measure):
 
 def _strongest(page: Page) -> Strongest:
     """The strongest key that is text, and what lies on the keys around each row."""
-    return Strongest(page.text, RADIUS)
+    return page.seen.once("strongest", lambda: Strongest(page.text, RADIUS))
 
 
 def _mass(page: Page) -> Product:
     """Masses on text, sinks, the first position and delimiters, in this order."""
-    groups = torch.stack([page.text, page.batch.sinks, _first(page), page.batch.delimiters & page.text], -1)
-    return Product(groups.unsqueeze(1).float())
+
+    def make() -> Product:
+        groups = torch.stack([page.text, page.batch.sinks, _first(page), page.batch.delimiters & page.text], -1)
+        return Product(groups.unsqueeze(1).float())
+
+    return page.seen.once("mass", make)
 
 
 def _first(page: Page) -> Tensor:

@@ -25,6 +25,7 @@ class Linear(Reduction):
 
     online = True
     number: int  # how many columns N the x has
+    settles = False  # whether settle() does anything
 
     @abstractmethod
     def columns(self, batch: slice, heads: slice, keys: slice, origin: int) -> Tensor:
@@ -80,15 +81,14 @@ class Together(Reduction):
 
     def update(self, state: _Sums, block: Block) -> None:
         """One product of many keys' columns, and one of few keys' where the block has them."""
-        columns: list[Tensor | None] = [None] * state.number
         found = [(kind, kind.product(self.parts, block)) for kind in state.kinds if kind.is_in(block)]
-        for kind, part in found:
-            for number, column in zip(kind.numbers, part.unbind(-1), strict=True):
-                columns[number] = column
         first = 0
         for question in self.parts:
-            question.settle(block, columns[first : first + question.number])
-            first += question.number
+            own = range(first, first + question.number)
+            first = own.stop
+            if question.settles:
+                known = {n: part[..., i] for kind, part in found for i, n in enumerate(kind.numbers) if n in own}
+                question.settle(block, [known.get(number) for number in own])
         for kind, part in found:
             kind.sums[block.at].add_(part)
 
@@ -176,6 +176,8 @@ class Product(Linear):
 
 class Distance(Linear):
     """Σ_j P_ij·|i − j| over the keys of each of the sets ``among`` [B, S, N]: [B, H, L, N] (arXiv 1906.04284)."""
+
+    settles = True
 
     def __init__(self, among: Tensor) -> None:
         self._among, self.number = among.transpose(-1, -2).contiguous(), 2 * among.shape[-1]

@@ -88,10 +88,12 @@ class Strongest(Reduction):
 
     def finish(self, state: _Found) -> StrongestKeys:
         """The largest at any offset is the strongest if it is above each other there and all that are far."""
-        near = state.near
-        among = self._places.near(self.radius, state.first, near.shape[-1]).to(near.dtype).unsqueeze(1)
-        others = torch.maximum(state.others, (near + among * LOWEST).amax(2))
-        chosen = near + (1 - among) * LOWEST
+        near, others = state.near, state.others
+        chosen = near.clone()
+        for rows, left_out in self._places.near(self.radius, state.first, near.shape[-1]):
+            part = chosen[..., rows]
+            others[..., rows].clamp_(min=part.masked_fill(~left_out, LOWEST).amax(2))
+            part.masked_fill_(left_out, LOWEST)
         best = chosen.amax(2)
         equal = chosen.sub_(best.unsqueeze(2)).sign_().add_(1)
         apart = torch.arange(-self.radius, self.radius + 1, dtype=near.dtype, device=near.device)
@@ -126,36 +128,46 @@ class _Places:
 
     def __init__(self, among: Tensor) -> None:
         self._among = among
-        self._left_out = _runs(~among.all(0))
         self._chosen = among.any(0)
+        self._by_none = _runs(~self._chosen)
+        self._by_some = _runs(self._chosen & ~among.all(0))
+        self._near: dict[tuple[int, int, int], list[tuple[slice, Tensor]]] = {}
 
     def any_in(self, keys: slice) -> bool:
         """Whether a text chooses any of some keys."""
         return bool(self._chosen[keys].any())
 
-    def near(self, radius: int, first: int, rows: int) -> Tensor:
-        """Which keys at most ``radius`` from some rows are chosen: [B, 2·radius+1, L] bool, a view."""
-        padded = torch.nn.functional.pad(self._among, (radius, radius + max(0, first + rows - self._among.shape[-1])))
-        return padded.unfold(-1, 2 * radius + 1, 1)[:, first : first + rows].mT
+    def near(self, radius: int, first: int, rows: int) -> list[tuple[slice, Tensor]]:
+        """Rows, counted from ``first``, with keys at most ``radius`` off that are left out, and which of these are so.
+
+        The latter as [B, 1, 2·radius+1, rows] bool; found once for all matrices that are asked.
+        """
+        at = radius, first, rows
+        if at not in self._near:
+            room = (radius, radius + max(0, first + rows - self._among.shape[-1]))
+            left_out = torch.nn.functional.pad(~self._among, room).unfold(-1, 2 * radius + 1, 1)[
+                :, first : first + rows
+            ]
+            self._near[at] = [(run, left_out[:, run].mT.unsqueeze(1)) for run in _runs(left_out.any(-1).any(0))]
+        return self._near[at]
 
     @contextmanager
     def alone(self, block: Block) -> Iterator[list[Tensor]]:
         """Hide the others in ``block.centered``, and show them again at the end. Gives what was hidden."""
-        parts, held, hidden = list[Tensor](), list[Tensor](), list[Tensor]()
-        for run in _within(self._left_out, block.keys):
-            part = block.centered[..., run.start - block.keys.start : run.stop - block.keys.start]
-            before = part.clone()
-            if bool(self._chosen[run].any()):
-                among = self._among[block.batch, None, None, run]
-                part.masked_fill_(~among, LOWEST)
-                hidden.append(before.masked_fill(among, LOWEST))
-            else:
-                part.fill_(LOWEST)
-                hidden.append(before)
-            parts.append(part)
-            held.append(before)
+        held, hidden = list[tuple[Tensor, Tensor]](), list[Tensor]()
+        for runs in (self._by_none, self._by_some):
+            for run in _within(runs, block.keys):
+                part = block.centered[..., run.start - block.keys.start : run.stop - block.keys.start]
+                held.append((part, part.clone()))
+                if runs is self._by_none:
+                    hidden.append(held[-1][1])
+                    part.fill_(LOWEST)
+                else:
+                    among = self._among[block.batch, None, None, run]
+                    hidden.append(part.masked_fill(among, LOWEST))
+                    part.masked_fill_(~among, LOWEST)
         yield hidden
-        for part, before in zip(parts, held, strict=True):
+        for part, before in held:
             part.copy_(before)
 
 

@@ -114,6 +114,8 @@ class Block:
         """
         weights = self.weights if keys is None else self.weights[..., keys]
         batch, heads, rows, width = weights.shape
+        if width == 1:
+            return weights * columns.to(weights.dtype).transpose(-1, -2)
         given = columns.to(weights.dtype).expand(batch, heads, -1, -1)
         if given.shape[-2] > _NARROW or rows % _FEW or batch * heads > _HEADS or keys is not None:
             given = given.reshape(batch * heads, -1, width)
