@@ -88,6 +88,25 @@ def test_examples_are_from_the_pipe_that_was_just_read(folder: Path, monkeypatch
     assert "Looks hardest" in done.stdout
 
 
+@pytest.mark.parametrize(
+    "words", ["--text a b - --treebank=c d --no-worth", "--treebank c --text a --text b - --no-worth --treebank d"]
+)
+def test_several_files_may_follow_an_option(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[object] = []
+    monkeypatch.setattr(heads_command, "_measure", lambda asked, plan: given.append(asked) or raise_(TextError("seen")))
+    answer = CliRunner().invoke(cli.app, ["heads", *words.split()])
+    assert "seen" in answer.output
+    assert [str(path) for path in given[0].texts] == ["a", "b", "-"]  # type: ignore[attr-defined]
+    assert [str(path) for path in given[0].treebanks] == ["c", "d"]  # type: ignore[attr-defined]
+    alone = CliRunner().invoke(cli.app, ["heads", "--no-worth", "a.txt"])  # which option is it for?
+    assert alone.exit_code == 2
+    assert "a.txt" in alone.output
+
+
+def raise_(error: Exception) -> None:
+    raise error
+
+
 def test_a_disk_that_is_full_is_said(
     atlas: HeadAtlas,  # noqa: F811
     tmp_path: Path,

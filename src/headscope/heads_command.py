@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from importlib import resources
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from headscope import corpus, models, terminal, terminal_heads
 from headscope.atlas import HeadAtlas
@@ -41,13 +42,13 @@ random tokens that come twice, and on sentences in which it is known which word 
 a measure is strong on texts that it was not picked on. Then each head is left out, to see what the model loses.
 
 For the default models the answer is in the package and comes at once. With a text or a treebank of your own, with
---again, or for another model, it is measured: about 20 minutes for the default model on two slow cores.
+--again, or for another model, it is measured: 10 to 20 minutes for the default model on two slow cores.
 
 \b
 Examples:
   headscope heads                                the default model's roles, and its most valuable heads
   headscope heads --head 18.6                    all about one head, with its best and worst examples
-  headscope heads --text a.txt --text b.txt --out mine.parquet
+  headscope heads --text *.txt --out mine.parquet
   headscope heads --treebank en.conllu           every dependency relation, in any language
   headscope heads --atlas mine.parquet --figure heads.png --by entropy
   torchrun --nproc-per-node 2 -m headscope heads --out shared.parquet     several processes share the work
@@ -65,10 +66,11 @@ Model = Annotated[
 ]
 TextOption = Annotated[
     list[Path] | None,
-    typer.Option("--text", metavar="FILE", help="A UTF-8 text, several times if wanted; - for a pipe."),
+    typer.Option("--text", metavar="FILE…", help="UTF-8 texts, one or several; - for a pipe."),
 ]
 Treebank = Annotated[
-    list[Path] | None, typer.Option("--treebank", metavar="FILE", help="A CoNLL-U file: all its relations are scored.")
+    list[Path] | None,
+    typer.Option("--treebank", metavar="FILE…", help="CoNLL-U files: all their relations are scored."),
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Save the atlas as a Parquet file.")]
 AtlasOption = Annotated[
@@ -90,10 +92,27 @@ All = Annotated[bool, typer.Option("--all", help="Every head of each role and by
 Again = Annotated[bool, typer.Option("--again", help="Measure anew what the package already holds.")]
 
 
+class _ManyFiles(TyperCommand):
+    """Lets several files follow an option, as a shell's ``--text *.txt`` gives them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Each file gets its option; the command takes nothing that is not an option's."""
+        given, option, files = list[str](), "", 0
+        for arg in args:
+            if arg.startswith("-") and arg != "-":
+                option, equals, _ = arg.partition("=")
+                files = len(equals)
+            elif option in ("--text", "--treebank"):
+                given += [option] if files else []
+                files += 1
+            given.append(arg)
+        return super().parse_args(ctx, given)
+
+
 def add_heads(app: typer.Typer, reported: Reported, fetch: Callable[[str], None]) -> None:
     """Add `heads` to the command; ``reported`` turns expected errors into messages, ``fetch`` pulls a default model."""
 
-    @app.command(name="heads", help=_HEADS)
+    @app.command(name="heads", help=_HEADS, cls=_ManyFiles)
     def heads(
         model: Model = _DEFAULT,
         text: TextOption = None,

@@ -814,15 +814,15 @@ FAULTS = [
     Fault(
         "a near key that is left out is the strongest",
         "measures/strongest.py",
-        "near + (1 - among) * LOWEST",
-        "near + 0 * among",
+        "part.masked_fill_(left_out, LOWEST)",
+        "pass",
         "test_questions.py::test_the_strongest_key_and_how_far_off_it_is",
     ),
     Fault(
         "near keys that are left out are not among the others",
         "measures/strongest.py",
-        "others = torch.maximum(state.others, (near + among * LOWEST).amax(2))",
-        "others = state.others",
+        "others[..., rows].clamp_(min=part.masked_fill(~left_out, LOWEST).amax(2))",
+        "pass",
         "test_questions.py::test_the_strongest_key_and_how_far_off_it_is",
     ),
     Fault(
@@ -898,8 +898,8 @@ FAULTS = [
     Fault(
         "another text's keys among those that a text leaves out",
         "measures/strongest.py",
-        "hidden.append(before.masked_fill(among, LOWEST))",
-        "hidden.append(before)",
+        "hidden.append(part.masked_fill(among, LOWEST))",
+        "hidden.append(part.clone())",
         "test_questions.py::test_the_strongest_key_and_how_far_off_it_is",
     ),
     Fault(
@@ -1160,5 +1160,12 @@ FAULTS = [
         "        if model.training:",
         "        if False:",
         "test_atlas.py::test_a_model_of_ones_own_is_profiled_with_its_tokenizer",
+    ),
+    Fault(
+        "a second file after an option has none",
+        "heads_command.py",
+        "given += [option] if files else []",
+        "pass",
+        "test_heads_command.py::test_several_files_may_follow_an_option",
     ),
 ]
