@@ -52,6 +52,16 @@ def letters() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?", bos_token="<s>")
 
 
+def words() -> Any:
+    """A tokenizer of whole words: those of the texts above, and of the English sentences with known relations."""
+    split = pre_tokenizers.Whitespace()
+    texts = [*TEXTS.values(), *(example.text for example in english())]
+    known = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
+    inner = Tokenizer(token_models.WordLevel({"<s>": 0, "?": 1} | {word: i + 2 for i, word in enumerate(known)}, "?"))
+    inner.pre_tokenizer = split
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?", bos_token="<s>")
+
+
 @pytest.fixture(scope="module")
 def decoder() -> Loaded:
     return Loaded("tiny", tiny.llama(), letters(), 0, 64, True, "a test")
@@ -355,9 +365,13 @@ def test_the_texts_for_worth_are_spread_over_the_corpus(decoder: Loaded, monkeyp
 
 
 def test_a_model_of_ones_own_is_profiled_with_its_tokenizer(decoder: Loaded, atlas: HeadAtlas) -> None:
-    found = profile(decoder.model, decoder.tokenizer, list(TEXTS.values()), plan=replace(PLAN, worth=0))
+    model = tiny.llama().requires_grad_(True)
+    found = profile(model, decoder.tokenizer, list(TEXTS.values()), plan=replace(PLAN, worth=1))
+    assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
     assert found.name == "LlamaForCausalLM"
-    assert list(found.info["texts"]) == [f"text {number}" for number in range(1, 6)]
+    assert [name[:7] for name in found.info["texts"]] == [f"text {number} " for number in range(1, 6)]
+    others = profile(model, decoder.tokenizer, ["It was late. It was cold."], plan=replace(PLAN, worth=0))
+    assert len(found.merge(others).info["texts"]) == 6  # each has a first text, which is not the other's
     for name in ("first", "entropy", "induction"):  # with the start token that the tokenizer declares
         torch.testing.assert_close(found.value(name), atlas.value(name))
     with pytest.raises(ValueError, match="a model without its tokenizer"):
@@ -617,9 +631,13 @@ def test_default_documents_are_there_and_their_hash_is_stable() -> None:
 @pytest.fixture(scope="module")
 def folder(decoder: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model in a folder, and texts beside it."""
-    path = tmp_path_factory.mktemp("model")
-    decoder.model.save_pretrained(path / "tiny")
-    decoder.tokenizer.save_pretrained(path / "tiny")
+    return write(tmp_path_factory.mktemp("model"), decoder.model, decoder.tokenizer)
+
+
+def write(path: Path, model: Any, tokenizer: Any) -> Path:
+    """A model in a folder, and texts beside it."""
+    model.save_pretrained(path / "tiny")
+    tokenizer.save_pretrained(path / "tiny")
     for name, text in TEXTS.items():
         (path / f"{name}.txt").write_text(text, "utf-8")
     return path
@@ -646,7 +664,9 @@ def end_one_worker(launcher: int) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_killed_and_begun_again_give_the_single_ones_table(folder: Path, tmp_path: Path) -> None:
+def test_two_processes_killed_and_begun_again_give_the_single_ones_table(tmp_path: Path) -> None:
+    tokenizer = words()  # of letters, 3,800 sentences would be long
+    folder = write(tmp_path, tiny.llama(vocab_size=len(tokenizer)), tokenizer)
     alone = run(command(folder, "--out", str(tmp_path / "alone.parquet")))
     assert alone.returncode == 0, alone.stderr
     kill_and_begin_again("all", folder, tmp_path)

@@ -14,7 +14,7 @@ def llama(**options: Any) -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(**_decoder(), **options)
+    config = LlamaConfig(**(_decoder() | options))
     return LlamaForCausalLM(config).eval()
 
 

@@ -252,12 +252,14 @@ def _documents(texts: Sequence[str | Document] | None) -> list[Document]:
         return corpus.default_documents()
     if isinstance(texts, str):
         raise ValueError("one text where a list of texts is wanted: [text].")
-    found = [
-        text if isinstance(text, Document) else Document(f"text {number}", lambda text=text: text)  # type: ignore[misc]
-        for number, text in enumerate(texts, 1)
-    ]
+    found = [text if isinstance(text, Document) else _document(text, number) for number, text in enumerate(texts, 1)]
     corpus.check_names(found)
     return found
+
+
+def _document(text: str, number: int) -> Document:
+    """Its name holds some of its digest: atlases of other texts can be merged, whose first text is not this one."""
+    return Document(f"text {number} ({corpus.digest(Document('', lambda: text))[:8]})", lambda: text)
 
 
 def _number(document: Document) -> int:
