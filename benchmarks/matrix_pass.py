@@ -11,7 +11,7 @@ from measure import Timing, side_by_side, write
 from torch import Tensor
 
 from headscope import AttentionMatrix, masks
-from headscope.reductions import Entropy, Max, Received, TopK
+from headscope.ops.reductions import Entropy, Max, Received, TopK
 
 HEADS, GROUPS, SIZE = 9, 3, 64
 

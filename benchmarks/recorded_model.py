@@ -16,7 +16,7 @@ import torch
 from measure import peak_memory, side_by_side, write
 
 import headscope
-from headscope.reductions import Entropy
+from headscope.ops.reductions import Entropy
 
 LAST = ", logits of the last row"
 

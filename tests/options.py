@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headscope import masks
-from headscope.masks import Mask
+from headscope.ops.masks import Mask
 from tests.reference import FINFO_MIN, all_in, seen_where
 
 

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from headscope import AttentionMatrix, attention, kernels, masks, rowwise
+from headscope import AttentionMatrix, attention, masks
+from headscope.ops.kernels import differentiable as rowwise
+from headscope.ops.kernels import fused as kernels
 from tests import reference
 from tests.options import BIASES, MASKS, masked, one_thread, unchecked  # noqa: F401
 from tests.reference import operands

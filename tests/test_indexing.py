@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headscope import AttentionMatrix, indexing, masks
-from headscope.indexing import PartReader
+from headscope import AttentionMatrix, masks
+from headscope.ops.kernels import indexing
+from headscope.ops.kernels.indexing import PartReader
 from tests import reference
 from tests.options import one_thread, unchecked  # noqa: F401
 from tests.reference import operands

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headscope import masks
-from headscope.masks import Mask
+from headscope.ops.masks import Mask
 from tests.options import one_thread, unchecked  # noqa: F401
 from tests.reference import all_in, seen_where
 

@@ -13,9 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from headscope import AttentionMatrix, indexing, kernels, masks, record, reductions, rowwise, strips
-from headscope.masks import Mask
-from headscope.reductions import Block, Entropy, Groups, Mass, Max, Offsets, Pool, Received, Reduction, TopK
+from headscope import AttentionMatrix, masks, record, reductions
+from headscope.ops.kernels import differentiable as rowwise
+from headscope.ops.kernels import fused as kernels
+from headscope.ops.kernels import indexing
+from headscope.ops.kernels import tiles as strips
+from headscope.ops.masks import Mask
+from headscope.ops.reductions import Block, Entropy, Groups, Mass, Max, Offsets, Pool, Received, Reduction, TopK
 from tests import reference
 from tests.options import BIASES, MASKS, masked, one_thread, unchecked  # noqa: F401
 from tests.reference import FINFO_MIN, operands
@@ -779,7 +783,7 @@ def test_an_error_says_what_came_and_what_was_wanted(name: str) -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_groups_that_are_too_many_for_an_indicator(shared: bool, tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headscope.reductions.groups._INDICATOR", 8)
+    monkeypatch.setattr("headscope.ops.reductions.groups._INDICATOR", 8)
     made = make(VARIANTS[0], (2, 6, 5, 300))
     drawn = torch.Generator().manual_seed(4)
     ids = torch.randint(-1, 50, (1 if shared else 2, 300), generator=drawn)

@@ -23,7 +23,7 @@ from torch import Tensor
 from headscope import AttentionMatrix, attention, masks
 from headscope.measures.products import Distance, Product, Together
 from headscope.measures.strongest import Strongest
-from headscope.reductions import Entropy, Groups, Mass, Max, Offsets, Pool, Received, TopK, TransposedProduct
+from headscope.ops.reductions import Entropy, Groups, Mass, Max, Offsets, Pool, Received, TopK, TransposedProduct
 
 HEADS, LENGTH, SIZE = 8, 4096, 16
 DENSE = HEADS * LENGTH * LENGTH * 4 / 1e6  # 537 MB

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from headscope import AttentionMatrix, attention, masks
-from headscope.positions import alibi, alibi_slopes
+from headscope.ops.positions import alibi, alibi_slopes
 
 SLOPES = [0.5, 0.25, 0.3, 0.01, 0.7, 1.0]
 

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headscope import MultiHeadAttention, Transformer, TransformerConfig, attention, masks, positions, processor, record
+from headscope import MultiHeadAttention, Transformer, TransformerConfig, attention, masks, positions, record
 from headscope.linear import Linear
+from headscope.ops.kernels import cpu as processor
 
 HALVES = (torch.bfloat16, torch.float16)
 ERROR = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # half a unit of the last bit, of numbers around 1

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from headscope import AttentionMatrix, masks, strips
-from headscope.masks import Mask
+from headscope import AttentionMatrix, masks
 from headscope.measures import products as measure_products
 from headscope.measures.products import Distance, Product, Together
 from headscope.measures.strongest import Strongest
-from headscope.reductions import Block, Entropy, Max, Offsets, Reduction
+from headscope.ops.kernels import tiles as strips
+from headscope.ops.masks import Mask
+from headscope.ops.reductions import Block, Entropy, Max, Offsets, Reduction
 
 MASKS = {
     "none": None,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from headscope import AttentionMatrix, KVCache, MultiHeadAttention, SlidingWindowCache, attention, masks, positions
 from headscope.errors import NothingSeen, RecordingError
+from headscope.ops.reductions import Entropy, Received
 from headscope.recording import Recording, record
-from headscope.reductions import Entropy, Received
 from tests.tiny import bart, ids, llama
 from tests.zoo.catalog import ZOO
 from tests.zoo.reference import eager_maps

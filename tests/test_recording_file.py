@@ -253,7 +253,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_mask_that_is_code_is_refused() -> None:
     from headscope import masks
-    from headscope.masks.codec import encode
+    from headscope.ops.masks.codec import encode
 
     with pytest.raises(ValueError, match="is code"):
         encode(masks.function(lambda b, h, q, k: q >= k), str)

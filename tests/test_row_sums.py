@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headscope import AttentionMatrix, MultiHeadAttention, Recording, edit, indexing, knock_out, masks, matrix, record
-from headscope.kernels import RowSums
+from headscope import AttentionMatrix, MultiHeadAttention, Recording, edit, knock_out, masks, record
+from headscope.ops import matrix
+from headscope.ops.kernels import indexing
+from headscope.ops.kernels.fused import RowSums
 from headscope.seam import AttentionCall
 from headscope.seam.proof import choose_rows
 from tests.reference import FINFO_MIN

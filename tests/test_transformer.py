@@ -19,7 +19,7 @@ from headscope import (
     positions,
     record,
 )
-from headscope.reductions import Entropy, Max
+from headscope.ops.reductions import Entropy, Max
 from tests.options import unchecked
 
 SMALL = {"vocab_size": 31, "embed_dim": 24, "num_heads": 6, "num_layers": 2, "ff_dim": 40}

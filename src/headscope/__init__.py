@@ -5,16 +5,15 @@ site is an AttentionMatrix that is never built and answers questions; edits chan
 every head of a model everything, over texts, and gives a HeadAtlas.
 """
 
-from headscope import masks, positions, reductions
 from headscope.atlas import HeadAtlas
 from headscope.cache import KVCache, SlidingWindowCache
 from headscope.edits import ablate, edit, knock_out, patch
 from headscope.effects import head_effects
 from headscope.errors import HeadscopeError
-from headscope.matrix import AttentionMatrix, attention
 from headscope.models import load, pull
 from headscope.monitor import HeadWarning, monitor
 from headscope.multihead import MultiHeadAttention
+from headscope.ops import AttentionMatrix, attention, masks, positions, reductions
 from headscope.recording import Recording, record
 from headscope.survey import Plan, profile
 from headscope.tokens import tokenize

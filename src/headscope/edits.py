@@ -14,12 +14,13 @@ from operator import index as as_index
 import torch
 from torch import Tensor, nn
 
-from headscope import kernels, masks
 from headscope.errors import EditError
-from headscope.masks import Mask
-from headscope.positions import Alibi
+from headscope.ops import masks
+from headscope.ops.kernels import fused as kernels
+from headscope.ops.masks import Mask
+from headscope.ops.positions import Alibi
+from headscope.ops.scores import Scores, make_scores
 from headscope.recording import Layers, Place, Recording, Tracker, layers_of
-from headscope.scores import Scores, make_scores
 from headscope.seam import AttentionCall, Forward, watch, with_output
 
 __all__ = ["Ablate", "Edit", "Freeze", "KnockOut", "Patch", "ablate", "edit", "freeze", "knock_out", "patch"]

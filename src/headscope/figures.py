@@ -19,7 +19,7 @@ from torch import Tensor
 
 from headscope.files import whole_file
 from headscope.links import Head
-from headscope.matrix import AttentionMatrix
+from headscope.ops.matrix import AttentionMatrix
 from headscope.recording import Recording
 from headscope.tokens import Tokens
 from headscope.words import FEW_WORDS, label, word_map

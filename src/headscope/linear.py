@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headscope.processor import FEW_ROWS, is_emulated, prefers_onednn
+from headscope.ops.kernels.cpu import FEW_ROWS, is_emulated, prefers_onednn
 
 __all__ = ["Linear", "linear"]
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from headscope.errors import HeadscopeError
-from headscope.matrix import AttentionMatrix
 from headscope.models import Loaded, reader
+from headscope.ops.matrix import AttentionMatrix
 from headscope.recording import Recording, record
 from headscope.seam import AttentionCall
 from headscope.tokens import Tokens, Word

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from headscope.errors import HeadscopeError, NothingSeen
-from headscope.reductions import Block, Entropy, Groups, Reduction
-from headscope.reductions.reduction import Shape
-from headscope.scores import Scores
+from headscope.ops.reductions import Block, Entropy, Groups, Reduction
+from headscope.ops.reductions.reduction import Shape
+from headscope.ops.scores import Scores
 from headscope.seam import AttentionCall, Forward, invisible, matrix_of, watch
 
 __all__ = ["HeadStats", "HeadWarning", "Monitor", "monitor"]

@@ -8,13 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from headscope import kernels, layouts
+from headscope import layouts
 from headscope.cache import KVCache
 from headscope.linear import Linear, linear
-from headscope.masks import Mask, shifted, sliding_window
-from headscope.matrix import AttentionMatrix
-from headscope.positions import Alibi, Rotary
-from headscope.scores import Scores, checked_mask
+from headscope.ops.kernels import fused as kernels
+from headscope.ops.masks import Mask, shifted, sliding_window
+from headscope.ops.matrix import AttentionMatrix
+from headscope.ops.positions import Alibi, Rotary
+from headscope.ops.scores import Scores, checked_mask
 
 __all__ = ["MultiHeadAttention"]
 

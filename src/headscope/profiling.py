@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from headscope.corpus import Batch, Piece, batches
 from headscope.effects import output_sum
 from headscope.errors import is_out_of_memory
-from headscope.masks import Mask
-from headscope.masks.codec import encode
 from headscope.measures import Column, Measure, Page, Ratio, Visibility, take
 from headscope.models import Loaded, reader
+from headscope.ops.masks import Mask
+from headscope.ops.masks.codec import encode
 from headscope.recording import record
 from headscope.seam import AttentionCall
 from headscope.sums import Sums, weights_of

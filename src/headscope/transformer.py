@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from headscope.cache import KVCache
 from headscope.linear import Linear, linear
-from headscope.masks import Mask, causal
 from headscope.multihead import MultiHeadAttention
-from headscope.positions import Alibi, Rotary, alibi, alibi_slopes, rotary, sinusoidal
+from headscope.ops.masks import Mask, causal
+from headscope.ops.positions import Alibi, Rotary, alibi, alibi_slopes, rotary, sinusoidal
 
 __all__ = ["LayerCache", "Transformer", "TransformerConfig"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from headscope.errors import TextError
-from headscope.matrix import AttentionMatrix
+from headscope.ops.matrix import AttentionMatrix
 from headscope.tokens import Tokens, Word
 
 __all__ = ["FEW_WORDS", "Positions", "all_words", "chosen_words", "column_of", "label", "rows_of", "word_map"]

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from headscope.corpus import Batch
-from headscope.masks import Mask
-from headscope.matrix import AttentionMatrix
 from headscope.measures.products import Linear, Product, Together
-from headscope.reductions import Reduction, TransposedProduct
+from headscope.ops.masks import Mask
+from headscope.ops.matrix import AttentionMatrix
+from headscope.ops.reductions import Reduction, TransposedProduct
 
 __all__ = ["Column", "Measure", "Page", "Ratio", "Visibility", "take"]
 
@@ -181,7 +181,7 @@ class Measure(ABC):
 
     Example:
         >>> from headscope.measures import Column, Measure, Ratio
-        >>> from headscope.reductions import Reduction
+        >>> from headscope.ops.reductions import Reduction
         >>> class Far(Measure):
         ...     columns = (Column("far", "weight on keys more than 20 tokens back"),)
         ...

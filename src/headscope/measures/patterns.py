@@ -9,7 +9,7 @@ from headscope.corpus import Batch
 from headscope.measures.measure import Column, Measure, Page, Ratio
 from headscope.measures.products import Distance, Product
 from headscope.measures.strongest import Strongest
-from headscope.reductions import Entropy, Reduction, TransposedProduct
+from headscope.ops.reductions import Entropy, Reduction, TransposedProduct
 
 __all__ = ["RADIUS", "REPEATED", "standard"]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from headscope.reductions import Block, Reduction
-from headscope.reductions.reduction import Shape
+from headscope.ops.reductions import Block, Reduction
+from headscope.ops.reductions.reduction import Shape
 
 __all__ = ["Distance", "Linear", "Product", "Together"]
 

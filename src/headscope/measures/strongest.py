@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headscope.reductions import Block, Max, Reduction
-from headscope.reductions.reduction import Shape
-from headscope.scores import LOWEST
+from headscope.ops.reductions import Block, Max, Reduction
+from headscope.ops.reductions.reduction import Shape
+from headscope.ops.scores import LOWEST
 
 __all__ = ["MaxAmong", "Strongest", "StrongestKeys"]
 

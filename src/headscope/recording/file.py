@@ -18,8 +18,8 @@ from torch import Tensor
 
 from headscope.errors import RecordingError
 from headscope.files import whole_file
-from headscope.masks.codec import decode, encode
-from headscope.positions import Alibi, alibi
+from headscope.ops.masks.codec import decode, encode
+from headscope.ops.positions import Alibi, alibi
 from headscope.recording.site import Part, SiteCalls
 from headscope.tokens import Tokens, Word
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headscope.masks import compact
-from headscope.scores import Scores, make_scores
+from headscope.ops.masks import compact
+from headscope.ops.scores import Scores, make_scores
 
 __all__ = ["follows", "same", "without_blank_cache"]
 

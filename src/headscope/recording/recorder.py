@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from headscope.errors import NothingSeen, RecordingError
-from headscope.matrix import AttentionMatrix
+from headscope.ops.matrix import AttentionMatrix
+from headscope.ops.reductions import Reduction, check_reductions
 from headscope.recording.file import Contents, load, save
 from headscope.recording.run import Answer, Call, Layers, Run, Site, layers_of
 from headscope.recording.site import Captured, SiteCalls, capture
-from headscope.reductions import Reduction, check_reductions
 from headscope.seam import AttentionCall, Forward, invisible, watch
 
 __all__ = ["Answer", "Call", "Recording", "Run", "Site", "record"]

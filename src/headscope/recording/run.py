@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headscope.errors import RecordingError
-from headscope.matrix import AttentionMatrix
+from headscope.ops.matrix import AttentionMatrix
 from headscope.recording.site import Captured, SiteCalls
 
 __all__ = ["Answer", "Call", "Layers", "Run", "Site", "layers_of"]

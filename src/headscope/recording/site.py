@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from headscope.errors import RecordingError
-from headscope.masks import Mask, Step, causal, compact, stacked
-from headscope.matrix import AttentionMatrix
-from headscope.positions import Alibi
+from headscope.ops.masks import Mask, Step, causal, compact, stacked
+from headscope.ops.matrix import AttentionMatrix
+from headscope.ops.positions import Alibi
+from headscope.ops.scores import Scores, make_scores
 from headscope.recording.keys import follows, same, without_blank_cache
-from headscope.scores import Scores, make_scores
 from headscope.seam import AttentionCall, matrix_of
 
 __all__ = ["Captured", "Part", "SiteCalls", "capture"]

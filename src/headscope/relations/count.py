@@ -12,8 +12,8 @@ from torch import Tensor
 from headscope.corpus import by_length
 from headscope.errors import HeadscopeError, TextError, is_out_of_memory
 from headscope.models import Loaded, reader
+from headscope.ops.reductions import Pool
 from headscope.recording import record
-from headscope.reductions import Pool
 from headscope.relations.counts import RelationCounts, direction_of
 from headscope.relations.hits import count_blind, count_controls, count_hits, numbered, strongest
 from headscope.relations.pairs import Example

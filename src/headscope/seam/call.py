@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from headscope.matrix import AttentionMatrix
-from headscope.scores import Scores
+from headscope.ops.matrix import AttentionMatrix
+from headscope.ops.scores import Scores
 
 __all__ = ["AttentionCall", "Output"]
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedAttention
-from headscope.kernels import RowSums, row_sums
-from headscope.masks import causal
-from headscope.scores import Scores, make_scores
+from headscope.ops.kernels.fused import RowSums, row_sums
+from headscope.ops.masks import causal
+from headscope.ops.scores import Scores, make_scores
 from headscope.seam.call import Output
 from headscope.seam.inputs import Read, combine, read_mask
 from headscope.seam.sdpa import causal_from_the_top

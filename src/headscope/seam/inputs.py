@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from headscope.errors import UnsupportedAttention
-from headscope.masks import Mask, compact
+from headscope.ops.masks import Mask, compact
 
 __all__ = ["combine", "read_mask"]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from headscope import kernels
-from headscope.scores import Scores
+from headscope.ops.kernels import fused as kernels
+from headscope.ops.scores import Scores
 from headscope.seam.sdpa import direct
 from headscope.seam.watching import active, inside, running, seen, unnoticed
 

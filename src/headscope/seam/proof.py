@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from headscope.errors import ProofError
-from headscope.kernels import by_strips, weighted
-from headscope.scores import Scores
+from headscope.ops.kernels.fused import by_strips, weighted
+from headscope.ops.scores import Scores
 from headscope.seam.call import Output
 
 __all__ = ["TOLERANCE", "Proved", "prove"]

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from headscope.kernels import RowSums, row_sums
-from headscope.masks import causal, padding, window
-from headscope.scores import Scores, make_scores
+from headscope.ops.kernels.fused import RowSums, row_sums
+from headscope.ops.masks import causal, padding, window
+from headscope.ops.scores import Scores, make_scores
 from headscope.seam.call import Output
 from headscope.seam.inputs import Read, combine, read_mask
 from headscope.seam.watching import Forward, active, autocast_operands, cached, inside, seen, unnoticed

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedAttention
-from headscope.masks import padding
-from headscope.scores import Scores, make_scores
+from headscope.ops.masks import padding
+from headscope.ops.scores import Scores, make_scores
 from headscope.seam.call import AttentionCall, Output
 from headscope.seam.inputs import Read, combine, read_mask
 from headscope.seam.sdpa import causal_from_the_top, resumed, suspended

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from headscope.errors import EditError, UnsupportedAttention
-from headscope.scores import Scores
+from headscope.ops.scores import Scores
 from headscope.seam.call import AttentionCall, Output
 from headscope.seam.proof import Proved, prove
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from headscope.processor import multiplies
+from headscope.ops.kernels.cpu import multiplies
 from headscope.training.tasks import Task, make_task
 from headscope.transformer import TransformerConfig
 

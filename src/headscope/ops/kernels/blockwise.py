@@ -13,10 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headscope.normalizer import Normalizer
-from headscope.reductions import Block, Reduction
-from headscope.scores import LOWEST, Scores
-from headscope.strips import (
+from headscope.ops.kernels.tiles import (
     Buffers,
     Strip,
     Tile,
@@ -29,6 +26,9 @@ from headscope.strips import (
     raw_blocks,
     strips,
 )
+from headscope.ops.normalizer import Normalizer
+from headscope.ops.reductions import Block, Reduction
+from headscope.ops.scores import LOWEST, Scores
 
 __all__ = ["stream"]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headscope.scores import LOWEST, Scores
+from headscope.ops.scores import LOWEST, Scores
 
 __all__ = [
     "Buffers",

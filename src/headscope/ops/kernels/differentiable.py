@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from headscope.positions import Alibi
-from headscope.scores import LOWEST, Scores
+from headscope.ops.positions import Alibi
+from headscope.ops.scores import LOWEST, Scores
 
 __all__ = ["by_rows"]
 

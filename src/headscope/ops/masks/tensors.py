@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from headscope.masks.mask import Mask
+from headscope.ops.masks.mask import Mask
 
 
 def dense(seen: Tensor) -> Mask:

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from headscope.masks.mask import Mask
+from headscope.ops.masks.mask import Mask
 
 
 def causal() -> Mask:

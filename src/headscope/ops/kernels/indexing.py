@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headscope.blockwise import stream
-from headscope.normalizer import Normalizer
-from headscope.positions import Alibi
-from headscope.scores import Scores
+from headscope.ops.kernels.blockwise import stream
+from headscope.ops.normalizer import Normalizer
+from headscope.ops.positions import Alibi
+from headscope.ops.scores import Scores
 
 __all__ = ["PartReader"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headscope.reductions.reduction import Block, Reduction, Shape
+from headscope.ops.reductions.reduction import Block, Reduction, Shape
 
 _INDICATOR = 1 << 22  # cells of a matrix that says which position belongs to which group
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from headscope.masks import Mask, dense
-from headscope.positions import Alibi
+from headscope.ops.masks import Mask, dense
+from headscope.ops.positions import Alibi
 
-__all__ = ["LOWEST", "Scores", "checked_mask", "make_scores"]
+__all__ = ["LOWEST", "Scores", "as_value", "checked_mask", "make_scores"]
 
 LOWEST = -1e30  # stands for the logarithm of a hidden weight, so that 0 · log 0 is 0
 
@@ -303,3 +303,28 @@ def _describe(name: str, tensor: Tensor, bad: Tensor) -> str:
         f"{name} holds {int(bad.sum())} values that are NaN or infinite, the first {tensor[tuple(first)].item()} "
         f"at {first}: weights computed from them would mean nothing. Look at what made them."
     )
+
+
+def as_value(value: Tensor, scores: Scores, name: str) -> Tensor:
+    """A value for P @ value as [B, G or H, S, N], expanded and in the dtype of the query; ``name`` is for errors.
+
+    Raises:
+        ValueError: a shape or dtype that does not fit the scores.
+    """
+    batch, heads, _, keys = scores.shape
+    groups = scores.key.shape[1]
+    given = value[None, None] if value.dim() == 2 else value
+    if given.dim() != 4:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted [S, N] or [B, G, S, N].")
+    if given.shape[2] != keys:
+        raise ValueError(f"{name}: got {given.shape[2]} rows, but there are {keys} keys: one row a key.")
+    if given.shape[0] not in (1, batch) or given.shape[1] not in (1, groups, heads):
+        raise ValueError(
+            f"{name}: got batch {given.shape[0]} and {given.shape[1]} heads, "
+            f"wanted batch 1 or {batch} and heads 1, {groups} or {heads}."
+        )
+    if not given.is_floating_point():
+        raise ValueError(f"{name}: got {given.dtype}, wanted floating point: convert it with .float().")
+    if given.shape[3] == 0:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}: it has no columns.")
+    return given.expand(batch, groups if given.shape[1] == 1 else -1, -1, -1).to(scores.query.dtype)

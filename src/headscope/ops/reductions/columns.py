@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headscope.reductions.reduction import Block, Reduction, Shape
+from headscope.ops.reductions.reduction import Block, Reduction, Shape
 
 
 class Received(Reduction):

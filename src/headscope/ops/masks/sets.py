@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headscope.masks.mask import Mask
+from headscope.ops.masks.mask import Mask
 
 
 def heads(ids: Iterable[int]) -> Mask:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from headscope.masks.mask import Mask
-from headscope.masks.ranges import causal, documents, padding, window
-from headscope.masks.tensors import dense, packed
+from headscope.ops.masks.mask import Mask
+from headscope.ops.masks.ranges import causal, documents, padding, window
+from headscope.ops.masks.tensors import dense, packed
 
 _ROWS = 512
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
-from headscope.normalizer import Normalizer
-from headscope.processor import FEW_ROWS, is_emulated
-from headscope.rowwise import by_rows
-from headscope.scores import Scores
+from headscope.ops.kernels.cpu import FEW_ROWS, is_emulated
+from headscope.ops.kernels.differentiable import by_rows
+from headscope.ops.normalizer import Normalizer
+from headscope.ops.scores import Scores
 
 __all__ = ["RowSums", "by_strips", "fused", "fused_with_normalizer", "is_fused", "product", "row_sums", "weighted"]
 

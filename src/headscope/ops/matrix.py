@@ -1,4 +1,4 @@
-"""Attention, and the attention matrix as an operator that is never built."""
+"""AttentionMatrix: attention weights as an operator that is never built, and the questions it answers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headscope import kernels
-from headscope.blockwise import stream
-from headscope.bytesize import format_bytes, parse_bytes
-from headscope.indexing import PartReader
-from headscope.masks import Mask
-from headscope.normalizer import Normalizer, learned
-from headscope.positions import Alibi
-from headscope.reductions import (
+from headscope.ops.kernels import fused as kernels
+from headscope.ops.kernels.blockwise import stream
+from headscope.ops.kernels.differentiable import by_rows
+from headscope.ops.kernels.indexing import PartReader
+from headscope.ops.kernels.tiles import strips
+from headscope.ops.masks import Mask
+from headscope.ops.normalizer import Normalizer, learned
+from headscope.ops.positions import Alibi
+from headscope.ops.reductions import (
     Entropy,
     Groups,
     Max,
@@ -31,52 +32,10 @@ from headscope.reductions import (
     WeightsAt,
     check_reductions,
 )
-from headscope.rowwise import by_rows
-from headscope.scores import Scores, make_scores
-from headscope.strips import strips
+from headscope.ops.scores import Scores, as_value, make_scores
+from headscope.ops.sizes import format_bytes, parse_bytes
 
-__all__ = ["AttentionMatrix", "Plan", "attention"]
-
-
-def attention(
-    query: Float[Tensor, "B H L D"],
-    key: Float[Tensor, "B G S D"],
-    value: Float[Tensor, "B G S Dv"],
-    *,
-    mask: Mask | Tensor | None = None,
-    bias: Tensor | Alibi | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-) -> Float[Tensor, "B H L Dv"]:
-    """Scaled dot-product attention (arXiv 1706.03762), softmax(QKᵀ·scale + bias) V, without the matrix.
-
-    Args:
-        query: one query for each of the last L positions, H heads of size D.
-        key: S keys, G heads; H is a multiple of G (grouped-query attention, arXiv 2305.13245).
-        value: S values of any width, G heads.
-        mask: who may see whom, see :mod:`headscope.masks`; a bool tensor is taken as ``masks.dense`` (True: may
-            attend). A query that may attend to nothing gives zeros, with zero gradient.
-        bias: added to the scores, [L, S] or 4-D broadcastable to [B, H, L, S], or ``positions.alibi(slopes)``.
-        scale: 1/√D unless given.
-        dropout_p: share of the weights that are dropped, from 0 up to but not 1.
-
-    Raises:
-        ValueError: operands that do not fit each other.
-
-    Example:
-        >>> import torch, headscope
-        >>> q, k, v = (
-        ...     torch.randn(1, 8, 16, 64),
-        ...     torch.randn(1, 2, 16, 64),
-        ...     torch.randn(1, 2, 16, 64),
-        ... )
-        >>> headscope.attention(q, k, v, mask=headscope.masks.causal()).shape
-        torch.Size([1, 8, 16, 64])
-    """
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p is {dropout_p}: a share of the weights, from 0 up to but not 1.")
-    scores = make_scores(query, key, mask, bias, scale)
-    return kernels.product(scores, _as_value(value, scores, "value"), dropout_p)
+__all__ = ["AttentionMatrix", "Plan"]
 
 
 @dataclass(frozen=True)
@@ -103,7 +62,7 @@ class AttentionMatrix:
 
     Args:
         query: [B, H, L, D]; key: [B, G, S, D] with H a multiple of G.
-        mask, bias, scale: as for :func:`attention`.
+        mask, bias, scale: as for :func:`headscope.attention`.
         softcap: c for models that cap scores, s → c·tanh(s/c), before the bias (arXiv 2408.00118).
         sinks: [H], an extra logit a head in the denominator; rows then sum to less than 1.
 
@@ -161,7 +120,7 @@ class AttentionMatrix:
         """
         scores = self._scores.at_least(value.dtype)
         flat = value.dim() == 1
-        given = _as_value(value[:, None] if flat else value, scores, "P @ value")
+        given = as_value(value[:, None] if flat else value, scores, "P @ value")
         with torch.autocast(self.device.type, enabled=False):
             if kernels.is_fused(scores) and self._normalizer is None:
                 output, self._normalizer = kernels.fused_with_normalizer(scores, given)
@@ -363,23 +322,3 @@ def _entropy_of_rows(weights: Tensor, log_weights: Tensor, _: slice) -> Tensor:
 
 def _sent_by_rows(weights: Tensor, _: Tensor, rows: slice, x: Tensor) -> Tensor:
     return weights.transpose(-1, -2) @ x[:, :, rows].to(weights.dtype)
-
-
-def _as_value(value: Tensor, scores: Scores, name: str) -> Tensor:
-    batch, heads, _, keys = scores.shape
-    groups = scores.key.shape[1]
-    given = value[None, None] if value.dim() == 2 else value
-    if given.dim() != 4:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted [S, N] or [B, G, S, N].")
-    if given.shape[2] != keys:
-        raise ValueError(f"{name}: got {given.shape[2]} rows, but there are {keys} keys: one row a key.")
-    if given.shape[0] not in (1, batch) or given.shape[1] not in (1, groups, heads):
-        raise ValueError(
-            f"{name}: got batch {given.shape[0]} and {given.shape[1]} heads, "
-            f"wanted batch 1 or {batch} and heads 1, {groups} or {heads}."
-        )
-    if not given.is_floating_point():
-        raise ValueError(f"{name}: got {given.dtype}, wanted floating point: convert it with .float().")
-    if given.shape[3] == 0:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}: it has no columns.")
-    return given.expand(batch, groups if given.shape[1] == 1 else -1, -1, -1).to(scores.query.dtype)

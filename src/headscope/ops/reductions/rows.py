@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headscope.reductions.reduction import Block, Reduction, Shape
-from headscope.scores import LOWEST
+from headscope.ops.reductions.reduction import Block, Reduction, Shape
+from headscope.ops.scores import LOWEST
 
 _CHUNK = 32  # keys whose maximum is looked at before they are
 

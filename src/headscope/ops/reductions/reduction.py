@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headscope.scores import Scores
+from headscope.ops.scores import Scores
 
 Shape = tuple[int, int, int, int]
 _FEW = 4  # rows whose products with each other are made at once, for the sake of each with itself

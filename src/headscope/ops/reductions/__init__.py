@@ -11,10 +11,10 @@ Write your own by subclassing :class:`Reduction`::
             state[block.at] += (block.weights * far).sum(-1)
 """
 
-from headscope.reductions.columns import Received, TransposedProduct
-from headscope.reductions.groups import Groups, Pool
-from headscope.reductions.reduction import Block, Reduction, check_reductions
-from headscope.reductions.rows import Entropy, Mass, Max, Offsets, TopK, WeightsAt
+from headscope.ops.reductions.columns import Received, TransposedProduct
+from headscope.ops.reductions.groups import Groups, Pool
+from headscope.ops.reductions.reduction import Block, Reduction, check_reductions
+from headscope.ops.reductions.rows import Entropy, Mass, Max, Offsets, TopK, WeightsAt
 
 __all__ = [
     "Block",

@@ -3,11 +3,11 @@
 The queries are the last L of the S positions, so that a causal mask is right with a cache.
 """
 
-from headscope.masks.compact import compact
-from headscope.masks.mask import Mask
-from headscope.masks.ranges import causal, documents, padding, prefix, sliding_window, window
-from headscope.masks.sets import Step, heads, keys, queries, shifted, stacked
-from headscope.masks.tensors import dense, function, packed
+from headscope.ops.masks.compact import compact
+from headscope.ops.masks.mask import Mask
+from headscope.ops.masks.ranges import causal, documents, padding, prefix, sliding_window, window
+from headscope.ops.masks.sets import Step, heads, keys, queries, shifted, stacked
+from headscope.ops.masks.tensors import dense, function, packed
 
 __all__ = [
     "Mask",

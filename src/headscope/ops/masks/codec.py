@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headscope.masks.mask import Mask, _Both, _Either, _Not
-from headscope.masks.ranges import _Documents, _Padding, _Prefix, _Window, documents, padding, prefix, window
-from headscope.masks.sets import Step, _Chosen, _Stacked, stacked
-from headscope.masks.tensors import _Dense, _Packed, dense
+from headscope.ops.masks.mask import Mask, _Both, _Either, _Not
+from headscope.ops.masks.ranges import _Documents, _Padding, _Prefix, _Window, documents, padding, prefix, window
+from headscope.ops.masks.sets import Step, _Chosen, _Stacked, stacked
+from headscope.ops.masks.tensors import _Dense, _Packed, dense
 
 _DEEPEST = 64
 
