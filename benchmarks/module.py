@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from x_transformers.x_transformers import Attention as XAttention
 
 from headscope import MultiHeadAttention
-from headscope.linear import linear
+from headscope.nn.linear import linear
 
 EMBED, HEADS = 512, 8
 LARGE = 2048  # rows, columns and depth of the product that shows the machine's peak

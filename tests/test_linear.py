@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headscope import MultiHeadAttention, masks, record
-from headscope.linear import Linear, linear
+from headscope.nn.linear import Linear, linear
 from headscope.ops.kernels import cpu as processor
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headscope import MultiHeadAttention, Transformer, TransformerConfig, attention, masks, positions, record
-from headscope.linear import Linear
+from headscope.nn.linear import Linear
 from headscope.ops.kernels import cpu as processor
 
 HALVES = (torch.bfloat16, torch.float16)

@@ -6,18 +6,18 @@ every head of a model everything, over texts, and gives a HeadAtlas.
 """
 
 from headscope.atlas import HeadAtlas
-from headscope.cache import KVCache, SlidingWindowCache
 from headscope.edits import ablate, edit, knock_out, patch
 from headscope.effects import head_effects
 from headscope.errors import HeadscopeError
 from headscope.models import load, pull
 from headscope.monitor import HeadWarning, monitor
-from headscope.multihead import MultiHeadAttention
+from headscope.nn.cache import KVCache, SlidingWindowCache
+from headscope.nn.multihead import MultiHeadAttention
+from headscope.nn.transformer import Transformer, TransformerConfig
 from headscope.ops import AttentionMatrix, attention, masks, positions, reductions
 from headscope.recording import Recording, record
 from headscope.survey import Plan, profile
 from headscope.tokens import tokenize
-from headscope.transformer import Transformer, TransformerConfig
 
 __all__ = [
     "AttentionMatrix",

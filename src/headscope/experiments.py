@@ -19,10 +19,10 @@ from torch import Tensor
 
 from headscope.errors import HeadscopeError
 from headscope.files import whole_file
+from headscope.nn.transformer import Transformer
 from headscope.recording import record
 from headscope.training import TrainConfig, make_task, train
 from headscope.training.tasks import generator
-from headscope.transformer import Transformer
 
 __all__ = [
     "FULL",

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import torch
 
+from headscope.nn.transformer import TransformerConfig
 from headscope.ops.kernels.cpu import multiplies
 from headscope.training.tasks import Task, make_task
-from headscope.transformer import TransformerConfig
 
 __all__ = ["TrainConfig"]
 

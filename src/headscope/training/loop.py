@@ -16,12 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from headscope.errors import HeadscopeError
 from headscope.monitor import HeadStats, Monitor, monitor
+from headscope.nn.transformer import Transformer
 from headscope.training import checkpoint
 from headscope.training.config import TrainConfig
 from headscope.training.processes import Processes, joined
 from headscope.training.signals import StopFlag, Stopped, stop_signals
 from headscope.training.tasks import IGNORED, Batch, generator
-from headscope.transformer import Transformer
 
 __all__ = ["HeldOut", "Step", "TrainResult", "train"]
 

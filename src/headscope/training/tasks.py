@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from headscope.transformer import Transformer, TransformerConfig
+from headscope.nn.transformer import Transformer, TransformerConfig
 
 __all__ = ["IGNORED", "TASKS", "Batch", "Task", "generator", "make_task"]
 

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from headscope import layouts
-from headscope.cache import KVCache
-from headscope.linear import Linear, linear
+from headscope.nn import weights as layouts
+from headscope.nn.cache import KVCache
+from headscope.nn.linear import Linear, linear
 from headscope.ops.kernels import fused as kernels
 from headscope.ops.masks import Mask, shifted, sliding_window
 from headscope.ops.matrix import AttentionMatrix

@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from headscope.cache import KVCache
-from headscope.linear import Linear, linear
-from headscope.multihead import MultiHeadAttention
+from headscope.nn.cache import KVCache
+from headscope.nn.linear import Linear, linear
+from headscope.nn.multihead import MultiHeadAttention
 from headscope.ops.masks import Mask, causal
 from headscope.ops.positions import Alibi, Rotary, alibi, alibi_slopes, rotary, sinusoidal
 

@@ -1,0 +1,7 @@
+"""Modules that attend: MultiHeadAttention, its caches, a Transformer built from it, other libraries' weights."""
+
+from headscope.nn.cache import KVCache, SlidingWindowCache
+from headscope.nn.multihead import MultiHeadAttention
+from headscope.nn.transformer import Transformer, TransformerConfig
+
+__all__ = ["KVCache", "MultiHeadAttention", "SlidingWindowCache", "Transformer", "TransformerConfig"]
