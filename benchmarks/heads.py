@@ -23,7 +23,7 @@ from headscope import ablate, edit, head_effects, tokenize
 from headscope.corpus import Batch, Piece, batches
 from headscope.effects import HeadEffects, agreement, next_token_loss
 from headscope.measures import Measure, standard
-from headscope.models import Loaded, load
+from headscope.models.loading import Loaded, load
 from headscope.profiling import measure
 from headscope.relations import count_relations, english
 

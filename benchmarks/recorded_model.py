@@ -27,7 +27,7 @@ def text_ids(length: int) -> torch.Tensor:
     import collections
     import typing
 
-    from headscope.models import load
+    from headscope.models.loading import load
 
     loaded = load("smollm2")
     text = "\n".join(module.__doc__ or "" for module in (argparse, collections, typing))
@@ -70,7 +70,7 @@ def ways(model: Any, ids: torch.Tensor, options: dict[str, int]) -> dict[str, Ca
 
 def one(name: str, length: int, rounds: int) -> None:
     """Measure one way in this process and print it as JSON."""
-    from headscope.models import load
+    from headscope.models.loading import load
 
     model = load("smollm2").model
     ids = text_ids(length)

@@ -25,7 +25,7 @@ from headscope.atlas import HeadAtlas
 from headscope.corpus import Document
 from headscope.errors import AtlasError, TextError
 from headscope.measures import Ratio, standard
-from headscope.models import Loaded
+from headscope.models.loading import Loaded
 from headscope.profiling import measure
 from headscope.relations import Example, Pair, english
 from headscope.relations.treebank import read_conllu
@@ -752,12 +752,12 @@ def test_the_atlas_in_the_package_is_of_the_model_here(name: str, request: pytes
 def test_the_atlas_in_the_package_comes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
-    from headscope import cli, models
+    from headscope import cli
 
     def no_model(name: str) -> None:
         raise AssertionError(f"{name} was loaded")
 
-    monkeypatch.setattr(models, "load", no_model)
+    monkeypatch.setattr("headscope.models.load", no_model)
     monkeypatch.setenv("COLUMNS", "80")
     done = CliRunner().invoke(cli.app, ["heads", "--model", "minilm"])
     assert done.exit_code == 0

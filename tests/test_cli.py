@@ -10,8 +10,9 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from headscope import cli, models, store
+from headscope import cli, models
 from headscope.effects import link_effects
+from headscope.models import store
 from headscope.recording import Recording
 
 TEXT = "The animal didn't cross the street because it was too tired."

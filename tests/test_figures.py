@@ -9,8 +9,8 @@ from matplotlib import image
 from headscope import figures, links, models
 from headscope.errors import HeadscopeError
 from headscope.links import Head
+from headscope.models.tokens import Tokens, tokenize
 from headscope.recording import Recording
-from headscope.tokens import Tokens, tokenize
 
 Run = tuple[Recording, Tokens]
 

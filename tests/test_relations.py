@@ -16,7 +16,8 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 
 from headscope.errors import HeadscopeError
 from headscope.examples import pair_looks
-from headscope.models import Loaded
+from headscope.models.loading import Loaded
+from headscope.models.tokens import tokenize
 from headscope.recording import record
 from headscope.relations import (
     Example,
@@ -32,7 +33,6 @@ from headscope.relations import (
     strongest,
 )
 from headscope.relations.count import questions_of, words_of_tokens
-from headscope.tokens import tokenize
 from tests import tiny
 from tests.sentences import ENGLISH, of, one_a_frame
 

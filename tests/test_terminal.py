@@ -11,8 +11,8 @@ from rich.cells import cell_len
 
 from headscope import links, models, terminal
 from headscope.links import Head
+from headscope.models.tokens import tokenize
 from headscope.monitor import HeadStats
-from headscope.tokens import tokenize
 
 TEXT = "The animal didn't cross the street because it was too tired."
 

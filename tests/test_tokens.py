@@ -14,7 +14,7 @@ from tokenizers import pre_tokenizers as pre
 from transformers import PreTrainedTokenizerFast
 
 from headscope.errors import TextError
-from headscope.tokens import tokenize
+from headscope.models.tokens import tokenize
 
 SENTENCE = "The animal didn't cross the street because it was too tired."
 BYTES = sorted(pre.ByteLevel.alphabet())
@@ -221,7 +221,7 @@ def test_minilm_marks_its_own_special_tokens(minilm) -> None:
 def test_a_long_text_is_quick() -> None:
     program = """
 import time
-from headscope.tokens import tokenize
+from headscope.models.tokens import tokenize
 from test_tokens import whole
 tokenizer, text = whole("red", "blue"), "red blue " * 50_000
 began = time.process_time()

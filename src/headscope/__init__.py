@@ -9,7 +9,8 @@ from headscope.atlas import HeadAtlas
 from headscope.edits import ablate, edit, knock_out, patch
 from headscope.effects import head_effects
 from headscope.errors import HeadscopeError
-from headscope.models import load, pull
+from headscope.models.loading import load, pull
+from headscope.models.tokens import tokenize
 from headscope.monitor import HeadWarning, monitor
 from headscope.nn.cache import KVCache, SlidingWindowCache
 from headscope.nn.multihead import MultiHeadAttention
@@ -17,7 +18,6 @@ from headscope.nn.transformer import Transformer, TransformerConfig
 from headscope.ops import AttentionMatrix, attention, masks, positions, reductions
 from headscope.recording import Recording, record
 from headscope.survey import Plan, profile
-from headscope.tokens import tokenize
 
 __all__ = [
     "AttentionMatrix",

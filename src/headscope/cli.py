@@ -19,9 +19,9 @@ from headscope.files import check_writable
 from headscope.forbid_command import add_forbid
 from headscope.heads_command import add_heads
 from headscope.links import View, ask, head_of, run
+from headscope.models.tokens import Tokens, tokenize
 from headscope.pipe import is_piped, read_pipe
 from headscope.recording import Recording
-from headscope.tokens import Tokens, tokenize
 from headscope.words import label
 
 DEFAULT_MODEL = "smollm2"

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from headscope.errors import HeadscopeError, TextError
-from headscope.models import Loaded
-from headscope.tokens import special_tokens
+from headscope.models.loading import Loaded
+from headscope.models.tokens import special_tokens
 
 __all__ = [
     "Batch",

@@ -13,12 +13,12 @@ from headscope.errors import TextError
 from headscope.links import run as run_tokens
 from headscope.measures import Visibility
 from headscope.measures.strongest import MaxAmong
-from headscope.models import Loaded
+from headscope.models.loading import Loaded
+from headscope.models.tokens import tokenize
 from headscope.profiling import run
 from headscope.relations import Example, count_hits
 from headscope.relations.count import Question, questions_of, words_of_tokens
 from headscope.seam import AttentionCall
-from headscope.tokens import tokenize
 
 __all__ = ["PairLook", "TokenLook", "pair_looks", "token_looks"]
 

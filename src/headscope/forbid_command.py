@@ -12,8 +12,8 @@ import typer
 from headscope import models, terminal, terminal_links
 from headscope.effects import link_effects
 from headscope.errors import TextError
+from headscope.models.tokens import tokenize
 from headscope.output import forbidden_as_data, print_json
-from headscope.tokens import tokenize
 from headscope.words import label
 
 __all__ = ["add_forbid"]

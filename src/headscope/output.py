@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headscope.effects import LinkEffects
 from headscope.links import Link, View
-from headscope.tokens import Word
+from headscope.models.tokens import Word
 from headscope.words import label
 
 __all__ = ["as_data", "forbidden_as_data", "print_json"]

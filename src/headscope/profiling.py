@@ -16,7 +16,7 @@ from headscope.corpus import Batch, Piece, batches
 from headscope.effects import output_sum
 from headscope.errors import is_out_of_memory
 from headscope.measures import Column, Measure, Page, Ratio, Visibility, take
-from headscope.models import Loaded, reader
+from headscope.models.loading import Loaded, reader
 from headscope.ops.masks import Mask
 from headscope.ops.masks.codec import encode
 from headscope.recording import record

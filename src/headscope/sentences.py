@@ -6,7 +6,7 @@ import hashlib
 from typing import Any
 
 from headscope.errors import AtlasError
-from headscope.models import Loaded
+from headscope.models.loading import Loaded
 from headscope.relations import Example, reads
 from headscope.relations.score import LEVEL
 from headscope.statistics import fewest_clusters

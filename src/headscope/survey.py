@@ -22,7 +22,7 @@ from headscope.corpus import Document, Piece
 from headscope.effects import head_effects
 from headscope.errors import AtlasError
 from headscope.measures import Measure, standard
-from headscope.models import Loaded, reader
+from headscope.models.loading import Loaded, reader
 from headscope.parts import Parts, Told
 from headscope.profiling import columns_of, measure
 from headscope.recording import record

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from headscope.links import Link, Rest, View
-from headscope.models import ModelEntry
+from headscope.models.loading import ModelEntry
 from headscope.monitor import HeadStats
 from headscope.words import label
 

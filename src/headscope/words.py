@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from headscope.errors import TextError
+from headscope.models.tokens import Tokens, Word
 from headscope.ops.matrix import AttentionMatrix
-from headscope.tokens import Tokens, Word
 
 __all__ = ["FEW_WORDS", "Positions", "all_words", "chosen_words", "column_of", "label", "rows_of", "word_map"]
 

@@ -1156,7 +1156,7 @@ FAULTS = [
     ),
     Fault(
         "a model in training is profiled",
-        "models.py",
+        "models/loading.py",
         "        if model.training:",
         "        if False:",
         "test_atlas.py::test_a_model_of_ones_own_is_profiled_with_its_tokenizer",

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from headscope.errors import RecordingError
 from headscope.files import whole_file
+from headscope.models.tokens import Tokens, Word
 from headscope.ops.masks.codec import decode, encode
 from headscope.ops.positions import Alibi, alibi
 from headscope.recording.site import Part, SiteCalls
-from headscope.tokens import Tokens, Word
 
 __all__ = ["FORMAT", "VERSION", "Contents", "load", "save"]
 

@@ -19,9 +19,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from headscope import store as _store
 from headscope.errors import ModelNotFound
-from headscope.store import ModelEntry, available, cache_dir, remove
+from headscope.models import store as _store
+from headscope.models.store import ModelEntry, available, cache_dir, remove
 
 __all__ = ["Loaded", "ModelEntry", "available", "cache_dir", "load", "pull", "reader", "remove"]
 
