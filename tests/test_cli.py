@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from headscope import cli, models
 from headscope.effects import link_effects
 from headscope.models import store
-from headscope.recording import Recording
+from headscope.watching.recording import Recording
 
 TEXT = "The animal didn't cross the street because it was too tired."
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from headscope import KVCache, MultiHeadAttention, ablate, edit, knock_out, masks, patch, positions, record
-from headscope.edits import freeze
 from headscope.errors import EditError
+from headscope.watching.edits import freeze
 from tests.tiny import bart, ids, llama, mistral
 
 TEXT = ids(2, 7)

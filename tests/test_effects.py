@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from headscope import ablate, edit, knock_out, record
-from headscope.edits import Edit
 from headscope.effects import (
     HeadEffects,
     agreement,
@@ -23,7 +22,8 @@ from headscope.effects import (
     next_token_loss,
 )
 from headscope.errors import EditError
-from headscope.seam import with_output
+from headscope.watching.edits import Edit
+from headscope.watching.hooks import with_output
 from tests.tiny import VOCABULARY, bart, ids, llama
 
 TEXT = ids(2, 7)

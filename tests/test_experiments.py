@@ -16,8 +16,8 @@ from headscope import cli, experiments
 from headscope.errors import HeadscopeError
 from headscope.experiments import FULL, QUICK, Mean, Outcome, Plan, head_distance, jensen_shannon, mean_of, one_or_many
 from headscope.nn.transformer import Transformer
-from headscope.recording import record
 from headscope.training import TrainConfig, make_task
+from headscope.watching.recording import record
 
 ROOT = Path(__file__).parent.parent
 

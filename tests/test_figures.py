@@ -10,7 +10,7 @@ from headscope import figures, links, models
 from headscope.errors import HeadscopeError
 from headscope.links import Head
 from headscope.models.tokens import Tokens, tokenize
-from headscope.recording import Recording
+from headscope.watching.recording import Recording
 
 Run = tuple[Recording, Tokens]
 

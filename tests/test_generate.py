@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from headscope.edits import ablate, edit, knock_out
-from headscope.recording import Recording, record
+from headscope.watching.edits import ablate, edit, knock_out
+from headscope.watching.recording import Recording, record
 from tests.tiny import bart, ids, llama, mistral
 from tests.zoo.reference import eager_maps
 

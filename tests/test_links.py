@@ -6,7 +6,7 @@ import torch
 from headscope import links, models, words
 from headscope.links import Head
 from headscope.models.tokens import Tokens, tokenize
-from headscope.recording import Recording
+from headscope.watching.recording import Recording
 
 TEXT = "The animal didn't cross the street because it was too tired."
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from headscope import HeadWarning, MultiHeadAttention, Transformer, TransformerConfig, masks, monitor, record
 from headscope.errors import HeadscopeError, NothingSeen
-from headscope.monitor import HeadStats
+from headscope.watching.monitoring import HeadStats
 from tests.options import unchecked
 from tests.tiny import bart, ids, llama
 

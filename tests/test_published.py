@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from headscope import HeadAtlas, Plan, ablate, corpus, edit, profile
-from headscope.edits import knock_out
 from headscope.measures import standard
 from headscope.models.loading import Loaded
 from headscope.profiling import measure
 from headscope.roles import Evidence
+from headscope.watching.edits import knock_out
 from tests.options import one_thread  # noqa: F401  (for the whole module)
 
 Head = tuple[int, int]

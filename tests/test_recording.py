@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from headscope import AttentionMatrix, KVCache, MultiHeadAttention, SlidingWindowCache, attention, masks, positions
 from headscope.errors import NothingSeen, RecordingError
 from headscope.ops.reductions import Entropy, Received
-from headscope.recording import Recording, record
+from headscope.watching.recording import Recording, record
 from tests.tiny import bart, ids, llama
 from tests.zoo.catalog import ZOO
 from tests.zoo.reference import eager_maps
@@ -417,7 +417,7 @@ def test_answers_alone_are_not_saved_as_nothing(tmp_path: Path) -> None:
 
 def test_one_call_of_many_steps_is_asked_without_joining_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading a file asks each call: with a join each, 400 tokens took half a minute."""
-    from headscope.recording.site import SiteCalls
+    from headscope.watching.recording.site import SiteCalls
 
     model = llama()
     with torch.no_grad(), record(model) as recording:

@@ -89,8 +89,8 @@ def test_tokens_and_several_runs_come_back(tmp_path: Path, minilm: Any) -> None:
 
 def test_tensors_stay_on_disk(tmp_path: Path) -> None:
     """Loading 200 MB must not take 200 MB: the file is mapped."""
-    from headscope.recording.run import Run
-    from headscope.recording.site import Part, SiteCalls
+    from headscope.watching.recording.run import Run
+    from headscope.watching.recording.site import Part, SiteCalls
 
     query, key = torch.zeros(1, 4, 100_000, 64), torch.zeros(1, 4, 100_000, 64)
     part = Part(0, 100_000, 0, 100_000, None, None, 0.0, None, None)
@@ -244,7 +244,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("headscope.recording.file.save_file", full)
+    monkeypatch.setattr("headscope.watching.recording.file.save_file", full)
     with pytest.raises(RecordingError, match="No space left"):
         recording.save(old)
     assert old.read_bytes() == before

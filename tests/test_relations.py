@@ -18,7 +18,6 @@ from headscope.errors import HeadscopeError
 from headscope.examples import pair_looks
 from headscope.models.loading import Loaded
 from headscope.models.tokens import tokenize
-from headscope.recording import record
 from headscope.relations import (
     Example,
     Pair,
@@ -33,6 +32,7 @@ from headscope.relations import (
     strongest,
 )
 from headscope.relations.count import questions_of, words_of_tokens
+from headscope.watching.recording import record
 from tests import tiny
 from tests.sentences import ENGLISH, of, one_a_frame
 

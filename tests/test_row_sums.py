@@ -12,8 +12,8 @@ from headscope import AttentionMatrix, MultiHeadAttention, Recording, edit, knoc
 from headscope.ops import matrix
 from headscope.ops.kernels import indexing
 from headscope.ops.kernels.fused import RowSums
-from headscope.seam import AttentionCall
-from headscope.seam.proof import choose_rows
+from headscope.watching.hooks import AttentionCall
+from headscope.watching.hooks.proof import choose_rows
 from tests.reference import FINFO_MIN
 from tests.tiny import bart, ids, llama, mistral
 

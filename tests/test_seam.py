@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import AttentionInterface
 
 from headscope.errors import NothingSeen, ProofError, UnsupportedAttention
-from headscope.recording import record
-from headscope.seam import AttentionCall, watch, watching
+from headscope.watching.hooks import AttentionCall, watch, watches
+from headscope.watching.recording import record
 from tests.reference import FINFO_MIN, weights
 from tests.zoo.catalog import ZOO, first_tensors
 
@@ -710,11 +710,11 @@ def test_a_watch_that_could_not_begin_leaves_nothing_behind(monkeypatch: pytest.
 
     model, inputs = llama()
     with monkeypatch.context() as patched:
-        patched.setattr("headscope.seam.huggingface.install", fail)
+        patched.setattr("headscope.watching.hooks.huggingface.install", fail)
         with pytest.raises(ImportError, match="no AttentionInterface"), record(model):
             model(**inputs)
     assert_untouched(model)
-    assert watching._WATCHES == []
+    assert watches._WATCHES == []
 
 
 def test_inside_the_block_the_functions_are_back_after_the_last_watch_ends() -> None:

@@ -12,7 +12,7 @@ from rich.cells import cell_len
 from headscope import links, models, terminal
 from headscope.links import Head
 from headscope.models.tokens import tokenize
-from headscope.monitor import HeadStats
+from headscope.watching.monitoring import HeadStats
 
 TEXT = "The animal didn't cross the street because it was too tired."
 

@@ -6,18 +6,18 @@ every head of a model everything, over texts, and gives a HeadAtlas.
 """
 
 from headscope.atlas import HeadAtlas
-from headscope.edits import ablate, edit, knock_out, patch
 from headscope.effects import head_effects
 from headscope.errors import HeadscopeError
 from headscope.models.loading import load, pull
 from headscope.models.tokens import tokenize
-from headscope.monitor import HeadWarning, monitor
 from headscope.nn.cache import KVCache, SlidingWindowCache
 from headscope.nn.multihead import MultiHeadAttention
 from headscope.nn.transformer import Transformer, TransformerConfig
 from headscope.ops import AttentionMatrix, attention, masks, positions, reductions
-from headscope.recording import Recording, record
 from headscope.survey import Plan, profile
+from headscope.watching.edits import ablate, edit, knock_out, patch
+from headscope.watching.monitoring import HeadWarning, monitor
+from headscope.watching.recording import Recording, record
 
 __all__ = [
     "AttentionMatrix",

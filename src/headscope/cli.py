@@ -21,7 +21,7 @@ from headscope.heads_command import add_heads
 from headscope.links import View, ask, head_of, run
 from headscope.models.tokens import Tokens, tokenize
 from headscope.pipe import is_piped, read_pipe
-from headscope.recording import Recording
+from headscope.watching.recording import Recording
 from headscope.words import label
 
 DEFAULT_MODEL = "smollm2"

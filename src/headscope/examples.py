@@ -18,7 +18,7 @@ from headscope.models.tokens import tokenize
 from headscope.profiling import run
 from headscope.relations import Example, count_hits
 from headscope.relations.count import Question, questions_of, words_of_tokens
-from headscope.seam import AttentionCall
+from headscope.watching.hooks import AttentionCall
 
 __all__ = ["PairLook", "TokenLook", "pair_looks", "token_looks"]
 

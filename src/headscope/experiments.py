@@ -20,9 +20,9 @@ from torch import Tensor
 from headscope.errors import HeadscopeError
 from headscope.files import whole_file
 from headscope.nn.transformer import Transformer
-from headscope.recording import record
 from headscope.training import TrainConfig, make_task, train
 from headscope.training.tasks import generator
+from headscope.watching.recording import record
 
 __all__ = [
     "FULL",

@@ -21,7 +21,7 @@ from headscope.files import whole_file
 from headscope.links import Head
 from headscope.models.tokens import Tokens
 from headscope.ops.matrix import AttentionMatrix
-from headscope.recording import Recording
+from headscope.watching.recording import Recording
 from headscope.words import FEW_WORDS, label, word_map
 
 __all__ = ["EXTENSIONS", "Drawn", "check_extension", "head_map", "thumbnails"]

@@ -19,9 +19,9 @@ from headscope.measures import Column, Measure, Page, Ratio, Visibility, take
 from headscope.models.loading import Loaded, reader
 from headscope.ops.masks import Mask
 from headscope.ops.masks.codec import encode
-from headscope.recording import record
-from headscope.seam import AttentionCall
 from headscope.sums import Sums, weights_of
+from headscope.watching.hooks import AttentionCall
+from headscope.watching.recording import record
 
 __all__ = ["Measured", "columns_of", "measure", "output_weight", "run"]
 

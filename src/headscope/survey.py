@@ -25,11 +25,11 @@ from headscope.measures import Measure, standard
 from headscope.models.loading import Loaded, reader
 from headscope.parts import Parts, Told
 from headscope.profiling import columns_of, measure
-from headscope.recording import record
 from headscope.relations import Example, count_relations
-from headscope.seam import AttentionCall
 from headscope.sentences import collections_of, notes_on, readable
 from headscope.training.processes import processes
+from headscope.watching.hooks import AttentionCall
+from headscope.watching.recording import record
 
 __all__ = ["Plan", "head_counts", "profile", "weights_hash"]
 

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from headscope.links import Link, Rest, View
 from headscope.models.loading import ModelEntry
-from headscope.monitor import HeadStats
+from headscope.watching.monitoring import HeadStats
 from headscope.words import label
 
 __all__ = [

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import logging
 
 from headscope.errors import HeadscopeError, NothingSeen, ProofError, UnsupportedAttention
-from headscope.recording import Recording, record
+from headscope.watching.recording import Recording, record
 from tests.zoo.catalog import ZOO, first_tensors
 from tests.zoo.check import TimeIsUp, time_limit
 from tests.zoo.reference import EagerCall, eager_calls

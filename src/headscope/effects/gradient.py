@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headscope.edits import Edit, edit
 from headscope.effects.answers import Metric, ask, checked
-from headscope.recording import Place
-from headscope.seam import AttentionCall, with_output
+from headscope.watching.edits import Edit, edit
+from headscope.watching.hooks import AttentionCall, with_output
+from headscope.watching.recording import Place
 
 __all__ = ["gate_gradients"]
 

@@ -13,7 +13,7 @@ from headscope.effects.gradient import gate_gradients
 from headscope.effects.rows import Change, Rows, Site, Survey, Target, survey
 from headscope.effects.table import HeadEffects
 from headscope.errors import EditError, is_out_of_memory
-from headscope.seam import AttentionCall
+from headscope.watching.hooks import AttentionCall
 
 __all__ = ["head_effects"]
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from headscope.edits import KnockOut, edit, knock_out
 from headscope.effects.answers import ask, options
 from headscope.effects.rows import Rows, Target, survey
 from headscope.errors import EditError
-from headscope.recording import Layers, Place
-from headscope.seam import AttentionCall
+from headscope.watching.edits import KnockOut, edit, knock_out
+from headscope.watching.hooks import AttentionCall
+from headscope.watching.recording import Layers, Place
 
 __all__ = ["LinkEffect", "LinkEffects", "TokenChange", "link_effect", "link_effects"]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from headscope.effects.answers import ask, options
 from headscope.errors import EditError
-from headscope.seam import AttentionCall, Forward, invisible, watch
+from headscope.watching.hooks import AttentionCall, Forward, invisible, watch
 
 __all__ = ["head_means", "head_sums", "output_sum"]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from headscope.effects.answers import ask, options
 from headscope.errors import EditError, HeadscopeError, is_out_of_memory
-from headscope.seam import AttentionCall, Forward, invisible, watch, with_output
+from headscope.watching.hooks import AttentionCall, Forward, invisible, watch, with_output
 
 __all__ = ["Change", "Rows", "Site", "Survey", "Target", "survey"]
 

@@ -14,11 +14,11 @@ from headscope.errors import HeadscopeError, TextError, is_out_of_memory
 from headscope.models.loading import Loaded, reader
 from headscope.models.tokens import Tokens, tokenize
 from headscope.ops.reductions import Pool
-from headscope.recording import record
 from headscope.relations.counts import RelationCounts, direction_of
 from headscope.relations.hits import count_blind, count_controls, count_hits, numbered, strongest
 from headscope.relations.pairs import Example
-from headscope.seam import AttentionCall
+from headscope.watching.hooks import AttentionCall
+from headscope.watching.recording import record
 
 __all__ = ["Question", "count_relations", "questions_of", "reads", "words_of_tokens"]
 

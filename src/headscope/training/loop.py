@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from headscope.errors import HeadscopeError
-from headscope.monitor import HeadStats, Monitor, monitor
 from headscope.nn.transformer import Transformer
 from headscope.training import checkpoint
 from headscope.training.config import TrainConfig
 from headscope.training.processes import Processes, joined
 from headscope.training.signals import StopFlag, Stopped, stop_signals
 from headscope.training.tasks import IGNORED, Batch, generator
+from headscope.watching.monitoring import HeadStats, Monitor, monitor
 
 __all__ = ["HeldOut", "Step", "TrainResult", "train"]
 
@@ -111,7 +111,7 @@ def train(
         config: What is learnt, and how.
         folder: Where checkpoints go; None: nowhere.
         save_every: Steps between them.
-        watch_every: Steps between looks at the heads, see :func:`headscope.monitor`.
+        watch_every: Steps between looks at the heads, see :func:`headscope.watching.monitoring`.
         device: "auto", "cpu" or "cuda".
         on_step: Told of each step, in the main process.
         on_note: Told of things to know, in the main process: a damaged checkpoint, a head that needs a look. Without

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from headscope.recording.keys import follows, without_blank_cache
-from headscope.seam import AttentionCall, Forward, invisible
+from headscope.watching.hooks import AttentionCall, Forward, invisible
+from headscope.watching.recording.continuation import follows, without_blank_cache
 
 __all__ = ["Place", "Tracker"]
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from headscope.errors import NothingSeen, RecordingError
 from headscope.ops.matrix import AttentionMatrix
 from headscope.ops.reductions import Reduction, check_reductions
-from headscope.recording.file import Contents, load, save
-from headscope.recording.run import Answer, Call, Layers, Run, Site, layers_of
-from headscope.recording.site import Captured, SiteCalls, capture
-from headscope.seam import AttentionCall, Forward, invisible, watch
+from headscope.watching.hooks import AttentionCall, Forward, invisible, watch
+from headscope.watching.recording.file import Contents, load, save
+from headscope.watching.recording.run import Answer, Call, Layers, Run, Site, layers_of
+from headscope.watching.recording.site import Captured, SiteCalls, capture
 
 __all__ = ["Answer", "Call", "Recording", "Run", "Site", "record"]
 

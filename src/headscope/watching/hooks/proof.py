@@ -12,7 +12,7 @@ from torch import Tensor
 from headscope.errors import ProofError
 from headscope.ops.kernels.fused import by_strips, weighted
 from headscope.ops.scores import Scores
-from headscope.seam.call import Output
+from headscope.watching.hooks.call import Output
 
 __all__ = ["TOLERANCE", "Proved", "prove"]
 

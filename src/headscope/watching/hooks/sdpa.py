@@ -15,9 +15,9 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from headscope.ops.kernels.fused import RowSums, row_sums
 from headscope.ops.masks import causal, padding, window
 from headscope.ops.scores import Scores, make_scores
-from headscope.seam.call import Output
-from headscope.seam.inputs import Read, combine, read_mask
-from headscope.seam.watching import Forward, active, autocast_operands, cached, inside, seen, unnoticed
+from headscope.watching.hooks.call import Output
+from headscope.watching.hooks.mask_formats import Read, combine, read_mask
+from headscope.watching.hooks.watches import Forward, active, autocast_operands, cached, inside, seen, unnoticed
 
 __all__ = ["SdpaMode", "enter", "leave", "resumed", "suspended"]
 

@@ -16,15 +16,15 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from headscope.seam import huggingface, own, sdpa, torch_nn, watching
-from headscope.seam.call import AttentionCall, Output, matrix_of
-from headscope.seam.watching import Forward, Watch, invisible, with_output
+from headscope.watching.hooks import huggingface, ours, sdpa, torch_nn, watches
+from headscope.watching.hooks.call import AttentionCall, Output, matrix_of
+from headscope.watching.hooks.watches import Forward, Watch, invisible, with_output
 
 __all__ = ["AttentionCall", "Forward", "Output", "Watch", "invisible", "matrix_of", "watch", "with_output"]
 
 _lock = threading.Lock()
-watching._ON_ENTER[:] = [sdpa.enter]
-watching._ON_LEAVE[:] = [sdpa.leave]
+watches._ON_ENTER[:] = [sdpa.enter]
+watches._ON_LEAVE[:] = [sdpa.leave]
 
 
 @contextmanager
@@ -59,17 +59,17 @@ def watch(
     watcher = Watch(model, on_call, edit, on_end)
     try:
         with _lock:
-            watching._WATCHES.append(watcher)
+            watches._WATCHES.append(watcher)
             watcher.attach()
             huggingface.install()
             torch_nn.install(model)
-            own.install()
+            ours.install()
         yield watcher
     finally:
         with _lock:
             watcher.detach()
-            watching._WATCHES.remove(watcher)
-            if not watching._WATCHES:
+            watches._WATCHES.remove(watcher)
+            if not watches._WATCHES:
                 huggingface.remove()
                 torch_nn.remove()
-                own.remove()
+                ours.remove()

@@ -13,8 +13,8 @@ from headscope.ops.masks import Mask, Step, causal, compact, stacked
 from headscope.ops.matrix import AttentionMatrix
 from headscope.ops.positions import Alibi
 from headscope.ops.scores import Scores, make_scores
-from headscope.recording.keys import follows, same, without_blank_cache
-from headscope.seam import AttentionCall, matrix_of
+from headscope.watching.hooks import AttentionCall, matrix_of
+from headscope.watching.recording.continuation import follows, same, without_blank_cache
 
 __all__ = ["Captured", "Part", "SiteCalls", "capture"]
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from headscope.ops.kernels import fused as kernels
 from headscope.ops.scores import Scores
-from headscope.seam.sdpa import direct
-from headscope.seam.watching import active, inside, running, seen, unnoticed
+from headscope.watching.hooks.sdpa import direct
+from headscope.watching.hooks.watches import active, inside, running, seen, unnoticed
 
 __all__ = ["install", "remove"]
 

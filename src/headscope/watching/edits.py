@@ -20,8 +20,8 @@ from headscope.ops.kernels import fused as kernels
 from headscope.ops.masks import Mask
 from headscope.ops.positions import Alibi
 from headscope.ops.scores import Scores, make_scores
-from headscope.recording import Layers, Place, Recording, Tracker, layers_of
-from headscope.seam import AttentionCall, Forward, watch, with_output
+from headscope.watching.hooks import AttentionCall, Forward, watch, with_output
+from headscope.watching.recording import Layers, Place, Recording, Tracker, layers_of
 
 __all__ = ["Ablate", "Edit", "Freeze", "KnockOut", "Patch", "ablate", "edit", "freeze", "knock_out", "patch"]
 

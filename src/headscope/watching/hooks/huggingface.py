@@ -15,10 +15,10 @@ from headscope.errors import UnsupportedAttention
 from headscope.ops.kernels.fused import RowSums, row_sums
 from headscope.ops.masks import causal
 from headscope.ops.scores import Scores, make_scores
-from headscope.seam.call import Output
-from headscope.seam.inputs import Read, combine, read_mask
-from headscope.seam.sdpa import causal_from_the_top
-from headscope.seam.watching import Forward, active, autocast_operands, cached, inside, seen, unnoticed
+from headscope.watching.hooks.call import Output
+from headscope.watching.hooks.mask_formats import Read, combine, read_mask
+from headscope.watching.hooks.sdpa import causal_from_the_top
+from headscope.watching.hooks.watches import Forward, active, autocast_operands, cached, inside, seen, unnoticed
 
 __all__ = ["install", "remove"]
 

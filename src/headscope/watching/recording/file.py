@@ -21,7 +21,7 @@ from headscope.files import whole_file
 from headscope.models.tokens import Tokens, Word
 from headscope.ops.masks.codec import decode, encode
 from headscope.ops.positions import Alibi, alibi
-from headscope.recording.site import Part, SiteCalls
+from headscope.watching.recording.site import Part, SiteCalls
 
 __all__ = ["FORMAT", "VERSION", "Contents", "load", "save"]
 

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from headscope.errors import EditError, UnsupportedAttention
 from headscope.ops.scores import Scores
-from headscope.seam.call import AttentionCall, Output
-from headscope.seam.proof import Proved, prove
+from headscope.watching.hooks.call import AttentionCall, Output
+from headscope.watching.hooks.proof import Proved, prove
 
 __all__ = ["Forward", "Watch", "active", "inside", "invisible", "running", "seen", "unnoticed"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headscope.errors import RecordingError
 from headscope.ops.matrix import AttentionMatrix
-from headscope.recording.site import Captured, SiteCalls
+from headscope.watching.recording.site import Captured, SiteCalls
 
 __all__ = ["Answer", "Call", "Layers", "Run", "Site", "layers_of"]
 

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from headscope.errors import UnsupportedAttention
 from headscope.ops.masks import padding
 from headscope.ops.scores import Scores, make_scores
-from headscope.seam.call import AttentionCall, Output
-from headscope.seam.inputs import Read, combine, read_mask
-from headscope.seam.sdpa import causal_from_the_top, resumed, suspended
-from headscope.seam.watching import (
+from headscope.watching.hooks.call import AttentionCall, Output
+from headscope.watching.hooks.mask_formats import Read, combine, read_mask
+from headscope.watching.hooks.sdpa import causal_from_the_top, resumed, suspended
+from headscope.watching.hooks.watches import (
     Forward,
     active,
     autocast_operands,

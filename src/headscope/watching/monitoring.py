@@ -16,7 +16,7 @@ from headscope.errors import HeadscopeError, NothingSeen
 from headscope.ops.reductions import Block, Entropy, Groups, Reduction
 from headscope.ops.reductions.reduction import Shape
 from headscope.ops.scores import Scores
-from headscope.seam import AttentionCall, Forward, invisible, matrix_of, watch
+from headscope.watching.hooks import AttentionCall, Forward, invisible, matrix_of, watch
 
 __all__ = ["HeadStats", "HeadWarning", "Monitor", "monitor"]
 
@@ -221,7 +221,7 @@ def monitor(
     Example:
         >>> import torch, headscope
         >>> layer = headscope.MultiHeadAttention(16, 4)
-        >>> watch = headscope.monitor(layer, every=2)
+        >>> watch = headscope.watching.monitoring(layer, every=2)
         >>> for x in torch.randn(5, 3, 7, 16):
         ...     with watch:
         ...         loss = layer(x).square().mean()
