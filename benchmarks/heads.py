@@ -20,12 +20,12 @@ from recorded_model import text_ids
 from torch import Tensor
 
 from headscope import ablate, edit, head_effects, tokenize
-from headscope.corpus import Batch, Piece, batches
-from headscope.effects import HeadEffects, agreement, next_token_loss
-from headscope.measures import Measure, standard
+from headscope.heads.atlas.measuring import measure
+from headscope.heads.corpus import Batch, Piece, batches
+from headscope.heads.effects import HeadEffects, agreement, next_token_loss
+from headscope.heads.measures import Measure, standard
+from headscope.heads.relations import count_relations, english
 from headscope.models.loading import Loaded, load
-from headscope.profiling import measure
-from headscope.relations import count_relations, english
 
 OURS, EAGER, RELATIONS = "all measures, streaming", "all measures, from eager maps", "relations of 96 sentences"
 EFFECTS, GRADIENT = "effects", "gradient importance"

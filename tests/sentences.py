@@ -1,6 +1,6 @@
 """The shipped sentences, for the tests of frames and of what is counted on them."""
 
-from headscope.relations import Example, chinese, english
+from headscope.heads.relations import Example, chinese, english
 
 ENGLISH, CHINESE = english(), chinese()
 FRAMES = ENGLISH + CHINESE

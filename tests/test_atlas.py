@@ -20,17 +20,20 @@ from tokenizers import models as token_models
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from headscope import atlas_figures, atlas_file, cli, corpus, heads_command, roles, survey
-from headscope.atlas import HeadAtlas
-from headscope.corpus import Document
+from headscope import atlas_figures, cli, heads_command
 from headscope.errors import AtlasError, TextError
-from headscope.measures import Ratio, standard
+from headscope.heads import corpus, roles
+from headscope.heads.atlas import file as atlas_file
+from headscope.heads.atlas import profiler as survey
+from headscope.heads.atlas.atlas import HeadAtlas
+from headscope.heads.atlas.measuring import measure
+from headscope.heads.atlas.profiler import Plan, profile
+from headscope.heads.corpus import Document
+from headscope.heads.measures import Ratio, standard
+from headscope.heads.measures.sums import Sums
+from headscope.heads.relations import Example, Pair, english
+from headscope.heads.relations.sentences.treebank import read_conllu
 from headscope.models.loading import Loaded
-from headscope.profiling import measure
-from headscope.relations import Example, Pair, english
-from headscope.relations.treebank import read_conllu
-from headscope.sums import Sums
-from headscope.survey import Plan, profile
 from tests import tiny
 from tests.options import one_thread  # noqa: F401  (for the whole module)
 
@@ -121,7 +124,7 @@ def test_many_texts_at_once_give_what_each_gives_alone(decoder: Loaded) -> None:
 
 
 def test_out_of_memory_means_smaller_batches(decoder: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    from headscope import profiling
+    from headscope.heads.atlas import measuring as profiling
 
     pieces = [p for d in documents() for p in corpus.cut(decoder, d, 0, length=24)]
     inner = profiling._measure_batch
@@ -535,7 +538,7 @@ def test_delimiters_that_are_sinks_are_no_text(decoder: Loaded) -> None:
 
 
 def test_a_language_that_the_model_does_not_read_is_said(decoder: Loaded) -> None:
-    from headscope.relations import chinese
+    from headscope.heads.relations import chinese
 
     found = profile(
         decoder, texts=documents("owl"), relations={"Chinese frames": chinese()}, plan=Plan(repeats=0, worth=0)
@@ -548,7 +551,7 @@ def test_a_language_that_the_model_does_not_read_is_said(decoder: Loaded) -> Non
 def test_a_model_that_reads_chinese_is_profiled_in_chinese() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from headscope.relations import chinese
+    from headscope.heads.relations import chinese
 
     known = sorted({character for example in chinese() for character in example.text})
     inner = Tokenizer(token_models.WordLevel({"<s>": 0, "?": 1} | {c: i + 2 for i, c in enumerate(known)}, "?"))
@@ -598,7 +601,7 @@ def test_a_folder_of_the_papers_kinds_and_a_treebank(kind: str, tmp_path: Path) 
     from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
     from headscope import models
-    from headscope.relations.treebank import read_conllu
+    from headscope.heads.relations.sentences.treebank import read_conllu
 
     torch.manual_seed(0)
     sizes = {"vocab_size": tiny.VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
@@ -735,7 +738,7 @@ def test_the_command_shows_saves_and_draws(folder: Path, tmp_path: Path, monkeyp
 def test_the_atlas_in_the_package_is_of_the_model_here(name: str, request: pytest.FixtureRequest) -> None:
     from importlib import resources
 
-    from headscope.survey import weights_hash
+    from headscope.heads.atlas.profiler import weights_hash
 
     loaded = request.getfixturevalue(name)
     with resources.as_file(resources.files("headscope") / "atlases" / f"{name}.parquet") as path:

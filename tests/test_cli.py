@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from headscope import cli, models
-from headscope.effects import link_effects
+from headscope.heads.effects import link_effects
 from headscope.models import store
 from headscope.watching.recording import Recording
 

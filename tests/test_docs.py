@@ -109,10 +109,10 @@ def test_examples_in_docstrings(name: str) -> None:
 
 
 def test_every_measure_and_role_is_on_its_page() -> None:
-    from headscope.measures import standard
-    from headscope.profiling import columns_of
-    from headscope.relations import RELATIONS
-    from headscope.roles import ROLES
+    from headscope.heads.atlas.measuring import columns_of
+    from headscope.heads.measures import standard
+    from headscope.heads.relations import RELATIONS
+    from headscope.heads.roles import ROLES
 
     page = (ROOT / "docs" / "heads.md").read_text("utf-8")
     plain = {re.sub(r"[+-]\d+", "", column.name.removesuffix("_raw")) for column in columns_of(standard())}

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from headscope import ablate, edit, knock_out, record
-from headscope.effects import (
+from headscope.errors import EditError
+from headscope.heads.effects import (
     HeadEffects,
     agreement,
     head_effects,
@@ -21,7 +22,6 @@ from headscope.effects import (
     link_effects,
     next_token_loss,
 )
-from headscope.errors import EditError
 from headscope.watching.edits import Edit
 from headscope.watching.hooks import with_output
 from tests.tiny import VOCABULARY, bart, ids, llama
@@ -304,7 +304,7 @@ def test_the_gradient_in_parts_is_the_same_and_parameters_keep_theirs() -> None:
 
 
 def test_the_gradient_goes_on_with_fewer_texts_where_memory_does_not_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
-    from headscope.effects import heads as module
+    from headscope.heads.effects import ablation as module
 
     inner = module.gate_gradients
 

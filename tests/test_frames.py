@@ -8,16 +8,16 @@ from itertools import pairwise
 
 import pytest
 
-from headscope.relations import (
+from headscope.heads.relations import (
     RELATIONS,
     Example,
     chinese,
     english,
 )
-from headscope.relations.chinese import FUNCTION_WORDS as CHINESE_FUNCTION
-from headscope.relations.english_words import FUNCTION_WORDS as ENGLISH_FUNCTION
-from headscope.relations.english_words import LISTS
-from headscope.relations.frames import combine, fill, place
+from headscope.heads.relations.sentences.chinese import FUNCTION_WORDS as CHINESE_FUNCTION
+from headscope.heads.relations.sentences.english_words import FUNCTION_WORDS as ENGLISH_FUNCTION
+from headscope.heads.relations.sentences.english_words import LISTS
+from headscope.heads.relations.sentences.frames import combine, fill, place
 from tests.sentences import CHINESE, ENGLISH, FRAMES, of
 
 

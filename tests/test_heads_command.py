@@ -14,11 +14,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from headscope import cli, heads_command, terminal_heads
-from headscope.atlas import HeadAtlas
 from headscope.errors import AtlasError, TextError
-from headscope.parts import Parts
+from headscope.heads.atlas.atlas import HeadAtlas
+from headscope.heads.atlas.profiler import Plan, profile
+from headscope.heads.atlas.shards import Parts
 from headscope.pipe import read_pipe
-from headscope.survey import Plan, profile
 from tests.options import one_thread  # noqa: F401  (for the whole module)
 from tests.test_atlas import atlas, command, decoder, documents, few, folder, run  # noqa: F401  (fixtures among them)
 
@@ -117,7 +117,7 @@ def test_a_disk_that_is_full_is_said(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("headscope.parts.save_file", full)
+    monkeypatch.setattr("headscope.heads.atlas.shards.save_file", full)
     with pytest.raises(AtlasError, match=r"Cannot write .*texts-0.safetensors: No space left on device"):
         list(parts.run({"texts-0": lambda: atlas}, 0))
 

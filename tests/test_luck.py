@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from headscope.relations import (
+from headscope.heads.relations import (
     Example,
     RelationCounts,
     RelationScore,
@@ -19,11 +19,11 @@ from headscope.relations import (
     scores,
     strongest,
 )
-from headscope.relations.count import questions_of
-from headscope.relations.counts import direction_of
-from headscope.relations.english_words import LISTS
-from headscope.relations.hits import numbered
-from headscope.relations.score import LEAD, LEVEL
+from headscope.heads.relations.counts import direction_of
+from headscope.heads.relations.evaluate import questions_of
+from headscope.heads.relations.hits import numbered
+from headscope.heads.relations.score import LEAD, LEVEL
+from headscope.heads.relations.sentences.english_words import LISTS
 from tests.sentences import CHINESE, ENGLISH, one_a_frame
 
 FAVOURITES = 3

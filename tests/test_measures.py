@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from headscope import AttentionMatrix, masks
-from headscope.corpus import Batch, Piece, batches
-from headscope.measures import Column, Measure, Page, Ratio, Visibility, standard, take
-from headscope.measures.products import Distance
+from headscope.heads.atlas.measuring import _rule, columns_of
+from headscope.heads.corpus import Batch, Piece, batches
+from headscope.heads.measures import Column, Measure, Page, Ratio, Visibility, standard, take
+from headscope.heads.measures.products import Distance
+from headscope.heads.measures.sums import Sums, document_weights, weights_of
+from headscope.heads.roles import ROLES, find_roles
 from headscope.ops.kernels import tiles as strips
 from headscope.ops.reductions import Block, Reduction
-from headscope.profiling import _rule, columns_of
-from headscope.roles import ROLES, find_roles
-from headscope.sums import Sums, document_weights, weights_of
 from tests.options import one_thread  # noqa: F401  (for the whole module)
 
 HEADS, SIZE = 6, 5

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from headscope import AttentionMatrix, attention, masks
-from headscope.measures.products import Distance, Product, Together
-from headscope.measures.strongest import Strongest
+from headscope.heads.measures.products import Distance, Product, Together
+from headscope.heads.measures.strongest import Strongest
 from headscope.ops.reductions import Entropy, Groups, Mass, Max, Offsets, Pool, Received, TopK, TransposedProduct
 
 HEADS, LENGTH, SIZE = 8, 4096, 16

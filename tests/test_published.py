@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from headscope import HeadAtlas, Plan, ablate, corpus, edit, profile
-from headscope.measures import standard
+from headscope import HeadAtlas, Plan, ablate, edit, profile
+from headscope.heads import corpus
+from headscope.heads.atlas.measuring import measure
+from headscope.heads.measures import standard
+from headscope.heads.roles import Evidence
 from headscope.models.loading import Loaded
-from headscope.profiling import measure
-from headscope.roles import Evidence
 from headscope.watching.edits import knock_out
 from tests.options import one_thread  # noqa: F401  (for the whole module)
 

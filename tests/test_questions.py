@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from headscope import AttentionMatrix, masks
-from headscope.measures import products as measure_products
-from headscope.measures.products import Distance, Product, Together
-from headscope.measures.strongest import Strongest
+from headscope.heads.measures import products as measure_products
+from headscope.heads.measures.products import Distance, Product, Together
+from headscope.heads.measures.strongest import Strongest
 from headscope.ops.kernels import tiles as strips
 from headscope.ops.masks import Mask
 from headscope.ops.reductions import Block, Entropy, Max, Offsets, Reduction

@@ -15,23 +15,23 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from headscope.errors import HeadscopeError
-from headscope.examples import pair_looks
-from headscope.models.loading import Loaded
-from headscope.models.tokens import tokenize
-from headscope.relations import (
+from headscope.heads.examples import pair_looks
+from headscope.heads.relations import (
     Example,
     Pair,
     RelationCounts,
     best_heads,
-    count,
     count_controls,
     count_hits,
     count_relations,
+    evaluate,
     reads,
     scores,
     strongest,
 )
-from headscope.relations.count import questions_of, words_of_tokens
+from headscope.heads.relations.evaluate import questions_of, words_of_tokens
+from headscope.models.loading import Loaded
+from headscope.models.tokens import tokenize
 from headscope.watching.recording import record
 from tests import tiny
 from tests.sentences import ENGLISH, of, one_a_frame
@@ -175,14 +175,14 @@ def test_padding_and_batches_change_nothing(letters: Loaded, counted: RelationCo
 def test_where_memory_does_not_suffice_batches_are_halved_and_it_is_said(
     letters: Loaded, counted: RelationCounts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, notes, done = count._count_batch, list[str](), list[int]()
+    whole, notes, done = evaluate._count_batch, list[str](), list[int]()
 
     def small(loaded: Loaded, batch: list[Any]) -> RelationCounts:
         if len(batch) > 2:
             torch.empty(1 << 60)  # as it fails on a CPU
         return whole(loaded, batch)
 
-    monkeypatch.setattr(count, "_count_batch", small)
+    monkeypatch.setattr(evaluate, "_count_batch", small)
     found = count_relations(letters, SOME, on_note=notes.append, on_batch=lambda now, of: done.append(now))
     assert same(found, counted)
     assert done == sorted(done)
@@ -193,7 +193,7 @@ def test_where_memory_does_not_suffice_batches_are_halved_and_it_is_said(
     def never(loaded: Loaded, batch: list[Any]) -> RelationCounts:
         raise MemoryError
 
-    monkeypatch.setattr(count, "_count_batch", never)
+    monkeypatch.setattr(evaluate, "_count_batch", never)
     with pytest.raises(MemoryError):
         count_relations(letters, SOME)
 
@@ -229,7 +229,7 @@ def test_a_long_text_is_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     for start in range(0, 316, 100):
         parts.merge(count_relations(model, [example(e.text, *pairs[start : start + 100])]))
     assert same(whole, parts)
-    monkeypatch.setattr(count, "_ROWS_AT_ONCE", 1000)
+    monkeypatch.setattr(evaluate, "_ROWS_AT_ONCE", 1000)
     assert same(whole, count_relations(model, [e]))
 
 

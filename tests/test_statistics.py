@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from headscope.statistics import cluster_bootstrap, cluster_score_test, holm
+from headscope.heads.statistics import cluster_bootstrap, cluster_score_test, holm
 
 
 def test_holm_as_worked_out_by_hand() -> None:

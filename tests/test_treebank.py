@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from headscope.errors import TreebankError
-from headscope.relations.pairs import Example
-from headscope.relations.treebank import read_conllu
+from headscope.heads.relations.sentences.pairs import Example
+from headscope.heads.relations.sentences.treebank import read_conllu
 
 EWT = Path(__file__).parent.parent.parent / "shared" / "data" / "en_ewt-ud-dev.conllu"
 

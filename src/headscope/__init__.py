@@ -5,16 +5,16 @@ site is an AttentionMatrix that is never built and answers questions; edits chan
 every head of a model everything, over texts, and gives a HeadAtlas.
 """
 
-from headscope.atlas import HeadAtlas
-from headscope.effects import head_effects
 from headscope.errors import HeadscopeError
+from headscope.heads.atlas.atlas import HeadAtlas
+from headscope.heads.atlas.profiler import Plan, profile
+from headscope.heads.effects import head_effects
 from headscope.models.loading import load, pull
 from headscope.models.tokens import tokenize
 from headscope.nn.cache import KVCache, SlidingWindowCache
 from headscope.nn.multihead import MultiHeadAttention
 from headscope.nn.transformer import Transformer, TransformerConfig
 from headscope.ops import AttentionMatrix, attention, masks, positions, reductions
-from headscope.survey import Plan, profile
 from headscope.watching.edits import ablate, edit, knock_out, patch
 from headscope.watching.monitoring import HeadWarning, monitor
 from headscope.watching.recording import Recording, record

@@ -10,8 +10,8 @@ import torch
 import typer
 
 from headscope import models, terminal, terminal_links
-from headscope.effects import link_effects
 from headscope.errors import TextError
+from headscope.heads.effects import link_effects
 from headscope.models.tokens import tokenize
 from headscope.output import forbidden_as_data, print_json
 from headscope.words import label

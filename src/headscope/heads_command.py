@@ -16,17 +16,18 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from headscope import corpus, models, terminal, terminal_heads
-from headscope.atlas import HeadAtlas
+from headscope import models, terminal, terminal_heads
 from headscope.errors import AtlasError, HeadscopeError, TextError, TreebankError
 from headscope.files import check_writable
+from headscope.heads import corpus
+from headscope.heads.atlas.atlas import HeadAtlas
+from headscope.heads.atlas.measuring import columns_of
+from headscope.heads.atlas.profiler import Plan, head_counts, profile, weights_hash
+from headscope.heads.measures import standard
+from headscope.heads.relations import Example
+from headscope.heads.relations.counts import direction_of, with_arrow
 from headscope.links import split_head
-from headscope.measures import standard
 from headscope.pipe import read_pipe
-from headscope.profiling import columns_of
-from headscope.relations import Example
-from headscope.relations.counts import direction_of, with_arrow
-from headscope.survey import Plan, head_counts, profile, weights_hash
 from headscope.training.processes import processes, rank
 
 __all__ = ["add_heads"]
@@ -231,7 +232,7 @@ def _held(model: str, given: Path | None, asked: list[str]) -> HeadAtlas | None:
         return HeadAtlas.load(given)
     if asked:
         return None
-    inside = resources.files("headscope") / "atlases" / f"{model}.parquet"
+    inside = resources.files("headscope.heads.atlas") / "shipped" / f"{model}.parquet"
     if not re.fullmatch(r"[\w-]+", model) or not inside.is_file():
         return None
     with resources.as_file(inside) as path:
@@ -240,7 +241,7 @@ def _held(model: str, given: Path | None, asked: list[str]) -> HeadAtlas | None:
 
 def _measure(given: _Given, plan: Plan) -> tuple[HeadAtlas, Sequence[corpus.Document]]:
     """Profile the model; with several processes each does its share. Gives the texts, too."""
-    from headscope.relations.treebank import read_conllu
+    from headscope.heads.relations.sentences.treebank import read_conllu
 
     texts, out = given.texts, given.out
     _check_names([*texts, *given.treebanks])
@@ -317,14 +318,14 @@ def _one_head(atlas: HeadAtlas, head: str, model: str, documents: Sequence[corpu
 
 def _frames() -> dict[str, list[Example]]:
     """The sentences that come with the package."""
-    from headscope.relations import chinese, english
+    from headscope.heads.relations import chinese, english
 
     return {"English frames": english(), "Chinese frames": chinese()}
 
 
 def _examples(atlas: HeadAtlas, loaded: models.Loaded, layer: int, head: int, given: Sequence[corpus.Document]) -> None:
     """Examples from the texts and sentences that the atlas was made of, as far as they are still here."""
-    from headscope.examples import pair_looks, token_looks
+    from headscope.heads.examples import pair_looks, token_looks
 
     with terminal.running("reading examples") as _:
         documents = list(islice(_texts_of(atlas, given), 4))
@@ -354,7 +355,7 @@ def _texts_of(atlas: HeadAtlas, given: Sequence[corpus.Document]) -> Iterator[co
 
 def _sentences_of(atlas: HeadAtlas) -> list[Example]:
     """The sentences of the atlas' collections; of treebanks, those whose files are still here."""
-    from headscope.relations.treebank import read_conllu
+    from headscope.heads.relations.sentences.treebank import read_conllu
 
     frames = _frames()
     found: list[Example] = []

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from headscope.effects import LinkEffects
+from headscope.heads.effects import LinkEffects
 from headscope.links import Link, View
 from headscope.models.tokens import Word
 from headscope.words import label

@@ -10,11 +10,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from headscope.atlas import HeadAtlas
-from headscope.examples import PairLook, TokenLook
-from headscope.relations.counts import with_arrow
-from headscope.relations.score import RelationScore
-from headscope.roles import ROLES, Evidence
+from headscope.heads.atlas.atlas import HeadAtlas
+from headscope.heads.examples import PairLook, TokenLook
+from headscope.heads.relations.counts import with_arrow
+from headscope.heads.relations.score import RelationScore
+from headscope.heads.roles import ROLES, Evidence
 from headscope.terminal import print_renderable, width
 
 __all__ = ["print_atlas", "print_examples", "print_head", "print_pairs"]

@@ -6,7 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from headscope.effects import LinkEffects
+from headscope.heads.effects import LinkEffects
 from headscope.terminal import print_renderable
 
 __all__ = ["print_forbidden"]

@@ -1,0 +1,198 @@
+"""Run a model over texts and take every measure of every head on the way; nothing L×S is built, nothing is kept.
+
+All questions of a layer share one pass over its weights, which happens as the layer runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from headscope.errors import is_out_of_memory
+from headscope.heads.corpus import Batch, Piece, batches
+from headscope.heads.effects import output_sum
+from headscope.heads.measures import Column, Measure, Page, Ratio, Visibility, take
+from headscope.heads.measures.sums import Sums, weights_of
+from headscope.models.loading import Loaded, reader
+from headscope.ops.masks import Mask
+from headscope.ops.masks.codec import encode
+from headscope.watching.hooks import AttentionCall
+from headscope.watching.recording import record
+
+__all__ = ["Measured", "columns_of", "measure", "output_weight", "run"]
+
+_PROJECTIONS = (
+    "o_proj",
+    "out_proj",
+    "c_proj",
+    "out_lin",
+    "wo",
+    "Wo",
+    "o",
+    "dense",
+    "to_out.0",
+    "proj",
+    "attention_output",
+)
+_OUTSIDE = ("output.dense", "output.o_proj", "out_proj")
+
+
+class Measured:
+    """The sums of every head, and of a head that is even over all it may see."""
+
+    def __init__(self) -> None:
+        self.sums = Sums()
+        self.null = Sums()
+        self.notes: list[str] = []
+        self.outputs: dict[str, Tensor] = {}  # "sum" [layers, H, Dv] of head outputs, "count" of positions
+
+    def merge(self, other: Measured) -> None:
+        """Add another part of the same work."""
+        self.sums.merge(other.sums)
+        self.null.merge(other.null)
+        for name, value in other.outputs.items():
+            self.outputs[name] = self.outputs[name] + value if name in self.outputs else value
+        self.notes += [note for note in other.notes if note not in self.notes]
+
+
+def columns_of(measures: Iterable[Measure]) -> tuple[Column, ...]:
+    """All columns, each once.
+
+    Raises:
+        ValueError: Two measures call a column the same.
+    """
+    found: dict[str, Column] = {}
+    for taken in measures:
+        for column in taken.columns:
+            if column.name in found:
+                raise ValueError(f"two measures have a column {column.name!r}: give one of them another name.")
+            found[column.name] = column
+    return tuple(found.values())
+
+
+def measure(
+    loaded: Loaded,
+    pieces: Sequence[Piece],
+    measures: Sequence[Measure],
+    *,
+    tokens: int = 2048,
+    on_layer: Callable[[int, int], None] | None = None,
+) -> Measured:
+    """Run a model over pieces of text and add up all measures.
+
+    Args:
+        loaded: The model.
+        pieces: The texts; repeats and others may be mixed.
+        measures: What to take.
+        tokens: Tokens in a batch of several texts; halved, and said, where memory does not suffice.
+        on_layer: Told after each layer: layers done, and of how many.
+    """
+    done = Measured()
+    work = _in_batches(pieces, tokens, loaded)
+    layers = int(getattr(loaded.model.config.get_text_config(), "num_hidden_layers", 1))
+    finished = 0
+    while work:
+        batch = work.pop(0)
+        try:
+            part = _measure_batch(loaded, batch, measures, layers)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or len(batch.pieces) == 1:
+                raise
+            half = len(batch.pieces) // 2
+            smaller = [p for part in (batch.pieces[:half], batch.pieces[half:]) for p in batches(part, tokens=1 << 62)]
+            work = smaller + work
+            told = "Not enough memory for whole batches of texts: smaller ones were used."
+            done.notes += [told] if told not in done.notes else []
+            continue
+        done.merge(part)
+        finished += 1
+        if on_layer is not None:
+            on_layer(finished, finished + len(work))
+    return done
+
+
+def _in_batches(pieces: Sequence[Piece], tokens: int, loaded: Loaded) -> list[Batch]:
+    device = loaded.model.device
+    kinds = [[p for p in pieces if not p.period], [p for p in pieces if p.period]]
+    pad = int(loaded.tokenizer.pad_token_id or 0)
+    return [batch for kind in kinds for batch in batches(kind, tokens=tokens, pad=pad, device=device)]
+
+
+def _measure_batch(loaded: Loaded, batch: Batch, measures: Sequence[Measure], layers: int) -> Measured:
+    asked = [taken for taken in measures if taken.reads(batch)]
+    modules = dict(reader(loaded.model)[0].named_modules())
+    weights = weights_of((piece.document, piece.half) for piece in batch.pieces)
+    seen: dict[tuple[object, int], Visibility] = {}
+    nulls: dict[tuple[object, int], dict[str, Ratio]] = {}
+    alike: dict[tuple[object, int], list[int]] = {}  # layers that see the like
+    evidence = {column.name for column in columns_of(asked) if column.evidence}
+    done = Measured()
+    number = -1
+    outputs: list[Tensor] = []
+
+    def on_call(call: AttentionCall) -> None:
+        nonlocal number
+        number += 1
+        count = max(layers, number + 1)
+        key = (_rule(call.scores.mask), call.shape[1])
+        if key not in seen:
+            seen[key] = Visibility(batch, call.scores.mask, call.shape[1])
+            nulls[key], alike[key] = take(asked, Page(seen[key].uniform, seen[key])), []
+        alike[key].append(number)
+        page = Page(call.matrix(), seen[key], call.value, output_weight(modules, call))
+        outputs.append(output_sum(call, batch.valid))
+        found = take(asked, page)
+        strong = {name: ratio for name, ratio in found.items() if name in evidence}
+        others = {name: ratio for name, ratio in found.items() if name not in evidence}
+        done.sums.add(strong, number, count, weights)
+        done.sums.add(others, number, count, weights[:2])
+
+    run(loaded, batch, on_call)
+    for key, numbers in alike.items():
+        done.null.add(nulls[key], numbers, max(layers, number + 1), weights[:2])
+    if len({output.shape for output in outputs}) == 1 and not any(piece.period for piece in batch.pieces):
+        done.outputs = {"sum": torch.stack(outputs), "count": batch.valid.sum().double().reshape(1)}
+    for piece, rows in zip(batch.pieces, batch.valid.sum(-1).tolist(), strict=True):
+        done.sums.documents[piece.document] = done.sums.documents.get(piece.document, 0) + int(rows)
+    return done
+
+
+def _rule(mask: Mask | None) -> object:
+    """The same for masks that follow the same rule: layers share what it lets be seen."""
+    try:
+        return json.dumps(encode(mask, _digest))
+    except ValueError:  # a function: the same only as itself
+        return mask
+
+
+def _digest(tensor: Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return f"{tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(data).hexdigest()}"
+
+
+def run(loaded: Loaded, batch: Batch, on_call: Callable[[AttentionCall], None]) -> None:
+    """One forward without gradients, caches or logits that nobody reads; ``on_call`` is told of each layer."""
+    entry, options = reader(loaded.model)
+    mask = None if bool(batch.valid.all()) else batch.valid.long()
+    with torch.no_grad(), record(entry, reduce=on_call):
+        entry(input_ids=batch.ids, attention_mask=mask, **options)
+
+
+def output_weight(modules: dict[str, nn.Module], call: AttentionCall) -> Tensor | None:
+    """The weight [E, H·Dv] of the projection after an attention call; None if no module looks like it."""
+    width = call.shape[1] * call.value.shape[-1]
+    parent = call.name.rpartition(".")[0]
+    names = [f"{call.name}.{name}" for name in _PROJECTIONS] + [f"{parent}.{name}" for name in _OUTSIDE]
+    for name in names:
+        weight = getattr(modules.get(name), "weight", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            continue
+        if type(modules[name]).__name__ == "Conv1D":
+            weight = weight.T
+        if weight.shape[1] == width:
+            return weight.detach()
+    return None

@@ -1,0 +1,1 @@
+"""Sentences whose pairs of words are known: constructed ones, English and Chinese, and those of treebanks."""

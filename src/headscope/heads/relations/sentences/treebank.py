@@ -1,0 +1,245 @@
+"""Treebanks in CoNLL-U format, as the Universal Dependencies are given out.
+
+Every dependency becomes a pair: the dependent looks at its head. The format is described at
+https://universaldependencies.org/format.html
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import io
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import conllu
+from conllu.exceptions import ParseException
+
+from headscope.errors import TreebankError
+from headscope.heads.relations.sentences.pairs import Example, Pair
+
+__all__ = ["read_conllu"]
+
+_ID = re.compile(r"[1-9]\d*(?:-[1-9]\d*)?|\d+\.[1-9]\d*")
+_COLUMNS = 10
+_BLOCK = 10  # sentences in a cluster, where the file names no documents
+
+Span = tuple[int, int]
+
+
+def read_conllu(path: str | os.PathLike[str]) -> list[Example]:
+    """The sentences of a treebank with their dependencies, dependent to head, named by the deprel.
+
+    Subtypes are kept ("nsubj:pass"); roots and punctuation are left out. A document ("# newdoc") is a cluster,
+    and a hash of its id chooses its half; a file without documents is cut into blocks of 10 sentences, named by a hash
+    of all of it, too: two treebanks may have one file name. Words
+    of a multiword token share its surface if their forms make it up ("gonna": gon, na); otherwise the
+    surface is one word ("du": de, le), and dependencies inside it are left out. Empty nodes are skipped. A word's
+    class is its universal part of speech.
+
+    Args:
+        path: The file, in UTF-8.
+
+    Raises:
+        TreebankError: There is no such file, it is not UTF-8, it holds no sentence, or a line is not CoNLL-U.
+    """
+    path = Path(path)
+    language = re.match(r"([a-z]{2,3})_", path.name)
+    try:
+        with path.open("rb") as file:
+            name = f"{path.name} ({_digest(file)})"
+            file.seek(0)
+            examples = list(_examples(_Lines(file, path), name, language[1] if language else ""))
+    except OSError as error:
+        raise TreebankError(f"{path} cannot be read: {error.strerror or error}. Give a .conllu file.") from error
+    if not examples:
+        raise TreebankError(f"{path} holds no sentence. Give a .conllu file with at least one.")
+    return examples
+
+
+def _digest(file: BinaryIO) -> str:
+    """Tells treebanks apart, whatever their line ends and empty lines."""
+    found = hashlib.sha256()
+    for raw in file:
+        if line := raw.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n"):
+            found.update(line + b"\n")
+    return found.hexdigest()[:8]
+
+
+class _Lines(io.TextIOBase):
+    """The lines of the file, each checked as it is read; remembers where the current sentence's words stand."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self.file, self.path = file, path
+        self.number = 0
+        self.words: list[int] = []  # the line of each word of the current sentence
+
+    def __iter__(self) -> Iterator[str]:  # type: ignore[override]  # typed as bytes there
+        for raw in self.file:
+            self.number += 1
+            try:
+                line = raw.decode("utf-8-sig" if self.number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                found = f"byte 0x{raw[error.start]:02X} is not UTF-8. Save the file in UTF-8"
+                raise self.error(self.number, found) from None
+            self._check(line)
+            yield line + "\n"
+
+    def _check(self, line: str) -> None:
+        if line.startswith("#"):
+            if re.match(r"#\s*global\.columns\s*=", line):
+                raise self.error(self.number, "this is CoNLL-U Plus, whose columns differ; wanted plain CoNLL-U")
+            return
+        if not line.strip():
+            return
+        columns = line.split("\t")
+        if len(columns) != _COLUMNS:
+            found = f"{len(columns)} columns, wanted {_COLUMNS} with a tab between each two"
+            raise self.error(self.number, found)
+        empty = [number for number, column in enumerate(columns, 1) if not column.strip()]
+        if empty:
+            raise self.error(self.number, f"column {empty[0]} is empty; write _ where there is nothing")
+        if "  " in line:
+            raise self.error(self.number, "two spaces inside a column; a column has at most one at a time")
+        if not _ID.fullmatch(columns[0]):
+            raise self.error(self.number, f"{columns[0]!r} is no id; wanted 8, or 8-9, or 8.1")
+        if columns[0].isdigit() and not re.fullmatch(r"0|[1-9]\d*", columns[6]):
+            raise self.error(self.number, f"{columns[6]!r} is no head; wanted the id of a word, or 0 for the root")
+        self.words.append(self.number)
+
+    def error(self, number: int, reason: str) -> TreebankError:
+        """What is wrong in which line."""
+        return TreebankError(f"{self.path}:{number}: {reason}.")
+
+
+def _examples(lines: _Lines, name: str, language: str) -> Iterator[Example]:
+    sentences = iter(conllu.parse_incr(lines))  # type: ignore[arg-type]
+    document, documents, count = "", 0, 0
+    while True:
+        lines.words = []
+        try:
+            sentence = next(sentences, None)
+        except ParseException as error:
+            raise lines.error(lines.number, f"the sentence that ends here cannot be read ({error})") from None
+        if sentence is None:
+            return
+        meta = sentence.metadata
+        if "newdoc id" in meta or "newdoc" in meta:
+            documents += 1
+            document = meta.get("newdoc id") or f"{name} document {documents}"
+        if not len(sentence):
+            continue
+        first = count // _BLOCK * _BLOCK + 1
+        cluster = document or f"{name} sentences {first}-{first + _BLOCK - 1}"
+        count += 1
+        yield _example(sentence, lines, cluster, language)
+
+
+def _example(sentence: Any, lines: _Lines, cluster: str, language: str) -> Example:
+    units = _units(sentence, lines)
+    text, spans = _placed(units, sentence.metadata.get("text") or "")
+    words: list[Span] = []
+    classes: list[str] = []
+    word_of: dict[int, int] = {}
+    for unit, (start, end) in zip(units, spans, strict=True):
+        forms = [member["form"] for member in unit[1:]]
+        split = "".join(forms)
+        if len(split) == end - start and split.lower() == text[start:end].lower():
+            for member in unit[1:]:
+                word_of[member["id"]] = len(words)
+                classes.append(_class({member["upos"]}))
+                words.append((start, start := start + len(member["form"])))
+        else:
+            word_of |= {member["id"]: len(words) for member in unit[1:]}
+            classes.append(_class({member["upos"] for member in unit[1:]}))
+            words.append((start, end))
+    pairs = []
+    for token, number in zip(sentence, lines.words, strict=True):
+        if not isinstance(token["id"], int):
+            continue
+        head, relation = token["head"], token["deprel"]
+        if head != 0 and (head not in word_of or head == token["id"]):
+            found = f"the head of word {token['id']} ({token['form']}) is {head}, which is "
+            wrong = "the word itself" if head == token["id"] else "no word of the sentence"
+            raise lines.error(number, found + wrong)
+        if head == 0 or relation in ("root", "punct") or relation.startswith(("root:", "punct:")):
+            continue
+        if relation == "_":
+            raise lines.error(number, f"word {token['id']} ({token['form']}) has a head and no relation to it")
+        source, target = word_of[token["id"]], word_of[head]
+        if source != target:
+            pairs.append(Pair(relation, source, target))
+    _check_tree(sentence, lines)
+    half = zlib.crc32(cluster.encode()) & 1
+    return Example(text, tuple(words), tuple(dict.fromkeys(pairs)), cluster, half, language, tuple(classes))
+
+
+def _check_tree(sentence: Any, lines: _Lines) -> None:
+    """Every word's head, its head's head and so on must end at a root."""
+    heads = {token["id"]: token["head"] for token in sentence if isinstance(token["id"], int)}
+    for token, number in zip(sentence, lines.words, strict=True):
+        at, passed = token["id"] if isinstance(token["id"], int) else 0, set[int]()
+        while at:
+            if at in passed:
+                raise lines.error(number, f"the heads of word {token['id']} ({token['form']}) go round in a circle")
+            passed.add(at)
+            at = heads[at]
+
+
+def _class(parts_of_speech: set[str | None]) -> str:
+    """The part of speech of a word; "" where none is given, or the words behind one surface have several."""
+    (first, *others) = parts_of_speech
+    return first if first and first != "_" and not others else ""
+
+
+def _units(sentence: Any, lines: _Lines) -> list[list[Any]]:
+    """What stands in the text: each time the token that bears the surface, then the words in it."""
+    units: list[list[Any]] = []
+    expected, inside = 1, 0
+    for token, number in zip(sentence, lines.words, strict=True):
+        which = token["id"]
+        if isinstance(which, int):
+            if which != expected:
+                raise lines.error(number, f"the id is {which}, wanted {expected}: words are counted from 1")
+            if which <= inside:
+                units[-1].append(token)
+            else:
+                units.append([token, token])
+            expected += 1
+        elif which[1] == "-":
+            if which[0] != expected or which[2] <= which[0] or which[0] <= inside:
+                raise lines.error(number, f"the range {which[0]}-{which[2]} does not stand before its words")
+            units.append([token])
+            inside = which[2]
+    if inside >= expected:
+        raise lines.error(lines.words[-1], f"the range that ends at {inside} has words only up to {expected - 1}")
+    if not units:
+        raise lines.error(lines.words[-1], "the sentence has no words, only empty nodes")
+    return units
+
+
+def _placed(units: list[list[Any]], text: str) -> tuple[str, list[Span]]:
+    """The text and where each unit stands in it: the given text if the forms make it up, otherwise a rebuilt one."""
+    spans, at = [], 0
+    for unit in units:
+        form = unit[0]["form"]
+        while at < len(text) and text[at].isspace():
+            at += 1
+        if not text.startswith(form, at):
+            break
+        spans.append((at, at + len(form)))
+        at += len(form)
+    if len(spans) == len(units) and not text[at:].strip():
+        return text, spans
+    rebuilt, spans = "", []
+    for unit in units:
+        form = unit[0]["form"]
+        spans.append((len(rebuilt), len(rebuilt) + len(form)))
+        rebuilt += form
+        if (unit[0]["misc"] or {}).get("SpaceAfter") != "No":
+            rebuilt += " "
+    return rebuilt.rstrip(), spans
