@@ -12,11 +12,22 @@ import torch
 import typer.main
 from typer.testing import CliRunner
 
-from headscope import cli, experiments
+from headscope import cli
 from headscope.errors import HeadscopeError
-from headscope.experiments import FULL, QUICK, Mean, Outcome, Plan, head_distance, jensen_shannon, mean_of, one_or_many
 from headscope.nn.transformer import Transformer
 from headscope.training import TrainConfig, make_task
+from headscope.training import one_or_many as experiments
+from headscope.training.one_or_many import (
+    FULL,
+    QUICK,
+    Mean,
+    Outcome,
+    Plan,
+    head_distance,
+    jensen_shannon,
+    mean_of,
+    one_or_many,
+)
 from headscope.watching.recording import record
 
 ROOT = Path(__file__).parent.parent

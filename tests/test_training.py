@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from headscope import HeadWarning, cli, commands
+from headscope.distributed import Processes, joined
 from headscope.errors import HeadscopeError
 from headscope.training import TASKS, Step, Stopped, TrainConfig, TrainResult, checkpoint, make_task, signals, train
-from headscope.training.processes import Processes, joined
 from headscope.training.tasks import IGNORED
 
 ROOT = Path(__file__).parent.parent

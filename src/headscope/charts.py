@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from headscope.experiments import Mean, Report
 from headscope.files import whole_file
+from headscope.training.one_or_many import Mean, Report
 
 __all__ = ["draw_report"]
 

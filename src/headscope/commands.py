@@ -13,10 +13,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from headscope import experiments, terminal
+from headscope import terminal
+from headscope.distributed import rank
 from headscope.training import TASKS, Step, Stopped, TrainConfig, TrainResult, make_task, train
+from headscope.training import one_or_many as experiments
 from headscope.training.logs import has_tensorboard, tensorboard
-from headscope.training.processes import rank
 
 __all__ = ["add_commands"]
 

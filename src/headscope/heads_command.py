@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperCommand
 
 from headscope import models, terminal, terminal_heads
+from headscope.distributed import processes, rank
 from headscope.errors import AtlasError, HeadscopeError, TextError, TreebankError
 from headscope.files import check_writable
 from headscope.heads import corpus
@@ -28,7 +29,6 @@ from headscope.heads.relations import Example
 from headscope.heads.relations.counts import direction_of, with_arrow
 from headscope.links import split_head
 from headscope.pipe import read_pipe
-from headscope.training.processes import processes, rank
 
 __all__ = ["add_heads"]
 

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from headscope.distributed import Processes, joined
 from headscope.errors import HeadscopeError
 from headscope.nn.transformer import Transformer
 from headscope.training import checkpoint
 from headscope.training.config import TrainConfig
-from headscope.training.processes import Processes, joined
 from headscope.training.signals import StopFlag, Stopped, stop_signals
 from headscope.training.tasks import IGNORED, Batch, generator
 from headscope.watching.monitoring import HeadStats, Monitor, monitor

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headscope.distributed import processes
 from headscope.errors import AtlasError
 from headscope.heads import corpus
 from headscope.heads.atlas.atlas import HeadAtlas, Worth
@@ -27,7 +28,6 @@ from headscope.heads.measures import Measure, standard
 from headscope.heads.relations import Example, count_relations
 from headscope.heads.relations.collections import collections_of, notes_on, readable
 from headscope.models.loading import Loaded, reader
-from headscope.training.processes import processes
 from headscope.watching.hooks import AttentionCall
 from headscope.watching.recording import record
 

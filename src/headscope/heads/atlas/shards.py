@@ -17,12 +17,12 @@ from typing import Any
 import safetensors
 from safetensors.torch import load_file, save_file
 
+from headscope.distributed import processes, rank
 from headscope.errors import AtlasError
 from headscope.heads import corpus
 from headscope.heads.atlas.atlas import HeadAtlas
 from headscope.heads.atlas.file import FORMAT
 from headscope.heads.corpus import Document
-from headscope.training.processes import processes, rank
 
 __all__ = ["Parts", "Told"]
 
