@@ -20,7 +20,7 @@ from tokenizers import models as token_models
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from headscope import atlas_figures, cli, heads_command
+from headscope import cli, heads_command
 from headscope.errors import AtlasError, TextError
 from headscope.heads import corpus, roles
 from headscope.heads.atlas import file as atlas_file
@@ -34,6 +34,7 @@ from headscope.heads.measures.sums import Sums
 from headscope.heads.relations import Example, Pair, english
 from headscope.heads.relations.sentences.treebank import read_conllu
 from headscope.models.loading import Loaded
+from headscope.views.figures import atlas as atlas_figures
 from tests import tiny
 from tests.options import one_thread  # noqa: F401  (for the whole module)
 
@@ -771,7 +772,7 @@ def test_the_atlas_in_the_package_comes_at_once(monkeypatch: pytest.MonkeyPatch)
 def test_one_head_beside_its_own_nulls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from importlib import resources
 
-    from headscope.terminal_heads import print_head
+    from headscope.views.terminal.heads import print_head
 
     monkeypatch.setenv("COLUMNS", "80")
     with resources.as_file(resources.files("headscope") / "atlases" / "minilm.parquet") as path:

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from headscope import figures, links, models
+from headscope import models
 from headscope.errors import HeadscopeError
-from headscope.links import Head
 from headscope.models.tokens import Tokens, tokenize
+from headscope.views import links
+from headscope.views.figures import maps as figures
+from headscope.views.links import Head
 from headscope.watching.recording import Recording
 
 Run = tuple[Recording, Tokens]

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from headscope import links, models, words
-from headscope.links import Head
+from headscope import models
 from headscope.models.tokens import Tokens, tokenize
+from headscope.views import links, words
+from headscope.views.links import Head
 from headscope.watching.recording import Recording
 
 TEXT = "The animal didn't cross the street because it was too tired."

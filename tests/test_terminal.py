@@ -9,9 +9,11 @@ import pytest
 import torch
 from rich.cells import cell_len
 
-from headscope import links, models, terminal
-from headscope.links import Head
+from headscope import models
 from headscope.models.tokens import tokenize
+from headscope.views import links
+from headscope.views.links import Head
+from headscope.views.terminal import console as terminal
 from headscope.watching.monitoring import HeadStats
 
 TEXT = "The animal didn't cross the street because it was too tired."

@@ -12,17 +12,19 @@ from typing import Annotated
 
 import typer
 
-from headscope import models, output, terminal
+from headscope import models
 from headscope.commands import add_commands
 from headscope.errors import HeadscopeError, TextError, is_out_of_memory
 from headscope.files import check_writable
 from headscope.forbid_command import add_forbid
 from headscope.heads_command import add_heads
-from headscope.links import View, ask, head_of, run
 from headscope.models.tokens import Tokens, tokenize
 from headscope.pipe import is_piped, read_pipe
+from headscope.views import data as output
+from headscope.views.links import View, ask, head_of, run
+from headscope.views.terminal import console as terminal
+from headscope.views.words import label
 from headscope.watching.recording import Recording
-from headscope.words import label
 
 DEFAULT_MODEL = "smollm2"
 DEFAULT_TEXT = "The animal didn't cross the street because it was too tired."
@@ -228,7 +230,7 @@ def _text(text: str | None, file: Path | None) -> str:
 def _check_outputs(figure: Path | None, save: Path | None) -> None:
     """Find out before the work is done whether the files can be made."""
     if figure is not None:
-        from headscope import figures
+        from headscope.views.figures import maps as figures
 
         figures.check_extension(figure)
     for path in (figure, save):
@@ -262,7 +264,7 @@ def _write(
 ) -> None:
     """The files that were asked for; their paths are told, on the error stream if the output is JSON."""
     if figure is not None:
-        from headscope import figures
+        from headscope.views.figures import maps as figures
 
         with stages.stage("drawing") as tell:
             if view.head is None:

@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from headscope import terminal
 from headscope.distributed import rank
 from headscope.training import TASKS, Step, Stopped, TrainConfig, TrainResult, make_task, train
 from headscope.training import one_or_many as experiments
 from headscope.training.logs import has_tensorboard, tensorboard
+from headscope.views.terminal import console as terminal
 
 __all__ = ["add_commands"]
 
@@ -241,7 +241,7 @@ def _one_or_many(quick: bool, folder: Path) -> None:
     terminal.print_line(report.markdown())
     written = ["one-or-many.md", "one-or-many.json", "one-or-many.csv"]
     try:
-        from headscope import charts
+        from headscope.views.figures import experiment as charts
     except ImportError:
         terminal.print_line("For a figure, too: pip install 'headscope[figures]'", error=True)
     else:

@@ -9,12 +9,14 @@ from typing import Annotated
 import torch
 import typer
 
-from headscope import models, terminal, terminal_links
+from headscope import models
 from headscope.errors import TextError
 from headscope.heads.effects import link_effects
 from headscope.models.tokens import tokenize
-from headscope.output import forbidden_as_data, print_json
-from headscope.words import label
+from headscope.views.data import forbidden_as_data, print_json
+from headscope.views.terminal import console as terminal
+from headscope.views.terminal import forbidden as terminal_links
+from headscope.views.words import label
 
 __all__ = ["add_forbid"]
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from headscope import models, terminal, terminal_heads
+from headscope import models
 from headscope.distributed import processes, rank
 from headscope.errors import AtlasError, HeadscopeError, TextError, TreebankError
 from headscope.files import check_writable
@@ -27,8 +27,10 @@ from headscope.heads.atlas.profiler import Plan, head_counts, profile, weights_h
 from headscope.heads.measures import standard
 from headscope.heads.relations import Example
 from headscope.heads.relations.counts import direction_of, with_arrow
-from headscope.links import split_head
 from headscope.pipe import read_pipe
+from headscope.views.links import split_head
+from headscope.views.terminal import console as terminal
+from headscope.views.terminal import heads as terminal_heads
 
 __all__ = ["add_heads"]
 
@@ -147,7 +149,7 @@ def add_heads(app: typer.Typer, reported: Reported, fetch: Callable[[str], None]
             else:
                 terminal_heads.print_atlas(found, all_heads=all_heads)
             if figure is not None:
-                from headscope import atlas_figures
+                from headscope.views.figures import atlas as atlas_figures
 
                 atlas_figures.draw(found, figure, by=by)
                 terminal.print_line(f"Figure: {figure}")
@@ -172,7 +174,7 @@ def _check(out: Path | None, atlas: Path | None, head: str | None, figure: Path 
     if figure is None and by != _BY:
         raise AtlasError(f"--by {by} says what a figure shall show: give --figure FILE, too.")
     if figure is not None:
-        from headscope import figures
+        from headscope.views.figures import maps as figures
 
         figures.check_extension(figure)
         if atlas is None and not by.startswith("relation:") and by not in (known := _drawn()):

@@ -15,9 +15,9 @@ from headscope.heads.measures import Visibility
 from headscope.heads.measures.strongest import MaxAmong
 from headscope.heads.relations import Example, count_hits
 from headscope.heads.relations.evaluate import Question, questions_of, words_of_tokens
-from headscope.links import run as run_tokens
 from headscope.models.loading import Loaded
 from headscope.models.tokens import tokenize
+from headscope.views.links import run as run_tokens
 from headscope.watching.hooks import AttentionCall
 
 __all__ = ["PairLook", "TokenLook", "pair_looks", "token_looks"]

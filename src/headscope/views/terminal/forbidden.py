@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from headscope.heads.effects import LinkEffects
-from headscope.terminal import print_renderable
+from headscope.views.terminal.console import print_renderable
 
 __all__ = ["print_forbidden"]
 

@@ -18,11 +18,11 @@ from matplotlib.text import Text
 from torch import Tensor
 
 from headscope.files import whole_file
-from headscope.links import Head
 from headscope.models.tokens import Tokens
 from headscope.ops.matrix import AttentionMatrix
+from headscope.views.links import Head
+from headscope.views.words import FEW_WORDS, label, word_map
 from headscope.watching.recording import Recording
-from headscope.words import FEW_WORDS, label, word_map
 
 __all__ = ["EXTENSIONS", "Drawn", "check_extension", "head_map", "thumbnails"]
 

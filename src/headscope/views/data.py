@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from headscope.heads.effects import LinkEffects
-from headscope.links import Link, View
 from headscope.models.tokens import Word
-from headscope.words import label
+from headscope.views.links import Link, View
+from headscope.views.words import label
 
 __all__ = ["as_data", "forbidden_as_data", "print_json"]
 

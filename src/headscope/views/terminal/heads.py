@@ -15,7 +15,7 @@ from headscope.heads.examples import PairLook, TokenLook
 from headscope.heads.relations.counts import with_arrow
 from headscope.heads.relations.score import RelationScore
 from headscope.heads.roles import ROLES, Evidence
-from headscope.terminal import print_renderable, width
+from headscope.views.terminal.console import print_renderable, width
 
 __all__ = ["print_atlas", "print_examples", "print_head", "print_pairs"]
 

@@ -11,10 +11,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from headscope.errors import AtlasError
-from headscope.figures import check_extension
 from headscope.files import whole_file
 from headscope.heads.atlas.atlas import HeadAtlas
 from headscope.heads.relations.counts import with_arrow
+from headscope.views.figures.maps import check_extension
 
 __all__ = ["draw"]
 

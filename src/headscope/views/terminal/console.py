@@ -17,10 +17,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from headscope.links import Link, Rest, View
 from headscope.models.loading import ModelEntry
+from headscope.views.links import Link, Rest, View
+from headscope.views.words import label
 from headscope.watching.monitoring import HeadStats
-from headscope.words import label
 
 __all__ = [
     "Stages",

@@ -18,9 +18,9 @@ from headscope.errors import HeadscopeError
 from headscope.models.loading import Loaded, reader
 from headscope.models.tokens import Tokens, Word
 from headscope.ops.matrix import AttentionMatrix
+from headscope.views.words import FEW_WORDS, Positions, all_words, chosen_words, column_of, label, rows_of
 from headscope.watching.hooks import AttentionCall
 from headscope.watching.recording import Recording, record
-from headscope.words import FEW_WORDS, Positions, all_words, chosen_words, column_of, label, rows_of
 
 __all__ = ["Head", "Link", "Rest", "View", "ask", "head_of", "run", "split_head"]
 

@@ -1,0 +1,1 @@
+"""Answers shown to a person: words, links and data for every view; the terminal; figures."""

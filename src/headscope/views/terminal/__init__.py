@@ -1,0 +1,1 @@
+"""Answers as tables in the terminal, and what is under way at the moment."""
