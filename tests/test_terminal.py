@@ -13,7 +13,8 @@ from headscope import models
 from headscope.models.tokens import tokenize
 from headscope.views import links
 from headscope.views.links import Head
-from headscope.views.terminal import console as terminal
+from headscope.views.terminal.links import print_view
+from headscope.views.terminal.training import print_head_stats
 from headscope.watching.monitoring import HeadStats
 
 TEXT = "The animal didn't cross the street because it was too tired."
@@ -31,7 +32,7 @@ def shown(loaded: models.Loaded, text: str, capsys: pytest.CaptureFixture[str], 
         **asked,  # type: ignore[arg-type]
     )
     capsys.readouterr()
-    terminal.print_view(view, model=loaded.name, causal=loaded.causal)
+    print_view(view, model=loaded.name, causal=loaded.causal)
     return capsys.readouterr().out
 
 
@@ -77,7 +78,7 @@ def test_unproved_is_said(smollm2: models.Loaded, capsys: pytest.CaptureFixture[
     tokens = tokenize("a b", smollm2.tokenizer, start_token_id=0)
     view = links.ask(links.run(smollm2, tokens), tokens)
     object.__setattr__(view, "proof", None)
-    terminal.print_view(view, model="m", causal=True)
+    print_view(view, model="m", causal=True)
     assert "Unproved" in capsys.readouterr().out
 
 
@@ -92,7 +93,7 @@ def test_a_terminal_that_cannot_show_a_character_does_not_stop(monkeypatch: pyte
 def test_each_head_in_training_is_a_number_or_a_word(capsys: pytest.CaptureFixture[str]) -> None:
     share = torch.tensor([[0.42, 0.2, math.nan, math.nan]]).double()
     dead, finite = torch.tensor([[False, True, False, False]]), torch.tensor([[True, True, True, False]])
-    terminal.print_head_stats(HeadStats(50, ("layers.0",), share, share, share, share, dead, finite, (4,)))
+    print_head_stats(HeadStats(50, ("layers.0",), share, share, share, share, dead, finite, (4,)))
     out = capsys.readouterr().out
     assert "Heads at step 50" in out
     assert re.search(r"layers\.0 +42% +dead +– +not finite", out)

@@ -23,6 +23,8 @@ from headscope.pipe import is_piped, read_pipe
 from headscope.views import data as output
 from headscope.views.links import View, ask, head_of, run
 from headscope.views.terminal import console as terminal
+from headscope.views.terminal.links import print_view
+from headscope.views.terminal.models import print_models
 from headscope.views.words import label
 from headscope.watching.recording import Recording
 
@@ -177,7 +179,7 @@ def see(
         if as_json:
             output.print_json(output.as_data(view, model=loaded.name, source=loaded.source))
         else:
-            terminal.print_view(view, model=loaded.name, causal=loaded.causal)
+            print_view(view, model=loaded.name, causal=loaded.causal)
         _write(recording, tokens, view, loaded.name, figure, save, stages, quiet=as_json)
         if verbose:
             terminal.print_stages(stages, _facts(loaded, tokens))
@@ -196,7 +198,7 @@ def pull(
 def models_() -> None:
     """List the models that can be pulled: size, licence, source, and which are here."""
     with _reported():
-        terminal.print_models(models.available())
+        print_models(models.available())
 
 
 @app.command()

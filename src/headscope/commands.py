@@ -18,6 +18,7 @@ from headscope.training import TASKS, Step, Stopped, TrainConfig, TrainResult, m
 from headscope.training import one_or_many as experiments
 from headscope.training.logs import has_tensorboard, tensorboard
 from headscope.views.terminal import console as terminal
+from headscope.views.terminal.training import print_head_stats
 
 __all__ = ["add_commands"]
 
@@ -222,7 +223,7 @@ def _tell_result(config: TrainConfig, result: TrainResult, as_json: bool) -> Non
     if held_out.exact is not None:
         terminal.print_line(f"Written without a mistake, token after token: {held_out.exact:.1%} of them.")
     if heads is not None:
-        terminal.print_head_stats(heads)
+        print_head_stats(heads)
     terminal.print_line(f"Checkpoint: {result.checkpoint}")
     if not has_tensorboard():
         terminal.print_line("For TensorBoard's logs: pip install 'headscope[train]'", error=True)
