@@ -20,7 +20,8 @@ from tokenizers import models as token_models
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from headscope import cli, heads_command
+from headscope.commands import app as cli
+from headscope.commands import heads as heads_command
 from headscope.errors import AtlasError, TextError
 from headscope.heads import corpus, roles
 from headscope.heads.atlas import file as atlas_file
@@ -756,7 +757,7 @@ def test_the_atlas_in_the_package_is_of_the_model_here(name: str, request: pytes
 def test_the_atlas_in_the_package_comes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
-    from headscope import cli
+    from headscope.commands import app as cli
 
     def no_model(name: str) -> None:
         raise AssertionError(f"{name} was loaded")
@@ -838,7 +839,7 @@ def test_who_ended_in_a_killed_run_has_not_ended_in_this_one(
     rank: int, stays: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise the first process removes parts that another has yet to read, which then waits for them forever."""
-    from headscope.heads_command import _forget_ended
+    from headscope.commands.heads import _forget_ended
 
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", str(rank))
@@ -851,7 +852,7 @@ def test_who_ended_in_a_killed_run_has_not_ended_in_this_one(
 
 
 def test_parts_stay_while_another_process_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from headscope.heads_command import _remove
+    from headscope.commands.heads import _remove
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     parts = tmp_path / "a.parts"

@@ -10,7 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from headscope import cli, models
+from headscope import models
+from headscope.commands import app as cli
 from headscope.heads.effects import link_effects
 from headscope.models import store
 from headscope.watching.recording import Recording
@@ -72,7 +73,8 @@ def test_json_in_chinese_is_utf_8_wherever_it_is_written() -> None:
 def test_forbidding_a_link_says_what_it_does_to_the_next_word(
     smollm2: models.Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from headscope import edit, forbid_command, knock_out
+    from headscope import edit, knock_out
+    from headscope.commands import forbid as forbid_command
 
     held: list[object] = []  # measured for the first command, shown by the second too
 

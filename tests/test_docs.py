@@ -11,7 +11,8 @@ import torch
 import typer.main
 from typer.testing import CliRunner
 
-from headscope import cli, models
+from headscope import models
+from headscope.commands import app as cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

@@ -12,7 +12,7 @@ import torch
 import typer.main
 from typer.testing import CliRunner
 
-from headscope import cli
+from headscope.commands import app as cli
 from headscope.errors import HeadscopeError
 from headscope.nn.transformer import Transformer
 from headscope.training import TrainConfig, make_task

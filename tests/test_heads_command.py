@@ -13,12 +13,13 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from headscope import cli, heads_command
+from headscope.commands import app as cli
+from headscope.commands import heads as heads_command
+from headscope.commands.pipe import read_pipe
 from headscope.errors import AtlasError, TextError
 from headscope.heads.atlas.atlas import HeadAtlas
 from headscope.heads.atlas.profiler import Plan, profile
 from headscope.heads.atlas.shards import Parts
-from headscope.pipe import read_pipe
 from headscope.views.terminal import heads as terminal_heads
 from tests.options import one_thread  # noqa: F401  (for the whole module)
 from tests.test_atlas import atlas, command, decoder, documents, few, folder, run  # noqa: F401  (fixtures among them)

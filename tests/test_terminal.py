@@ -13,6 +13,7 @@ from headscope import models
 from headscope.models.tokens import tokenize
 from headscope.views import links
 from headscope.views.links import Head
+from headscope.views.terminal import console as terminal
 from headscope.views.terminal.links import print_view
 from headscope.views.terminal.training import print_head_stats
 from headscope.watching.monitoring import HeadStats

@@ -19,7 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from headscope import HeadWarning, cli, commands
+from headscope import HeadWarning
+from headscope.commands import app as cli
+from headscope.commands import train as commands
 from headscope.distributed import Processes, joined
 from headscope.errors import HeadscopeError
 from headscope.training import TASKS, Step, Stopped, TrainConfig, TrainResult, checkpoint, make_task, signals, train

@@ -245,7 +245,7 @@ FAULTS = [
     ),
     Fault(
         "who ended in a run that was killed has ended in the next",
-        "heads_command.py",
+        "commands/heads.py",
         'for path in parts.glob("done-*" if rank() == 0 else f"done-{rank()}"):',
         'for path in parts.glob(f"done-{rank()}"):',
         "test_atlas.py::test_who_ended_in_a_killed_run_has_not_ended_in_this_one",
@@ -1072,7 +1072,7 @@ FAULTS = [
     ),
     Fault(
         "examples come from whatever model is there",
-        "heads_command.py",
+        "commands/heads.py",
         'if weights_hash(loaded.model) != atlas.info["model"]["weights"]:',
         "if not loaded.model:",
         "test_heads_command.py::test_examples_are_of_the_model_that_was_measured",
@@ -1163,7 +1163,7 @@ FAULTS = [
     ),
     Fault(
         "a second file after an option has none",
-        "heads_command.py",
+        "commands/heads.py",
         "given += [option] if files else []",
         "pass",
         "test_heads_command.py::test_several_files_may_follow_an_option",

@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperCommand
 
 from headscope import models
+from headscope.commands.pipe import read_pipe
 from headscope.distributed import processes, rank
 from headscope.errors import AtlasError, HeadscopeError, TextError, TreebankError
 from headscope.files import check_writable
@@ -27,7 +28,6 @@ from headscope.heads.atlas.profiler import Plan, head_counts, profile, weights_h
 from headscope.heads.measures import standard
 from headscope.heads.relations import Example
 from headscope.heads.relations.counts import direction_of, with_arrow
-from headscope.pipe import read_pipe
 from headscope.views.links import split_head
 from headscope.views.terminal import console as terminal
 from headscope.views.terminal import heads as terminal_heads

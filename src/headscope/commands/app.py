@@ -13,13 +13,13 @@ from typing import Annotated
 import typer
 
 from headscope import models
-from headscope.commands import add_commands
+from headscope.commands.forbid import add_forbid
+from headscope.commands.heads import add_heads
+from headscope.commands.pipe import is_piped, read_pipe
+from headscope.commands.train import add_commands
 from headscope.errors import HeadscopeError, TextError, is_out_of_memory
 from headscope.files import check_writable
-from headscope.forbid_command import add_forbid
-from headscope.heads_command import add_heads
 from headscope.models.tokens import Tokens, tokenize
-from headscope.pipe import is_piped, read_pipe
 from headscope.views import data as output
 from headscope.views.links import View, ask, head_of, run
 from headscope.views.terminal import console as terminal
