@@ -21,12 +21,13 @@ from headscope.errors import HeadscopeError, TextError, is_out_of_memory
 from headscope.files import check_writable
 from headscope.models.tokens import Tokens, tokenize
 from headscope.views import data as output
-from headscope.views.links import View, ask, head_of, run
+from headscope.views.links import View, ask, head_of
 from headscope.views.terminal import console as terminal
 from headscope.views.terminal.links import print_view
 from headscope.views.terminal.models import print_models
 from headscope.views.words import label
 from headscope.watching.recording import Recording
+from headscope.watching.texts import record_text
 
 DEFAULT_MODEL = "smollm2"
 DEFAULT_TEXT = "The animal didn't cross the street because it was too tired."
@@ -170,7 +171,7 @@ def see(
         sources = [tokens.find(word) for word in from_ or []]
         target = None if to is None else tokens.find(to)
         with stages.stage("running it") as tell:
-            recording = run(loaded, tokens, on_layer=tell)
+            recording = record_text(loaded, tokens, on_layer=tell)
         chosen = None if head is None else head_of(head, recording)
         with stages.stage("reading the heads") as tell:
             view = ask(

@@ -17,8 +17,8 @@ from headscope.heads.relations import Example, count_hits
 from headscope.heads.relations.evaluate import Question, questions_of, words_of_tokens
 from headscope.models.loading import Loaded
 from headscope.models.tokens import tokenize
-from headscope.views.links import run as run_tokens
 from headscope.watching.hooks import AttentionCall
+from headscope.watching.texts import record_text
 
 __all__ = ["PairLook", "TokenLook", "pair_looks", "token_looks"]
 
@@ -133,7 +133,7 @@ def pair_looks(
         if mine:
             groups = torch.tensor(words)
             with torch.no_grad():
-                weights = run_tokens(loaded, tokens)[layer].pool(groups, groups, "mass")[:, head : head + 1].cpu()
+                weights = record_text(loaded, tokens)[layer].pool(groups, groups, "mass")[:, head : head + 1].cpu()
             here = torch.tensor([present[: weights.shape[-1]]])
             found += [_pair_look(example, weights, here, question, causal=loaded.causal) for question in mine]
     return sorted(found, key=lambda look: (-look.hit, -look.weight))

@@ -3,7 +3,7 @@
 The queries are the last L of the S positions, so that a causal mask is right with a cache.
 """
 
-from headscope.ops.masks.compact import compact
+from headscope.ops.masks.compacting import compact
 from headscope.ops.masks.mask import Mask
 from headscope.ops.masks.ranges import causal, documents, padding, prefix, sliding_window, window
 from headscope.ops.masks.sets import Step, heads, keys, queries, shifted, stacked

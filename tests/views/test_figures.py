@@ -9,10 +9,10 @@ from matplotlib import image
 from headscope import models
 from headscope.errors import HeadscopeError
 from headscope.models.tokens import Tokens, tokenize
-from headscope.views import links
 from headscope.views.figures import maps as figures
 from headscope.views.links import Head
 from headscope.watching.recording import Recording
+from headscope.watching.texts import record_text
 
 Run = tuple[Recording, Tokens]
 
@@ -20,7 +20,7 @@ Run = tuple[Recording, Tokens]
 @pytest.fixture(scope="module")
 def run(minilm: models.Loaded) -> Run:
     tokens = tokenize("The animal didn't cross because it was tired.", minilm.tokenizer)
-    return links.run(minilm, tokens), tokens
+    return record_text(minilm, tokens), tokens
 
 
 @pytest.mark.parametrize(("ending", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".PDF", b"%PDF")])
@@ -55,7 +55,7 @@ def test_a_darker_cell_is_a_larger_share(run: Run, tmp_path: Path, monkeypatch: 
 
 def test_what_a_decoder_hides_is_not_a_share_of_nothing(smollm2: models.Loaded) -> None:
     tokens = tokenize("a b c", smollm2.tokenizer, start_token_id=0)
-    maps, rest = figures._small_maps(links.run(smollm2, tokens)[0], tokens, 64)
+    maps, rest = figures._small_maps(record_text(smollm2, tokens)[0], tokens, 64)
     assert maps.shape == (9, 3, 3)
     assert maps.isnan().sum().item() == 9 * 3  # above the diagonal
     assert rest.min() > 0
@@ -63,7 +63,7 @@ def test_what_a_decoder_hides_is_not_a_share_of_nothing(smollm2: models.Loaded) 
 
 def test_a_long_text_is_cut_into_parts_whose_rows_add_up(minilm: models.Loaded, tmp_path: Path) -> None:
     tokens = tokenize("one two three four five " * 30, minilm.tokenizer)
-    recording = links.run(minilm, tokens)
+    recording = record_text(minilm, tokens)
     maps, rest = figures._small_maps(recording[1], tokens, 64)
     assert maps.shape == (12, 64, 64)
     assert np.allclose((maps.sum(-1) + rest).numpy(), 1, atol=1e-4)
@@ -73,7 +73,7 @@ def test_a_long_text_is_cut_into_parts_whose_rows_add_up(minilm: models.Loaded, 
 
 def test_characters_that_no_font_has_are_told(minilm: models.Loaded, tmp_path: Path) -> None:
     tokens = tokenize("ok \U00012000", minilm.tokenizer)  # a cuneiform sign
-    drawn = figures.head_map(links.run(minilm, tokens), tokens, Head(0, 0), tmp_path / "a.svg")
+    drawn = figures.head_map(record_text(minilm, tokens), tokens, Head(0, 0), tmp_path / "a.svg")
     assert drawn.missing == "\U00012000"
     fonts = figures._Fonts(tokens.text)
     assert [fonts.shown(word.text, i) for i, word in enumerate(tokens.words)] == ["ok", "(1)"]

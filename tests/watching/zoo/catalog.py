@@ -12,12 +12,12 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto import modeling_auto as auto
 
-from tests.zoo.excluded import NO_ATTENTION, NOT_BUILT
-from tests.zoo.families import FAMILIES
-from tests.zoo.inputs import default_inputs, first_tensors
-from tests.zoo.overrides import OVERRIDES
-from tests.zoo.shrink import shrink, sub_configs
-from tests.zoo.special import INPUTS
+from tests.watching.zoo.excluded import NO_ATTENTION, NOT_BUILT
+from tests.watching.zoo.families import FAMILIES
+from tests.watching.zoo.inputs import default_inputs, first_tensors
+from tests.watching.zoo.overrides import OVERRIDES
+from tests.watching.zoo.shrink import shrink, sub_configs
+from tests.watching.zoo.special import INPUTS
 
 __all__ = [
     "NOT_BUILT",

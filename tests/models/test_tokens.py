@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -222,7 +221,7 @@ def test_a_long_text_is_quick() -> None:
     program = """
 import time
 from headscope.models.tokens import tokenize
-from test_tokens import whole
+from tests.models.test_tokens import whole
 tokenizer, text = whole("red", "blue"), "red blue " * 50_000
 began = time.process_time()
 tokenizer(text, return_offsets_mapping=True)
@@ -233,7 +232,7 @@ print(len(tokens.words), time.process_time() - began - theirs)
 """
     done = subprocess.run(  # in a process of its own, where calls are not checked for shapes
         [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=True,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.zoo.inputs import (
+from tests.watching.zoo.inputs import (
     BATCH,
     FRAMES,
     LENGTH,
@@ -28,7 +28,7 @@ from tests.zoo.inputs import (
     text_inputs,
     video,
 )
-from tests.zoo.shrink import HIDDEN
+from tests.watching.zoo.shrink import HIDDEN
 
 Inputs = dict[str, Any]
 Maker = Callable[[nn.Module], Inputs]

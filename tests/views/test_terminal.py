@@ -17,6 +17,7 @@ from headscope.views.terminal import console as terminal
 from headscope.views.terminal.links import print_view
 from headscope.views.terminal.training import print_head_stats
 from headscope.watching.monitoring import HeadStats
+from headscope.watching.texts import record_text
 
 TEXT = "The animal didn't cross the street because it was too tired."
 
@@ -25,7 +26,7 @@ def shown(loaded: models.Loaded, text: str, capsys: pytest.CaptureFixture[str], 
     tokens = tokenize(text, loaded.tokenizer, start_token_id=loaded.start_token_id)
     target = asked.pop("target", None)
     view = links.ask(
-        links.run(loaded, tokens),
+        record_text(loaded, tokens),
         tokens,
         [tokens.find(word) for word in asked.pop("sources", [])],  # type: ignore[attr-defined]
         target=tokens.find(str(target)) if target else None,
@@ -77,7 +78,7 @@ def test_square_brackets_in_a_text_are_text(minilm: models.Loaded, capsys: pytes
 
 def test_unproved_is_said(smollm2: models.Loaded, capsys: pytest.CaptureFixture[str]) -> None:
     tokens = tokenize("a b", smollm2.tokenizer, start_token_id=0)
-    view = links.ask(links.run(smollm2, tokens), tokens)
+    view = links.ask(record_text(smollm2, tokens), tokens)
     object.__setattr__(view, "proof", None)
     print_view(view, model="m", causal=True)
     assert "Unproved" in capsys.readouterr().out

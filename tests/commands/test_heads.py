@@ -21,8 +21,8 @@ from headscope.heads.atlas.atlas import HeadAtlas
 from headscope.heads.atlas.profiler import Plan, profile
 from headscope.heads.atlas.shards import Parts
 from headscope.views.terminal import heads as terminal_heads
+from tests.heads.test_atlas import atlas, command, decoder, documents, few, folder, run  # noqa: F401  (fixtures among them)
 from tests.options import one_thread  # noqa: F401  (for the whole module)
-from tests.test_atlas import atlas, command, decoder, documents, few, folder, run  # noqa: F401  (fixtures among them)
 
 
 def said(*options: str) -> str:

@@ -8,6 +8,7 @@ from headscope.models.tokens import Tokens, tokenize
 from headscope.views import links, words
 from headscope.views.links import Head
 from headscope.watching.recording import Recording
+from headscope.watching.texts import record_text
 
 TEXT = "The animal didn't cross the street because it was too tired."
 
@@ -23,7 +24,7 @@ def tokens(smollm2: models.Loaded) -> Tokens:
 
 @pytest.fixture(scope="module")
 def recording(smollm2: models.Loaded, tokens: Tokens) -> Recording:
-    return links.run(smollm2, tokens)
+    return record_text(smollm2, tokens)
 
 
 def by_hand(recording: Recording, tokens: Tokens, layer: int, head: int) -> torch.Tensor:
@@ -119,7 +120,7 @@ def test_what_a_word_gives_itself_is_shown_when_it_is_asked_for(recording: Recor
 
 def test_a_model_that_reads_both_ways(minilm: models.Loaded) -> None:
     tokens = tokens_of(TEXT, minilm)
-    recording = links.run(minilm, tokens)
+    recording = record_text(minilm, tokens)
     view = links.ask(recording, tokens, [tokens.find("it")], top=12)
     assert {link.words > 0 for link in view.links} == {True, False}
     assert all(link.source != link.target for link in view.links)
@@ -133,7 +134,7 @@ def test_a_model_that_reads_both_ways(minilm: models.Loaded) -> None:
 def test_chinese_characters_are_words_though_they_are_several_tokens(smollm2: models.Loaded) -> None:
     tokens = tokens_of("我把苹果给了她，因为她饿了。", smollm2)
     assert max(len(word.tokens) for word in tokens.words) > 1
-    view = links.ask(links.run(smollm2, tokens), tokens, [tokens.find("饿")], top=3)
+    view = links.ask(record_text(smollm2, tokens), tokens, [tokens.find("饿")], top=3)
     assert {link.target.text for link in view.links} <= set("我把苹果给了她，因为")
     assert len(view.links) == 9
 
@@ -168,7 +169,7 @@ def test_a_head_that_is_not_there(recording: Recording, written: str, message: s
 
 def test_progress_counts_the_layers(smollm2: models.Loaded, tokens: Tokens) -> None:
     told: list[tuple[int, int]] = []
-    links.run(smollm2, tokens, on_layer=lambda done, of: told.append((done, of)))
+    record_text(smollm2, tokens, on_layer=lambda done, of: told.append((done, of)))
     assert told == [(i, 30) for i in range(1, 31)]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import ResNetConfig
 
-from tests.zoo.shrink import HEADS
+from tests.watching.zoo.shrink import HEADS
 
 Fields = dict[str, Any]
 

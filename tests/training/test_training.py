@@ -27,7 +27,7 @@ from headscope.errors import HeadscopeError
 from headscope.training import TASKS, Step, Stopped, TrainConfig, TrainResult, checkpoint, make_task, signals, train
 from headscope.training.tasks import IGNORED
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SMALL = ["--embed-dim", "16", "--heads", "2", "--layers", "1", "--length", "5", "--batch-size", "12"]
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from tests.zoo.catalog import ZOO, class_name, first_tensors
-from tests.zoo.excluded import NO_ATTENTION, NOT_BUILT
-from tests.zoo.overrides import OVERRIDES
-from tests.zoo.reference import eager_calls, eager_maps
-from tests.zoo.special import INPUTS
+from tests.watching.zoo.catalog import ZOO, class_name, first_tensors
+from tests.watching.zoo.excluded import NO_ATTENTION, NOT_BUILT
+from tests.watching.zoo.overrides import OVERRIDES
+from tests.watching.zoo.reference import eager_calls, eager_maps
+from tests.watching.zoo.special import INPUTS
 
 
 def test_every_type_is_accounted_for_once() -> None:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.zoo.catalog import ZOO
-from tests.zoo.sweep import Row, examine, page, read_table
+from tests.watching.zoo.catalog import ZOO
+from tests.watching.zoo.sweep import Row, examine, page, read_table
 
-PAGE = (Path(__file__).parent.parent / "docs" / "models.md").read_text("utf-8")
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "models.md").read_text("utf-8")
 TABLE = read_table(PAGE)
 _NAMES = """
     aimv2_vision_model albert bart bert blip_2_qformer bloom deberta deepseek_v3 falcon gemma2 gpt2 gpt_oss granite_swa

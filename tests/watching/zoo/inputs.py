@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.zoo.shrink import HIDDEN, SPECIAL_IDS_FROM, find
+from tests.watching.zoo.shrink import HIDDEN, SPECIAL_IDS_FROM, find
 
 BATCH = 2
 LENGTH = 11

@@ -244,7 +244,7 @@ def test_ctrl_c_ends_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run", stop)
+    monkeypatch.setattr(cli, "record_text", stop)
     done = command("see")
     assert (done.exit_code, done.stdout, done.stderr) == (130, "", "Stopped.\n")
 

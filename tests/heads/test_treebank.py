@@ -10,7 +10,7 @@ from headscope.errors import TreebankError
 from headscope.heads.relations.sentences.pairs import Example
 from headscope.heads.relations.sentences.treebank import read_conllu
 
-EWT = Path(__file__).parent.parent.parent / "shared" / "data" / "en_ewt-ud-dev.conllu"
+EWT = Path(__file__).parent.parent.parent.parent / "shared" / "data" / "en_ewt-ud-dev.conllu"
 
 Read = Callable[..., list[Example]]
 

@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging
 
-from tests.zoo.catalog import ZOO, ZooModel, first_tensors
-from tests.zoo.reference import EagerCall, eager_calls, softmax_difference
+from tests.watching.zoo.catalog import ZOO, ZooModel, first_tensors
+from tests.watching.zoo.reference import EagerCall, eager_calls, softmax_difference
 
 SECONDS = 15
 _LINE = "{:42}{:16}{:>10}{:>6}{:>9}  {:5}{:>6}  {}"

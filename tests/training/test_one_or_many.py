@@ -30,7 +30,7 @@ from headscope.training.one_or_many import (
 )
 from headscope.watching.recording import record
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def tiny(steps: int = 3) -> Plan:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from headscope.watching.edits import ablate, edit, knock_out
 from headscope.watching.recording import Recording, record
 from tests.tiny import bart, ids, llama, mistral
-from tests.zoo.reference import eager_maps
+from tests.watching.zoo.reference import eager_maps
 
 NEW = 6
 

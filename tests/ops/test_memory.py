@@ -1,6 +1,6 @@
 """No question builds the L×S matrix: peak memory of every option, at a size where it would weigh 537 MB.
 
-The cases run one after another in one process of their own (``python tests/test_memory.py CASE …`` prints them),
+The cases run one after another in one process of their own (``python -m tests.ops.test_memory CASE …`` prints them),
 which resets the kernel's record of its peak before each.
 """
 
@@ -173,7 +173,7 @@ def peaks() -> dict[str, float]:
         pytest.skip("peak memory is read from /proc/self, which only Linux has")
     # What is large goes back to the system when it is freed, so that no case lives on what another left.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(4 << 20), "MALLOC_TRIM_THRESHOLD_": str(4 << 20)}
-    command = [sys.executable, __file__, *CASES, "built"]
+    command = [sys.executable, "-m", "tests.ops.test_memory", *CASES, "built"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     found: dict[str, float] = json.loads(done.stdout)

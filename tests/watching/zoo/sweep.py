@@ -1,6 +1,6 @@
 """Record every type of the catalogue, hold it against the model's own eager maps, and write docs/models.md.
 
-From the root of the repository: `PYTHONPATH=. python -m tests.zoo.sweep [type ...] [--write docs/models.md]`.
+From the root of the repository: `PYTHONPATH=. python -m tests.watching.zoo.sweep [type ...] [--write docs/models.md]`.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from transformers.utils import logging
 
 from headscope.errors import HeadscopeError, NothingSeen, ProofError, UnsupportedAttention
 from headscope.watching.recording import Recording, record
-from tests.zoo.catalog import ZOO, first_tensors
-from tests.zoo.check import TimeIsUp, time_limit
-from tests.zoo.reference import EagerCall, eager_calls
+from tests.watching.zoo.catalog import ZOO, first_tensors
+from tests.watching.zoo.check import TimeIsUp, time_limit
+from tests.watching.zoo.reference import EagerCall, eager_calls
 
 SECONDS = 60
 CLOSE = 1e-5
@@ -279,7 +279,7 @@ Every model type of transformers that can be built small from its own config was
 (far from uniform attention), run twice on the same padded batch, without and with `record`, and compared.
 Made with transformers {transformers} and torch {torch} by
 
-    PYTHONPATH=. python -m tests.zoo.sweep --write docs/models.md
+    PYTHONPATH=. python -m tests.watching.zoo.sweep --write docs/models.md
 
 Of {types} types **{recorded} are recorded** ({part} of them in part), {refused} are refused and {unseen} are not seen.
 All recorded ones give the same outputs to the last bit with and without `record`; the largest difference of a

@@ -19,7 +19,7 @@ from headscope.errors import NothingSeen, ProofError, UnsupportedAttention
 from headscope.watching.hooks import AttentionCall, watch, watches
 from headscope.watching.recording import record
 from tests.reference import FINFO_MIN, weights
-from tests.zoo.catalog import ZOO, first_tensors
+from tests.watching.zoo.catalog import ZOO, first_tensors
 
 B, H, L, S, D = 2, 3, 7, 11, 4
 E = H * D

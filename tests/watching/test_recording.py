@@ -15,8 +15,8 @@ from headscope.errors import NothingSeen, RecordingError
 from headscope.ops.reductions import Entropy, Received
 from headscope.watching.recording import Recording, record
 from tests.tiny import bart, ids, llama
-from tests.zoo.catalog import ZOO
-from tests.zoo.reference import eager_maps
+from tests.watching.zoo.catalog import ZOO
+from tests.watching.zoo.reference import eager_maps
 
 NAMES = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
 
@@ -211,7 +211,7 @@ def test_an_encoder_and_a_decoder() -> None:
 
 @pytest.mark.parametrize("name", ["swin", "t5", "gpt_oss", "gemma2", "granite_swa"])
 def test_biases_sinks_and_caps_are_in_the_weights(name: str) -> None:
-    from tests.zoo.sweep import examine
+    from tests.watching.zoo.sweep import examine
 
     row = examine(name)
     assert row.compared >= 2
