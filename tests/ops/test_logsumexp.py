@@ -190,12 +190,21 @@ def test_what_is_not_a_sum_is_refused(tmp_path: Path) -> None:
             Recording.load(tmp_path / "wrong")
 
 
-def test_sums_of_ones_own_are_taken_over() -> None:
+def test_matrix_computes_only_the_rows_whose_logsumexp_is_nan() -> None:
     query, key, _ = qkv()
     P = AttentionMatrix(query, key)
-    sums = P.logsumexp.clone()
-    sums[:, :, 2] = torch.nan
-    other = AttentionMatrix(query, key)
-    other.learn(sums)
+    logsumexp = P.logsumexp.clone()
+    logsumexp[:, :, 2] = torch.nan
+    other = AttentionMatrix._from_scores(P.operands, logsumexp)
     torch.testing.assert_close(other[:], P.dense())
     torch.testing.assert_close(other.logsumexp, P.logsumexp)
+
+
+def test_matrix_of_some_rows_applies_the_mask_at_their_own_positions() -> None:
+    query, key, value = qkv()
+    P = AttentionMatrix(query, key, mask=masks.window(3, 1))
+    batch, rows = slice(1, 2), slice(2, 5)
+    part = AttentionMatrix._from_scores(P.operands.narrow(batch, slice(0, H), rows))
+    torch.testing.assert_close(part[:], P[batch, :, rows])
+    torch.testing.assert_close(part.entropy(), P.entropy()[batch, :, rows])
+    torch.testing.assert_close(part @ value[batch], (P @ value)[batch, :, rows])

@@ -88,7 +88,23 @@ class AttentionMatrix:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> None:
-        self._scores = make_scores(query, key, mask, bias, scale, softcap, sinks)
+        self._set(make_scores(query, key, mask, bias, scale, softcap, sinks))
+
+    @classmethod
+    def _from_scores(cls, scores: Scores, logsumexp: Float[Tensor, "B H L"] | None = None) -> AttentionMatrix:
+        """From checked scores and, where it is known, the log-sum-exp of each row; NaN marks rows to compute."""
+        matrix = cls.__new__(cls)
+        matrix._set(scores)
+        if logsumexp is not None:
+            normalizer = learned(logsumexp)
+            if bool(logsumexp.isnan().any()):
+                matrix._reader = PartReader(scores, normalizer)
+            else:
+                matrix._normalizer = normalizer
+        return matrix
+
+    def _set(self, scores: Scores) -> None:
+        self._scores = scores
         self._normalizer: Normalizer | None = None
         self._reader: PartReader | None = None
         self._checked = False
@@ -142,13 +158,6 @@ class AttentionMatrix:
         self._check()
         self._reader = self._reader or PartReader(self._scores, self._normalizer)
         return self._reader[index]
-
-    def learn(self, sums: Float[Tensor, "B H L"]) -> None:
-        """Take over the rows' log-sum-exp from a kernel that told it; NaN: unknown. It is not checked."""
-        if bool(sums.isnan().any()):
-            self._reader = PartReader(self._scores, learned(sums))
-        else:
-            self._normalizer = learned(sums)
 
     @property
     def logsumexp(self) -> Float[Tensor, "B H L"]:

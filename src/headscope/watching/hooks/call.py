@@ -80,15 +80,4 @@ class AttentionCall:
 
 def matrix_of(scores: Scores, sums: Tensor | None = None) -> AttentionMatrix:
     """An AttentionMatrix of operands that were checked before, and of what is known of its rows' log-sum-exp."""
-    matrix = AttentionMatrix(
-        scores.query,
-        scores.key,
-        mask=scores.mask,
-        bias=scores.bias,
-        scale=scores.scale,
-        softcap=scores.softcap,
-        sinks=scores.sinks,
-    )
-    if sums is not None:
-        matrix.learn(sums)
-    return matrix
+    return AttentionMatrix._from_scores(scores, sums)
