@@ -112,7 +112,7 @@ def test_one_row_a_head_and_everything_in_it(atlas: HeadAtlas) -> None:
     assert set(info["texts"]) == set(TEXTS)
     assert info["documents"] == {n: i % 2 for i, n in enumerate(TEXTS)} | {f"repeat:0:{i}": i % 2 for i in range(4)}
     assert -1 <= atlas.agreement() <= 1
-    assert atlas.worth.unit == "nats a token"
+    assert atlas.worth.unit == "nats per token"
     assert repr(atlas).startswith("HeadAtlas(tiny: 12 heads, ")
 
 
@@ -204,7 +204,7 @@ def test_sums_of_a_large_treebank_are_loaded_again(tmp_path: Path) -> None:
     path = tmp_path / "large.parquet"
     atlas_file.write(
         path,
-        atlas_file.table([{"layer": 0, "head": 0, "roles": ["rest"]}]),
+        atlas_file.table([{"layer": 0, "head": 0, "roles": ["sink"]}]),
         {"noise": noise},
         {"format": atlas_file.FORMAT},
     )
@@ -458,10 +458,10 @@ def test_files_that_are_no_atlas(atlas: HeadAtlas, tmp_path: Path) -> None:
     held = dict(table.schema.metadata)
     told = json.loads(held[b"headscope.atlas"])
     for name, value, match in (
-        (b"headscope.atlas", json.dumps(told | {"format": 7}).encode(), "format 7; this version reads format 3"),
+        (b"headscope.atlas", json.dumps(told | {"format": 7}).encode(), "format 7; this version reads format 4"),
         (b"headscope.atlas", b"{", "is damaged"),
         (b"headscope.sums", b"\x00\x01", "is damaged"),
-        (b"headscope.atlas", json.dumps({"format": 3}).encode(), "is not a whole atlas"),
+        (b"headscope.atlas", json.dumps({"format": 4}).encode(), "is not a whole atlas"),
         (b"headscope.atlas", json.dumps([told]).encode(), "is not a whole atlas"),
         (b"headscope.atlas", json.dumps(told | {"info": {"columns": {}}}).encode(), "is not a whole atlas: 'model'"),
     ):
@@ -743,7 +743,7 @@ def test_the_atlas_in_the_package_is_of_the_model_here(name: str, request: pytes
     from headscope.heads.atlas.profiler import weights_hash
 
     loaded = request.getfixturevalue(name)
-    with resources.as_file(resources.files("headscope") / "atlases" / f"{name}.parquet") as path:
+    with resources.as_file(resources.files("headscope.heads.atlas") / "shipped" / f"{name}.parquet") as path:
         held = HeadAtlas.load(path)
     assert held.info["model"]["weights"] == weights_hash(loaded.model)
     assert len(held) == {"smollm2": 270, "minilm": 72}[name]
@@ -776,7 +776,7 @@ def test_one_head_beside_its_own_nulls(monkeypatch: pytest.MonkeyPatch, capsys: 
     from headscope.views.terminal.heads import print_head
 
     monkeypatch.setenv("COLUMNS", "80")
-    with resources.as_file(resources.files("headscope") / "atlases" / "minilm.parquet") as path:
+    with resources.as_file(resources.files("headscope.heads.atlas") / "shipped" / "minilm.parquet") as path:
         held = HeadAtlas.load(path)
     print_head(held, 3, 1)
     shown = {line.split("  ")[0].strip(): line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
@@ -788,10 +788,14 @@ def test_one_head_beside_its_own_nulls(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def test_too_few_texts_give_no_roles_and_it_is_said(decoder: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    broad = next(role for role in roles.ROLES if role.name == "broad")
-    monkeypatch.setattr(roles, "ROLES", (replace(broad, threshold=0.1),))  # every head has it
+    uniform = next(role for role in roles.ROLES if role.name == "uniform")
+    monkeypatch.setattr(roles, "ROLES", (replace(uniform, threshold=0.1),))  # every head has it
     plan = replace(PLAN, repeats=0, worth=0)
-    for count, told in ((2, "1 to pick heads where one is needed, 1 to confirm"), (3, "2 to pick heads"), (4, None)):
+    for count, told in (
+        (2, "1 to pick heads (needed: 1), 1 to confirm them (needed: 2)"),
+        (3, "2 to pick heads"),
+        (4, None),
+    ):
         found = profile(decoder, texts=documents()[:count], plan=plan)
         assert any("Too few texts" in note and f": {told}" in note for note in found.notes) == (told is not None)
         assert any("Too few texts" in note for note in found.notes) == (told is not None)

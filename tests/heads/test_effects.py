@@ -101,8 +101,8 @@ def one_at_a_time(model: torch.nn.Module, mask: Tensor, layers: int, heads: int,
 @pytest.mark.parametrize(
     ("make", "layers", "heads", "unit", "note"),
     [
-        (llama, 2, 6, "nats a token", None),
-        (gpt2, 3, 4, "nats a token", None),
+        (llama, 2, 6, "nats per token", None),
+        (gpt2, 3, 4, "nats per token", None),
         (bert, 3, 4, "1 - cosine", None),
         (albert, 3, 4, "1 - cosine", "called more than once"),
     ],
@@ -330,7 +330,7 @@ def test_the_gradient_works_where_parameters_are_frozen_and_gradients_off() -> N
 
 def table(values: list[list[float]], examples: Tensor | None = None) -> HeadEffects:
     mean = torch.tensor(values, dtype=torch.float64)
-    return HeadEffects(mean, mean[None] if examples is None else examples, torch.zeros(1), "nats a token", "ablate")
+    return HeadEffects(mean, mean[None] if examples is None else examples, torch.zeros(1), "nats per token", "ablate")
 
 
 def test_normalized_divides_by_the_norm_of_the_layer() -> None:
@@ -338,7 +338,7 @@ def test_normalized_divides_by_the_norm_of_the_layer() -> None:
     expected = torch.tensor([[0.6, 0.8, math.nan], [0, 0, 0]], dtype=torch.float64)
     torch.testing.assert_close(got.values, expected, equal_nan=True)
     torch.testing.assert_close(got.per_example[0], expected, equal_nan=True)
-    assert got.unit == "nats a token, ÷ the layer's norm"
+    assert got.unit == "nats per token, ÷ the layer's norm"
 
 
 def test_agreement_is_the_correlation_of_ranks() -> None:

@@ -203,7 +203,7 @@ def test_heads_made_by_hand_get_their_role_and_no_other() -> None:
     on_plain = made([*heads, far, far], length)
     on_twice = made([before, own, first, even, far, far, again, same], length)
     found = roles_of(on_plain, plain, on_twice, twice)
-    wanted = [{"previous token"}, {"self"}, {"rest"}, {"broad"}, set(), {"delimiter"}, {"induction"}, {"duplicate"}]
+    wanted = [{"previous token"}, {"self"}, {"sink"}, {"uniform"}, set(), {"delimiter"}, {"induction"}, {"duplicate"}]
     assert found == wanted
 
 
@@ -216,8 +216,8 @@ def test_a_head_of_an_encoder_that_looks_at_the_next_token() -> None:
     assert roles_of(matrix, batch_of(length), matrix, twice, causal=False) == [{"next token"}]
 
 
-def test_a_head_that_gives_text_almost_nothing_has_no_role_from_it() -> None:
-    """It looks at the token before with 4 % of its weight, and rests with the other 96 %."""
+def test_a_head_with_little_weight_on_text_has_no_role_from_it() -> None:
+    """It looks at the token before with 4 % of its weight, and at the first one with 96 %."""
     length = 41
     key = torch.eye(length).expand(1, 1, -1, -1)
     query = torch.zeros(1, 1, length, length)
@@ -225,10 +225,10 @@ def test_a_head_that_gives_text_almost_nothing_has_no_role_from_it() -> None:
         query[0, 0, i, 0], query[0, 0, i, i - 1] = 30.0 + math.log(24), 30.0
     matrix = AttentionMatrix(query, key, mask=masks.causal(), scale=1.0)
     (twice,) = batches([piece(41, end=False, period=20)])
-    assert roles_of(matrix, batch_of(length), matrix, twice) == [{"rest"}]
+    assert roles_of(matrix, batch_of(length), matrix, twice) == [{"sink"}]
 
 
-def test_a_head_that_rests_on_a_learned_sink_has_no_role_from_what_little_is_left() -> None:
+def test_a_head_with_a_learned_sink_has_no_role_from_its_little_weight_on_text() -> None:
     """It looks at the token before with 4 % of its weight; the rest goes to a logit that no token has."""
     length = 41
     key = torch.eye(length).expand(1, 1, -1, -1)
@@ -271,7 +271,7 @@ def test_a_head_is_reported_on_the_half_that_did_not_pick_it() -> None:
         sums.add({"first": Ratio(found, torch.ones(1, 2))}, 0, 1, given)
         null.add({"first": Ratio(torch.full((1, 1), 0.1), torch.ones(1, 1))}, 0, 1, given[:2])
     (row,) = find_roles(sums, null, halves={f"doc {number}": number % 2 for number in range(8)})
-    assert (row.role, row.head, row.documents) == ("rest", 1, 4)
+    assert (row.role, row.head, row.documents) == ("sink", 1, 4)
     assert (row.picked, row.score, row.null) == (pytest.approx(0.9), pytest.approx(0.7), pytest.approx(0.1))
 
 

@@ -35,7 +35,7 @@ def encoder(minilm: Loaded) -> HeadAtlas:
 
 
 def shipped(name: str) -> HeadAtlas:
-    return HeadAtlas.load(Path(str(resources.files("headscope") / "atlases" / f"{name}.parquet")))
+    return HeadAtlas.load(Path(str(resources.files("headscope.heads.atlas") / "shipped" / f"{name}.parquet")))
 
 
 def heads_of(rows: Sequence[Evidence], role: str) -> list[Head]:
@@ -97,29 +97,29 @@ def test_induction_heads_need_a_previous_token_head_below(smollm2: Loaded, decod
         assert all(other[head] > 0.8 * whole[head] for other in others)
 
 
-def test_most_heads_of_later_layers_rest_on_the_first_token(decoder: HeadAtlas) -> None:
+def test_the_first_token_is_the_sink_of_most_heads_in_later_layers(decoder: HeadAtlas) -> None:
     """Gu et al. 2025, arXiv 2410.10781: sinks above 0.3 are all over a decoder, and hardly in its first layers."""
     first = decoder.value("first")
     assert float((first[12:] > 0.3).double().mean()) > 0.6
     assert float((first[:3] > 0.3).double().mean()) < 0.1
 
 
-def test_a_sink_is_a_place_and_no_token(smollm2: Loaded) -> None:
-    """Xiao et al. 2024, arXiv 2309.17453: whatever token comes first, heads rest on it."""
+def test_a_sink_is_a_position_and_not_a_token(smollm2: Loaded) -> None:
+    """Xiao et al. 2024, arXiv 2309.17453: whatever token comes first, it is the sink."""
     text = corpus.default_documents(6)[1]
     (piece,) = corpus.cut(smollm2, text, 0, length=128, most=1)
     asked = [m for m in standard() if any(c.name == "first" for c in m.columns)]
 
-    def resting(ids: tuple[int, ...]) -> Tensor:
+    def first_weight(ids: tuple[int, ...]) -> Tensor:
         return measure(smollm2, [corpus.Piece(ids, piece.sinks, piece.delimiters, "a", 0)], asked).sums.value("first")
 
-    usual, another = resting(piece.ids), resting((5000, *piece.ids[1:]))
+    usual, another = first_weight(piece.ids), first_weight((5000, *piece.ids[1:]))
     strong = usual > 0.5
     assert int(strong.sum()) > 50
     assert float(another[strong].median()) > 0.3
 
 
-def test_what_lies_on_a_sink_carries_little(decoder: HeadAtlas, encoder: HeadAtlas) -> None:
+def test_weight_on_a_sink_carries_little(decoder: HeadAtlas, encoder: HeadAtlas) -> None:
     """Kobayashi et al. 2020, arXiv 2004.10102: special tokens get weight, and their values are small."""
     for atlas, least, factor in ((decoder, 0.5, 0.75), (encoder, 0.2, 0.25)):
         weight, carried = atlas.value("sink"), atlas.value("norm_sink")
@@ -129,12 +129,12 @@ def test_what_lies_on_a_sink_carries_little(decoder: HeadAtlas, encoder: HeadAtl
         assert float(carried[strong].mean()) < factor * float(weight[strong].mean())
 
 
-def test_heads_of_a_bert_are_broad_in_its_first_layer(encoder: HeadAtlas) -> None:
+def test_heads_of_a_bert_are_nearly_uniform_in_its_first_layer(encoder: HeadAtlas) -> None:
     """Clark et al. 2019, arXiv 1906.04341: near-uniform heads in the lowest layers, and again in the last."""
-    broad = encoder.value("entropy_share").mean(1)
-    assert int(broad.argmin()) in (1, 2)
-    assert float(broad[0]) > 0.7
-    assert float(broad[-1]) > 0.7
+    uniformity = encoder.value("entropy_share").mean(1)
+    assert int(uniformity.argmin()) in (1, 2)
+    assert float(uniformity[0]) > 0.7
+    assert float(uniformity[-1]) > 0.7
 
 
 def test_few_tokens_get_most_of_what_is_given(decoder: HeadAtlas) -> None:

@@ -17,7 +17,7 @@ from headscope.heads.effects import HeadEffects, agreement
 from headscope.heads.measures import REPEATED
 from headscope.heads.relations.counts import RelationCounts
 from headscope.heads.relations.score import RelationScore, scores
-from headscope.heads.roles import Evidence, find_roles, why_no_role
+from headscope.heads.roles import Evidence, find_roles, missing_evidence
 from headscope.heads.statistics import cluster_bootstrap
 
 __all__ = ["HeadAtlas", "Worth"]
@@ -33,7 +33,7 @@ class Worth:
         values: By method ("ablation_zero", "ablation_mean", "gradient"): [texts, layers, H] float64.
         clean: The unchanged model's metric for each text, [texts].
         documents: The texts' documents, in this order.
-        unit: "nats a token", or "1 - cosine" for a model without logits.
+        unit: "nats per token", or "1 - cosine" for a model without logits.
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
@@ -290,7 +290,7 @@ class HeadAtlas:
     @property
     def notes(self) -> list[str]:
         """What happened on the way, and what is too little for a role."""
-        return [*self.measured.notes, *why_no_role(self.info["documents"], self.relations)]
+        return [*self.measured.notes, *missing_evidence(self.info["documents"], self.relations)]
 
     def _sources(self) -> list[dict[str, Any]]:
         """The plans and the versions behind this atlas: one, or those of all that were merged."""

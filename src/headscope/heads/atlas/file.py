@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT", "check_format", "read", "table", "write"]
 
-FORMAT = 3  # of the file, and of the parts that it is made of
+FORMAT = 4  # of the file and of its shards
 _INFO, _STATE = b"headscope.atlas", b"headscope.sums"
 _MOST = 1 << 32  # bytes of sums that a file may unfold to
 _TEXT = (1 << 31) - 1  # bytes of one entry in Parquet's metadata

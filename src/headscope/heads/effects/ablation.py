@@ -36,7 +36,7 @@ class _Question:
         if self.is_encoder(plain):
             return away_from(plain.answer), "1 - cosine"
         self._check_language_model(plain)
-        return next_token_loss, "nats a token"
+        return next_token_loss, "nats per token"
 
     def is_encoder(self, plain: Survey) -> bool:
         """Whether the answer is hidden states: the model has no output head of its own."""
@@ -96,7 +96,7 @@ def head_effects(
         input_ids: [B, T], examples.
         attention_mask: [B, T], 1 for text and 0 for padding.
         metric: (logits [N, T, V], input_ids [N, T], attention_mask [N, T]) → [N], each row by itself. None: the
-            loss of the next token, in nats a token; for an encoder without an output head 1 - cosine similarity
+            loss of the next token, in nats per token; for an encoder without an output head 1 - cosine similarity
             of its mean hidden state to that of the unchanged model.
         method: "ablate" or "gradient".
         to: for "ablate", None writes zeros; [layers, H, Dv], as head_means() gives, writes means.
@@ -113,7 +113,7 @@ def head_effects(
         >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=12, n_layer=2, n_head=3)).eval()
         >>> effects = head_effects(model, torch.tensor([[1, 2, 3, 4]]))
         >>> effects.values.shape, effects.unit
-        (torch.Size([2, 3]), 'nats a token')
+        (torch.Size([2, 3]), 'nats per token')
     """
     _check(model, input_ids, attention_mask, metric, method, to)
     text = torch.ones_like(input_ids) if attention_mask is None else attention_mask

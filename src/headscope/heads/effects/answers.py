@@ -51,7 +51,7 @@ def answer(output: Any) -> Tensor:
 
 
 def next_token_loss(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Mean loss of predicting each token from those before it, in nats a token, [B].
+    """Mean loss of predicting each token from those before it, in nats per token, [B].
 
     Only tokens that are text count, and only where the token before them is text too.
 

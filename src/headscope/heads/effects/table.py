@@ -23,7 +23,7 @@ class HeadEffects:
         per_example: [B, layers, H]; for "ablate" the metric without the head minus the metric with it, for
             "gradient" the absolute derivative by the head's gate.
         clean: [B], the metric of the unchanged model.
-        unit: of all these, "nats a token" for a language model's loss.
+        unit: of all these, "nats per token" for a language model's loss.
         method: "ablate" or "gradient".
         notes: how it was computed, where that was not the usual way.
     """
@@ -42,7 +42,7 @@ class HeadEffects:
 
         Example:
             >>> values = torch.tensor([[3.0, 4.0]])
-            >>> HeadEffects(values, values[None], torch.zeros(1), "nats a token", "gradient").normalized().values
+            >>> HeadEffects(values, values[None], torch.zeros(1), "nats per token", "gradient").normalized().values
             tensor([[0.6000, 0.8000]])
         """
         norm = self.values.nan_to_num().norm(dim=1, keepdim=True)

@@ -30,7 +30,7 @@ class Spread(Measure):
 
     columns = (
         Column("entropy", "−Σ a ln a, mean over rows", "nats", _CLARK),
-        Column("entropy_share", "Σ entropy ÷ Σ ln n, n the keys a row may see", "share", _CLARK, evidence=True),
+        Column("entropy_share", "Σ entropy ÷ Σ ln n, n the number of visible keys", "share", _CLARK, evidence=True),
     )
 
     def questions(self, page: Page) -> dict[str, Reduction]:
@@ -49,7 +49,7 @@ class Confidence(Measure):
 
     columns = (
         Column("confidence", "largest weight on text ÷ weight on text", "share", _VOITA, over_text=True),
-        Column("confidence_raw", "largest weight, sinks and all", "share", _VOITA),
+        Column("confidence_raw", "largest weight, sinks included", "share", _VOITA),
     )
 
     def questions(self, page: Page) -> dict[str, Reduction]:
@@ -68,7 +68,7 @@ class MeanDistance(Measure):
 
     columns = (
         Column("distance", "Σ a·|i − j| over text ÷ weight on text", "tokens", _VIG, over_text=True),
-        Column("distance_raw", "Σ a·|i − j|, sinks and all", "tokens", _VIG),
+        Column("distance_raw", "Σ a·|i − j|, sinks included", "tokens", _VIG),
     )
 
     def questions(self, page: Page) -> dict[str, Reduction]:
@@ -90,7 +90,7 @@ class OffsetMass(Measure):
             Column(f"offset_mass{d:+d}", f"a[i, i{d:+d}] ÷ weight on text", "share", _CLARK, False, True)
             for d in _DELTAS
         ),
-        *(Column(f"offset_mass{d:+d}_raw", f"a[i, i{d:+d}], sinks and all", "share", _CLARK) for d in _DELTAS),
+        *(Column(f"offset_mass{d:+d}_raw", f"a[i, i{d:+d}], sinks included", "share", _CLARK) for d in _DELTAS),
     )
 
     def questions(self, page: Page) -> dict[str, Reduction]:
@@ -131,7 +131,7 @@ class Sinks(Measure):
     """What rests on positions that mean nothing, or little."""
 
     columns = (
-        Column("text", "weight on text: neither special tokens nor a sink that the model learned", "share", _GU),
+        Column("text", "weight on text, without special tokens and learned sinks", "share", _GU),
         Column("sink", "weight on the start token and other special tokens", "share", _GU),
         Column("first", "weight on the first position alone", "share", _GU, evidence=True),
         Column("delimiter", "weight on punctuation and line ends ÷ weight on text", "share", _CLARK, True, True),
@@ -159,7 +159,10 @@ class Heavy(Measure):
 
     columns = (
         Column(
-            "received_top", "share of the weight on text that goes to the tenth of its keys with most", "share", _H2O
+            "received_top",
+            "share of the weight on text that the tenth of text keys with the most weight get",
+            "share",
+            _H2O,
         ),
     )
 
@@ -185,9 +188,16 @@ class Norms(Measure):
     columns = (
         Column("norm_sink", "as sink, each weight times ‖v_j W_O‖, normalised per row", "share", _KOBAYASHI),
         Column("norm_first", "as first, each weight times ‖v_j W_O‖, normalised per row", "share", _KOBAYASHI),
-        Column("norm_delimiter", "as delimiter_raw, but of these products, as norm_sink", "share", _KOBAYASHI),
+        Column(
+            "norm_delimiter", "as delimiter_raw, each weight times ‖v_j W_O‖, normalised per row", "share", _KOBAYASHI
+        ),
         *(
-            Column(f"norm_offset{d:+d}", f"a[i, i{d:+d}], but of these products", "share", _KOBAYASHI)
+            Column(
+                f"norm_offset{d:+d}",
+                f"a[i, i{d:+d}], each weight times ‖v_j W_O‖, normalised per row",
+                "share",
+                _KOBAYASHI,
+            )
             for d in (-1, 0, 1)
         ),
     )

@@ -42,7 +42,7 @@ def print_atlas(atlas: HeadAtlas, *, all_heads: bool = False) -> None:
     print_renderable(
         Text(
             "Heads are picked on one half of the texts and scored on the other (score, with its 95 % interval). null: "
-            "a head that looks evenly at all it may see; for words, the most that luck reaches: a fixed distance, a "
+            "uniform attention; for words, the most that luck reaches: a fixed distance, a "
             "word that others look at, too, any word of the right class. A role says where a head looks, not what it "
             "is worth. ←: asked the other way round, from the verb to its subject, say.",
             style="dim",
