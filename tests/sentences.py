@@ -1,8 +1,8 @@
 """The shipped sentences, for the tests of frames and of what is counted on them."""
 
-from headscope.heads.relations import Example, chinese, english
+from headscope.heads.relations import Example, chinese_sentences, english_sentences
 
-ENGLISH, CHINESE = english(), chinese()
+ENGLISH, CHINESE = english_sentences(), chinese_sentences()
 FRAMES = ENGLISH + CHINESE
 
 

@@ -32,7 +32,7 @@ from headscope.heads.atlas.profiler import Plan, profile
 from headscope.heads.corpus import Document
 from headscope.heads.measures import Ratio, standard
 from headscope.heads.measures.sums import Sums
-from headscope.heads.relations import Example, Pair, english
+from headscope.heads.relations import Example, Pair, english_sentences
 from headscope.heads.relations.sentences.treebank import read_conllu
 from headscope.models.loading import Loaded
 from headscope.views.figures import atlas as atlas_figures
@@ -60,7 +60,7 @@ def letters() -> Any:
 def words() -> Any:
     """A tokenizer of whole words: those of the texts above, and of the English sentences with known relations."""
     split = pre_tokenizers.Whitespace()
-    texts = [*TEXTS.values(), *(example.text for example in english())]
+    texts = [*TEXTS.values(), *(example.text for example in english_sentences())]
     known = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
     inner = Tokenizer(token_models.WordLevel({"<s>": 0, "?": 1} | {word: i + 2 for i, word in enumerate(known)}, "?"))
     inner.pre_tokenizer = split
@@ -78,7 +78,7 @@ def documents(*names: str) -> list[Document]:
 
 def few() -> dict[str, list[Example]]:
     """Some sentences of both halves."""
-    given = [example for example in english() if any(p.relation == "coreference" for p in example.pairs)]
+    given = [example for example in english_sentences() if any(p.relation == "coreference" for p in example.pairs)]
     return {"some": [*[e for e in given if e.half == 0][:5], *[e for e in given if e.half == 1][:5]]}
 
 
@@ -540,10 +540,13 @@ def test_delimiters_that_are_sinks_are_no_text(decoder: Loaded) -> None:
 
 
 def test_a_language_that_the_model_does_not_read_is_said(decoder: Loaded) -> None:
-    from headscope.heads.relations import chinese
+    from headscope.heads.relations import chinese_sentences
 
     found = profile(
-        decoder, texts=documents("owl"), relations={"Chinese frames": chinese()}, plan=Plan(repeats=0, worth=0)
+        decoder,
+        texts=documents("owl"),
+        relations={"Chinese frames": chinese_sentences()},
+        plan=Plan(repeats=0, worth=0),
     )
     assert found.relations.examples == 0
     told = "Chinese frames: not profiled, the model does not read it: "
@@ -553,9 +556,9 @@ def test_a_language_that_the_model_does_not_read_is_said(decoder: Loaded) -> Non
 def test_a_model_that_reads_chinese_is_profiled_in_chinese() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from headscope.heads.relations import chinese
+    from headscope.heads.relations import chinese_sentences
 
-    known = sorted({character for example in chinese() for character in example.text})
+    known = sorted({character for example in chinese_sentences() for character in example.text})
     inner = Tokenizer(token_models.WordLevel({"<s>": 0, "?": 1} | {c: i + 2 for i, c in enumerate(known)}, "?"))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?", bos_token="<s>")
@@ -563,10 +566,10 @@ def test_a_model_that_reads_chinese_is_profiled_in_chinese() -> None:
     model = LlamaForCausalLM(LlamaConfig(**tiny._decoder() | {"vocab_size": len(known) + 2})).eval()
     loaded = Loaded("tiny", model, tokenizer, 0, 64, True, "a test")
     found = profile(
-        loaded, texts=documents("owl"), relations={"Chinese frames": chinese()}, plan=Plan(repeats=0, worth=0)
+        loaded, texts=documents("owl"), relations={"Chinese frames": chinese_sentences()}, plan=Plan(repeats=0, worth=0)
     )
     assert not any("Chinese" in note for note in found.measured.notes)
-    assert found.relations.examples == len(chinese())
+    assert found.relations.examples == len(chinese_sentences())
     assert {row.relation for row in found.relation_scores()} == {"coreference-zh", "giver-receiver-zh"}
     assert not any(row.role for row in found.relation_scores())  # its weights are random
 

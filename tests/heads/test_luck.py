@@ -23,7 +23,7 @@ from headscope.heads.relations.counts import direction_of
 from headscope.heads.relations.evaluate import questions_of
 from headscope.heads.relations.hits import numbered
 from headscope.heads.relations.score import LEAD, LEVEL
-from headscope.heads.relations.sentences.english_words import LISTS
+from headscope.heads.relations.sentences.languages import load_language
 from tests.sentences import CHINESE, ENGLISH, one_a_frame
 
 FAVOURITES = 3
@@ -47,6 +47,7 @@ PREPOSITIONS = {
 }
 ELSE = ("nearest before, else after", "nearest after, else before")
 RELATIVES = {"who", "that", "which", "whom"}
+ENGLISH_LISTS = load_language("english").words
 WORD_LISTS = ("man", "woman", "thing")  # whose words stand in one class
 
 
@@ -115,7 +116,7 @@ def chosen(example: Example, query: int, words: list[int]) -> dict[str, int]:
 
     found |= {f"order {number}": first_of(number, words) for number in range(FAVOURITES)}
     for name in WORD_LISTS:
-        liked = [j for j in words if spoken[j] in LISTS[example.half][name]]
+        liked = [j for j in words if spoken[j] in ENGLISH_LISTS[example.half][name]]
         found[f"from {name}"] = first_of(0, liked or words)
     return found
 

@@ -320,9 +320,9 @@ def _one_head(atlas: HeadAtlas, head: str, model: str, documents: Sequence[corpu
 
 def _frames() -> dict[str, list[Example]]:
     """The sentences that come with the package."""
-    from headscope.heads.relations import chinese, english
+    from headscope.heads.relations import chinese_sentences, english_sentences
 
-    return {"English frames": english(), "Chinese frames": chinese()}
+    return {"English frames": english_sentences(), "Chinese frames": chinese_sentences()}
 
 
 def _examples(atlas: HeadAtlas, loaded: models.Loaded, layer: int, head: int, given: Sequence[corpus.Document]) -> None:

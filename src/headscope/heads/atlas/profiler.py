@@ -195,7 +195,7 @@ def profile(
             that every machine has.
         measures: What to take; :func:`headscope.heads.measures.standard` by default.
         relations: Sentences with known relations, by the name of their collection, as in
-            ``{"English frames": headscope.heads.relations.sentences.english()}``.
+            ``{"English frames": headscope.heads.relations.english_sentences()}``.
         plan: How much of it.
         parts: A folder for finished parts: the same call goes on where it was stopped, and several processes
             started by torchrun share the work. Without it everything happens here and now.

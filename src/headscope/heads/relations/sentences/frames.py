@@ -1,10 +1,10 @@
 """Sentence frames filled from word lists, so that the pair is known by construction.
 
 A frame is a line of words set apart by spaces. ``{place}`` is a slot, filled from the word list "place";
-``{place2}`` is filled from the same list with another word. ``/s`` marks the word that should look and ``/t``
-the word that it should look at: "The {person}/t in the {place} {slept}/s ." A ``*`` in a skeleton is where an
-insertion goes; with insertions of many lengths no fixed distance fits the pair. ``^``, ``+`` and ``=`` in a core are
-where a rival may stand, a word that could be taken for the right one: before the pair, between its words, behind it.
+``{place2}`` is filled from the same list with another word. ``/s`` marks the source, the word that should attend, and
+``/t`` its target: "The {person}/t in the {place} {slept}/s ." A ``*`` in a skeleton is where an insertion goes; with
+insertions of many lengths no fixed distance fits the pair. ``^``, ``+`` and ``=`` in a core are where a distractor may
+stand, a word that could be taken for the target: before the pair, between its words, behind it.
 Word classes are known by slot ("{person}") or by word ("he").
 """
 
@@ -19,15 +19,13 @@ from typing import NamedTuple
 
 from headscope.heads.relations.sentences.pairs import Example, Pair
 
-__all__ = ["Filled", "Frame", "Rivals", "combine", "either_way", "fill", "fill_all", "place"]
+__all__ = ["Filled", "Frame", "combine", "either_way", "fill", "fill_all", "place"]
 
 _SLOT = re.compile(r"\{([a-z_]+)(\d*)\}")
 _CLOSING = frozenset(",.;:!?")  # no space before these
 _COMMAS, _MARKS = (",", "，"), (",", ".", "，", "。")
 
 WordLists = Mapping[str, Sequence[str]]
-Rivals = tuple[Sequence[str], Sequence[str], Sequence[str]]
-"""What may stand before the pair, between its words, behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +48,27 @@ class Frame:
     classes: Mapping[str, str] = field(default_factory=dict)
 
 
-def place(cores: Sequence[str], rivals: Rivals) -> list[str]:
-    """Every core with every rival in the places that it has.
+def place(cores: Sequence[str], distractors: Sequence[Sequence[str]]) -> list[str]:
+    """Every core with every distractor in the places that it has.
+
+    Args:
+        cores: Lines with the marks ``^``, ``+`` and ``=``, or some of them.
+        distractors: What may stand before the pair, between its words, behind it.
 
     >>> place(["^ it + fell = ."], (["once"], ["then"], []))
     ['once it fell .', 'it then fell .']
     """
-    found = []
+    skeletons = []
     for core in cores:
-        for mark, texts in zip("^+=", rivals, strict=True):
+        for mark, texts in zip("^+=", distractors, strict=True):
             for text in texts if mark in core else ():
                 words = core.replace(mark, text).split()
-                found.append(" ".join(word for word in words if word not in "^+="))
-    return found
+                skeletons.append(" ".join(word for word in words if word not in "^+="))
+    return skeletons
 
 
 def either_way(openings: Sequence[str], endings: Sequence[str]) -> list[str]:
-    """Every opening with every ending; of its two nouns {x} and {y} each is once the right one, {a}, once not, {d}.
+    """Every opening with every ending; its nouns {x} and {y} are {a} (the target) and {d}, and the other way.
 
     >>> either_way(["{x} met {y}"], ["and left ."])
     ['{a}/t met {d} and left .', '{d} met {a}/t and left .']
