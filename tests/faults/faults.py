@@ -1,1171 +1,345 @@
-"""Planted faults: each is a small change to a copy of the source that some test must notice.
+"""The planted faults: the subject's classic mistakes, each named by what a user would see.
 
-To add one: a text that occurs exactly once in a file of src/headscope, what to put in its place, and a fast test
-that must then fail.
+To plant one: write a function that takes the original and returns the one with the mistake, name it after what a user
+would see, and put `@fault(the original's module and name, a fast test that must fail)` above it. At most 40.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+from typing import Any
+
+from tests.faults.planting import Fault, Replace
+
+FAULTS: list[Fault] = []
 
 
-@dataclass(frozen=True)
-class Fault:
-    """One mistake, and the test that must notice it."""
+def fault(target: str, test: str) -> Callable[[Replace], Replace]:
+    """List a fault in the function `target`, which `test` must notice."""
 
-    name: str
-    file: str  # inside src/headscope
-    old: str  # occurs exactly once
-    new: str
-    test: str  # a node id inside tests/, without its parameters to run them all
+    def add(function: Replace) -> Replace:
+        FAULTS.append(Fault(target, test, function))
+        return function
+
+    return add
 
 
-FAULTS = [
-    Fault(
-        "a link that is hidden after an ablation brings the head back",
-        "watching/edits.py",
-        "2 if isinstance(given, Ablate) else 1",
-        "1",
-        "watching/test_edits.py::test_no_edit_undoes_an_ablation_whatever_the_order",
-    ),
-    Fault(
-        "collections that share sentences count them twice",
-        "heads/relations/collections.py",
-        'if both := sorted(set(clusters) & set(held["clusters"])):',
-        "if both := list[str]():",
-        "heads/test_atlas.py::test_what_is_given_twice_is_refused",
-    ),
-    Fault(
-        "a bias that alone is trained gets no gradient",
-        "nn/linear.py",
-        "x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)",
-        "x.requires_grad or weight.requires_grad",
-        "nn/test_linear.py::test_gradients_are_those_of_torchs_own_map",
-    ),
-    Fault(
-        "oneDNN is taken where torch.func looks on",
-        "ops/kernels/cpu.py",
-        "        and not torch._C._are_functorch_transforms_active()\n",
-        "",
-        "nn/test_linear.py::test_torch_keeps_what_it_has_to_see",
-    ),
-    Fault(
-        "many rows are multiplied in a precision that the CPU emulates",
-        "nn/linear.py",
-        "F.linear(x.float(), weight.float(), ",
-        "F.linear(x, weight, bias) if x.shape else F.linear(x.float(), weight.float(), ",
-        "ops/test_precision.py::test_many_rows_are_multiplied_in_float32_and_few_are_not",
-    ),
-    Fault(
-        "half precision in, float32 out, where the CPU emulates it",
-        "ops/kernels/fused.py",
-        "fused(scores, value).to(given)",
-        "fused(scores, value)",
-        "ops/test_precision.py::test_attention_gives_the_precision_it_was_given",
-    ),
-    Fault(
-        "a row that sees nothing is believed to have the sum 0",
-        "ops/kernels/fused.py",
-        "(sums == 0) | ",
-        "",
-        "ops/test_logsumexp.py::test_rows_that_see_nothing_or_only_padding_are_summed_by_us",
-    ),
-    Fault(
-        "the kernel's sums of half-precision scores are believed",
-        "ops/kernels/fused.py",
-        " and args[0].dtype in _EXACT",
-        "",
-        "ops/test_logsumexp.py::test_half_precision_is_summed_by_us",
-    ),
-    Fault(
-        "sums that a kernel told are believed without proof",
-        "watching/hooks/proof.py",
-        "_difference(scores, value, output, (batch, row), told)",
-        "_difference(scores, value, output, (batch, row), None)",
-        "ops/test_logsumexp.py::test_sums_that_do_not_explain_the_output_are_not_believed",
-    ),
-    Fault(
-        "sums are believed of which no row was compared",
-        "watching/hooks/proof.py",
-        "[sums, None] if known else [None]",
-        "[sums, None]",
-        "ops/test_logsumexp.py::test_sums_that_no_compared_row_has_are_not_believed",
-    ),
-    Fault(
-        "a source as long as the target is taken for the text itself",
-        "watching/hooks/torch_nn.py",
-        "given.query.data_ptr() != given.key.data_ptr()",
-        "False",
-        "watching/test_monitoring.py::test_a_padded_source_as_long_as_the_target_leaves_all_rows[torch.nn]",
-    ),
-    Fault(
-        "transformers' cross-attention is known by its lengths alone",
-        "watching/hooks/watches.py",
-        "or (forward.stack and forward.stack[-1] in forward.across)",
-        "",
-        "watching/test_monitoring.py::test_padding_of_the_source_says_nothing_of_the_targets_rows[9]",
-    ),
-    Fault(
-        "heads are watched only where there is a log",
-        "training/loop.py",
-        "        if processes.is_main:\n            watch =",
-        "        if processes.is_main and log:\n            watch =",
-        "training/test_training.py::test_heads_are_watched_without_tensorboard",
-    ),
-    Fault(
-        "an edited row keeps its sum",
-        "watching/hooks/watches.py",
-        "scores=scores, sums=None, edited=True",
-        "scores=scores, edited=True",
-        "ops/test_logsumexp.py::test_an_edited_row_has_other_sums",
-    ),
-    Fault(
-        "rounded queries keep the sums of exact ones",
-        "watching/recording/file.py",
-        "part.sums if exact else None",
-        "part.sums",
-        "ops/test_logsumexp.py::test_a_file_keeps_the_sums_but_not_those_of_rounded_queries",
-    ),
-    Fault(
-        "the same text once more is taken for later rows of it",
-        "watching/recording/tracker.py",
-        ' or (how[0] == "cross" and forward not in self._going)',
-        "",
-        "watching/test_edits.py::test_the_same_text_once_more_is_edited_as_the_first_time",
-    ),
-    Fault(
-        "what is written into after its call is believed",
-        "watching/recording/site.py",
-        "tensor._version != version",
-        "False",
-        "watching/test_recording.py::test_what_is_written_into_after_its_call_is_refused",
-    ),
-    Fault(
-        "all layers have one number",
-        "watching/hooks/watches.py",
-        "self._numbers.setdefault((name, occurrence), len(self._numbers))",
-        "self._numbers.setdefault((name, occurrence), 0)",
-        "watching/test_generate.py::test_layers_count_as_the_recording_does_though_the_encoder_runs_alone",
-    ),
-    Fault(
-        "torch's module returns weights as they were before an edit",
-        "watching/hooks/torch_nn.py",
-        "weights = maps.view_as(weights)",
-        "weights = weights.clone()",
-        "watching/test_edits.py::test_torchs_module_returns_the_edited_weights",
-    ),
-    Fault(
-        "padding that is even over all keys keeps the room of a static cache",
-        "watching/recording/continuation.py",
-        "(visible if whole is None else visible & ~whole)",
-        "(visible if whole is None else visible)",
-        "watching/test_generate.py::test_a_padded_batch",
-    ),
-    Fault(
-        "the second text after one prefix is taken for a rejected draft's",
-        "watching/recording/site.py",
-        "return None if again or nothing_left else how",
-        "return None if again else how",
-        "watching/test_generate.py::test_continuations_of_one_prefix_are_runs_of_their_own",
-    ),
-    Fault(
-        "rows of rejected drafts stay in cross-attention",
-        "watching/recording/run.py",
-        "joined.add(call, kind, shared, max(cut, default=0))",
-        "joined.add(call, kind, shared)",
-        "watching/test_generate.py::test_rejected_drafts_leave_no_rows_of_cross_attention",
-    ),
-    Fault(
-        "rows of rejected drafts move a link that is knocked out",
-        "watching/recording/tracker.py",
-        " - (gone - self._rejected.get(site, 0))",
-        "",
-        "watching/test_generate.py::test_a_link_of_cross_attention_is_knocked_out_where_it_stands_in_spite_of_rejected_drafts",
-    ),
-    Fault(
-        "sentences that both atlases read count twice",
-        "heads/atlas/atlas.py",
-        "counts = other.relations.without(again)",
-        "counts = other.relations.without(())",
-        "heads/test_atlas.py::test_atlases_that_share_sentences_count_them_once",
-    ),
-    Fault(
-        "what rests on a learned sink counts as text",
-        "heads/roles.py",
-        'return sums.value("text") if "text" in sums.values else None',
-        'return 1 - sums.value("sink") if "sink" in sums.values else None',
-        "heads/test_measures.py::test_a_head_that_rests_on_a_learned_sink_has_no_role_from_what_little_is_left",
-    ),
-    Fault(
-        "a mask is not moved with the window that a cache holds",
-        "nn/multihead.py",
-        "near & shifted(seen, keys, k.shape[2])",
-        "near & seen",
-        "nn/test_multihead.py::test_a_mask_counts_from_the_first_key_though_a_window_has_dropped_it",
-    ),
-    Fault(
-        "a rejected draft leaves every row the first one's mask",
-        "watching/recording/site.py",
-        "part.mask.block(slice(0, batch), slice(0, heads), own",
-        "part.mask.block(slice(0, 1), slice(0, heads), own",
-        "watching/test_recording.py::test_a_rejected_draft_leaves_each_row_and_head_its_own_mask",
-    ),
-    Fault(
-        "groups added one by one forget the blocks before",
-        "ops/reductions/groups.py",
-        "[..., groups] += sums",
-        "[..., groups] = sums",
-        "ops/test_matrix.py::test_groups_that_are_too_many_for_an_indicator",
-    ),
-    Fault(
-        "a value is rounded to half-precision queries",
-        "ops/matrix.py",
-        "scores = self._scores.at_least(value.dtype)",
-        "scores = self._scores",
-        "ops/test_matrix.py::test_a_value_is_not_rounded_to_half_precision_queries",
-    ),
-    Fault(
-        "a changed text is taken for the one that was measured",
-        "heads/atlas/shards.py",
-        "held != corpus.digest(self._named[name])",
-        "not held",
-        "heads/test_atlas.py::test_a_text_that_changed_since_its_part_was_finished_is_refused",
-    ),
-    Fault(
-        "a rounded recording keeps its proof",
-        "watching/recording/file.py",
-        "exact=self.dtype in (None, scores.query.dtype)",
-        "exact=True",
-        "watching/test_recording_file.py::test_half_precision_is_half_the_file_and_unproved",
-    ),
-    Fault(
-        "an encoder's projections are looked for under the whole model's names",
-        "heads/atlas/measuring.py",
-        "modules = dict(reader(loaded.model)[0].named_modules())",
-        "modules = dict(loaded.model.named_modules())",
-        "heads/test_atlas.py::test_of_two_sides_the_encoder_is_profiled",
-    ),
-    Fault(
-        "who ended in a run that was killed has ended in the next",
-        "commands/heads.py",
-        'for path in parts.glob("done-*" if rank() == 0 else f"done-{rank()}"):',
-        'for path in parts.glob(f"done-{rank()}"):',
-        "heads/test_atlas.py::test_who_ended_in_a_killed_run_has_not_ended_in_this_one",
-    ),
-    Fault(
-        "products that share a pass are taken for each other",
-        "heads/measures/measure.py",
-        "others, found = [*others, *linear],",
-        "others, found = [*others, *reversed(linear)],",
-        "heads/test_measures.py::test_every_measure_is_its_definition[whole-decoder]",
-    ),
-    Fault(
-        "attention of one's own inside torch's layer is not seen",
-        "watching/hooks/torch_nn.py",
-        "undo.enter_context(resumed())",
-        "pass",
-        "watching/test_hooks.py::test_attention_of_ones_own_inside_torchs_layer",
-    ),
-    Fault(
-        "a mask off by one",
-        "ops/masks/ranges.py",
-        "seen = ahead <= self.right",
-        "seen = ahead < self.right",
-        "ops/test_masks.py::test_each_mask_is_its_rule[causal]",
-    ),
-    Fault(
-        "a window one too wide",
-        "ops/masks/ranges.py",
-        "seen & (ahead >= -self.left)",
-        "seen & (ahead >= -self.left - 1)",
-        "ops/test_masks.py::test_each_mask_is_its_rule[window]",
-    ),
-    Fault(
-        "a block called visible that is not",
-        "ops/masks/ranges.py",
-        "nearest >= -self.left\n",
-        "farthest >= -self.left\n",
-        "ops/test_masks.py::test_no_block_is_called_what_it_is_not[window]",
-    ),
-    Fault(
-        "a half-hidden block called visible",
-        "ops/masks/ranges.py",
-        "inside_right = self.right is None or farthest <= self.right",
-        "inside_right = self.right is None or nearest <= self.right",
-        "ops/test_attention.py::test_it_is_its_definition[causal-none]",
-    ),
-    Fault(
-        "padding hides text",
-        "ops/masks/ranges.py",
-        "(kv_idx < stop) & torch.ones_like",
-        "(kv_idx < stop - 1) & torch.ones_like",
-        "ops/test_masks.py::test_each_mask_is_its_rule[padding]",
-    ),
-    Fault(
-        "queries are the first positions, not the last",
-        "ops/scores.py",
-        "origin = (0, 0, shape[3] - shape[2])",
-        "origin = (0, 0, 0)",
-        "ops/test_attention.py::test_a_step_with_a_cache_is_the_last_row_of_the_whole",
-    ),
-    Fault(
-        "the fused kernel's own causal, which is top-left, where L is not S",
-        "ops/kernels/fused.py",
-        "bias is None and queries == keys > 1:",
-        "bias is None:",
-        "ops/test_attention.py::test_a_step_with_a_cache_is_the_last_row_of_the_whole",
-    ),
-    Fault(
-        "groups of heads interleaved",
-        "ops/scores.py",
-        "        return part.reshape(-1, self.per_group * part.shape[2], part.shape[3])",
-        "        part = part.unflatten(1, (self.per_group, -1)).transpose(1, 2)\n"
-        "        return part.reshape(-1, self.per_group * part.shape[3], part.shape[4])",
-        "ops/test_matrix.py::test_every_answer_is_its_definition[plain]",
-    ),
-    Fault(
-        "two groups of keys swapped",
-        "ops/scores.py",
-        "keys = self.key[b, g, k].to(self.dtype).flatten(0, 1)",
-        "keys = self.key[b, g, k].to(self.dtype).flip(1).flatten(0, 1)",
-        "ops/test_matrix.py::test_every_answer_is_its_definition[plain]",
-    ),
-    Fault(
-        "values of grouped heads interleaved",
-        "ops/kernels/fused.py",
-        "key = key.repeat_interleave(value.shape[1] // key.shape[1], 1)",
-        "key = key.repeat(1, value.shape[1] // key.shape[1], 1, 1)",
-        "ops/test_matrix.py::test_product_with_any_x[(2, 6, 11, 7)-plain]",
-    ),
-    Fault(
-        "the scale dropped in the kernel",
-        "ops/kernels/fused.py",
-        "is_causal=causal, scale=scale,",
-        "is_causal=causal,",
-        "ops/test_attention.py::test_values_worked_out_by_hand[scale 2 squares]",
-    ),
-    Fault(
-        "the scale dropped in the pass",
-        "ops/scores.py",
-        "part = torch.mul(self.query[b, heads, q].to(self.dtype), self.scale, out=out)",
-        "part = torch.mul(self.query[b, heads, q].to(self.dtype), 1.0, out=out)",
-        "ops/test_matrix.py::test_every_answer_is_its_definition[plain]",
-    ),
-    Fault(
-        "sinks ignored",
-        "ops/kernels/blockwise.py",
-        "total = total * (shift - higher).exp() + (logit - higher).exp()",
-        "total = total * (shift - higher).exp()",
-        "ops/test_matrix.py::test_the_first_question_may_wait_for_the_sums[sinks True]",
-    ),
-    Fault(
-        "sinks ignored where no block waits",
-        "ops/kernels/blockwise.py",
-        "    whole = center\n    if scores.sinks is not None:",
-        "    whole = center\n    if scores.sinks is not None and scores.softcap is not None:",
-        "ops/test_matrix.py::test_answers_that_wait_for_no_sums[sinks True]",
-    ),
-    Fault(
-        "sums that are too large or too small are believed",
-        "ops/kernels/blockwise.py",
-        "good = (total > 1 / _PLAIN) & (total < _PLAIN)",
-        "good = total >= 0",
-        "ops/test_indexing.py::test_a_part_s_rows_are_summed_whatever_their_size",
-    ),
-    Fault(
-        "a row whose sum is lost is taken for one that sees nothing",
-        "ops/kernels/blockwise.py",
-        "if not bool((good | (~sees & (total == 0))).all()):",
-        "if not bool((good | (total == 0)).all()):",
-        "ops/test_indexing.py::test_a_part_s_rows_are_summed_whatever_their_size",
-    ),
-    Fault(
-        "what was counted is not rescaled",
-        "ops/reductions/rows.py",
-        "state[at] = (by.exp() * (state[at].unsqueeze(-1) - by * total)).squeeze(-1)",
-        "state[at] = (by.exp() * (state[at].unsqueeze(-1) - by)).squeeze(-1)",
-        "ops/test_matrix.py::test_scores_that_grow_from_block_to_block",
-    ),
-    Fault(
-        "a row's first maximum stands for all",
-        "ops/kernels/blockwise.py",
-        "moved = (higher - center > _DRIFT) | ",
-        "moved = (higher - center > 1e9) | ",
-        "ops/test_matrix.py::test_scores_that_grow_from_block_to_block",
-    ),
-    Fault(
-        "sinks ignored with gradients",
-        "ops/kernels/differentiable.py",
-        "total = total + (scores.sinks.to(x.dtype).view(1, -1, 1, 1) - top).exp()",
-        "total = total + 0 * (scores.sinks.to(x.dtype).view(1, -1, 1, 1) - top).exp()",
-        "ops/test_matrix.py::test_product_with_any_x[(11, 5)-sinks True]",
-    ),
-    Fault(
-        "softcap ignored",
-        "ops/scores.py",
-        "else torch.tanh(products / self.softcap) * self.softcap",
-        "else products / self.softcap * self.softcap",
-        "ops/test_matrix.py::test_every_answer_is_its_definition[softcap 0.8]",
-    ),
-    Fault(
-        "softcap ignored cell by cell",
-        "ops/kernels/indexing.py",
-        "x = scores.capped((",
-        "x = ((",
-        "ops/test_indexing.py::test_cells_named_one_by_one_know_of_mask_bias_softcap_and_sinks",
-    ),
-    Fault(
-        "the bias added twice",
-        "ops/scores.py",
-        "scores = scores + self.bias_block(b, heads, q, k)",
-        "scores = scores + 2 * self.bias_block(b, heads, q, k)",
-        "ops/test_matrix.py::test_every_answer_is_its_definition[bias [L, S]]",
-    ),
-    Fault(
-        "entropy without the rows' sums",
-        "ops/reductions/rows.py",
-        "if block.shifted:",
-        "if False:",
-        "ops/test_matrix.py::test_the_first_question_may_wait_for_the_sums",
-    ),
-    Fault(
-        "the fused kernel's sums trusted with a bias",
-        "ops/kernels/fused.py",
-        "        and scores.bias is None\n",
-        "",
-        "ops/test_matrix.py::test_a_bias_keeps_the_fused_kernels_sums_out",
-    ),
-    Fault(
-        "the largest are looked for one chunk too far",
-        "ops/reductions/rows.py",
-        "indices = (where * size).unsqueeze(-1) + torch.arange(size, device=x.device)",
-        "indices = (where * size).unsqueeze(-1) + torch.arange(1, size + 1, device=x.device)",
-        "ops/test_matrix.py::test_the_largest_lie_where_they_were_put[1]",
-    ),
-    Fault(
-        "the largest of a chunk placed in another",
-        "ops/reductions/rows.py",
-        "inside.add_(best.indices, alpha=size)",
-        "inside.add_(best.indices, alpha=size - 1)",
-        "ops/test_matrix.py::test_the_largest_is_found_wherever_it_lies[False-704]",
-    ),
-    Fault(
-        "what is hidden counts",
-        "ops/kernels/tiles.py",
-        "        weights[..., columns].mul_(seen.keep)",
-        "        pass",
-        "ops/test_matrix.py::test_every_answer_is_its_definition[mask causal]",
-    ),
-    Fault(
-        "a hidden score overflows",
-        "ops/kernels/blockwise.py",
-        "            centered[..., columns].clamp_(LOWEST, _FAR)\n",
-        "            pass\n",
-        "ops/test_matrix.py::test_hidden_scores_far_above_the_visible_do_no_harm[rows known]",
-    ),
-    Fault(
-        "received divided by all queries",
-        "ops/reductions/columns.py",
-        "rows if seen is None else seen.expand(-1, -1, rows, -1).sum(-2)",
-        "rows",
-        "ops/test_matrix.py::test_every_answer_is_its_definition[mask causal]",
-    ),
-    Fault(
-        "offsets shifted",
-        "ops/reductions/reduction.py",
-        "first = self.scores.positions(self.rows).start - self.keys.start",
-        "first = self.scores.positions(self.rows).start - self.keys.start + 1",
-        "ops/test_matrix.py::test_every_answer_is_its_definition[plain]",
-    ),
-    Fault(
-        "the blocks of a pass not joined",
-        "ops/kernels/blockwise.py",
-        "            total = total * (top - shift).exp()\n",
-        "            total = total * 0\n",
-        "ops/test_matrix.py::test_hidden_keys_before_very_low_scores_do_no_harm",
-    ),
-    Fault(
-        "what a row had not seen yet outweighs what it sees",
-        "ops/kernels/blockwise.py",
-        "lower = (own - shift).clamp(max=0)",
-        "lower = own - shift",
-        "ops/test_matrix.py::test_hidden_keys_before_very_low_scores_do_no_harm",
-    ),
-    Fault(
-        "a query that sees nothing is even",
-        "ops/kernels/fused.py",
-        "out = out.masked_fill(blind, 0)",
-        "out = out + 0",
-        "ops/test_attention.py::test_values_worked_out_by_hand[nothing visible]",
-    ),
-    Fault(
-        "rows of the kernel's input need not be neighbours",
-        "ops/kernels/fused.py",
-        "return tensor if tensor.stride(-1) == 1 else tensor.contiguous()",
-        "return tensor",
-        "ops/test_matrix.py::test_inputs_need_not_be_contiguous",
-    ),
-    Fault(
-        "dropout does not scale the rest",
-        "ops/kernels/fused.py",
-        "F.dropout(weights, dropout_p) if dropout_p else weights",
-        "F.dropout(weights, dropout_p) * (1 - dropout_p) if dropout_p else weights",
-        "ops/test_attention.py::test_dropout_drops_its_share_and_scales_the_rest",
-    ),
-    Fault(
-        "a gradient that stops at the scores",
-        "ops/kernels/differentiable.py",
-        "centered = x - top\n    hidden",
-        "centered = x.detach() - top\n    hidden",
-        "ops/test_matrix.py::test_gradients_by_differences[mask causal-entropy]",
-    ),
-    Fault(
-        "a part of the matrix that forgets where it stands",
-        "ops/scores.py",
-        "self.origin[2] + q.start,",
-        "self.origin[2],",
-        "ops/test_indexing.py::test_parts_agree_whatever_was_asked_before",
-    ),
-    Fault(
-        "top-left causal read as bottom-right",
-        "watching/hooks/sdpa.py",
-        "return causal() if shape[2] == shape[3] else window(None, shape[2] - shape[3])",
-        "return causal()",
-        "watching/test_hooks.py::test_is_causal_counts_from_the_first_key",
-    ),
-    Fault(
-        "a row of finfo.min read as one that sees nothing",
-        "watching/hooks/mask_formats.py",
-        "if not bool(uniform.any()):",
-        "if True:",
-        "watching/test_hooks.py::test_a_row_of_finfo_min_is_uniform_as_softmax_makes_it",
-    ),
-    Fault(
-        "a torch mask read with our polarity",
-        "watching/hooks/torch_nn.py",
-        "seen_or_bias = ~mask if",
-        "seen_or_bias = mask if",
-        "watching/test_hooks.py::test_the_fast_path_of_torch_attention_is_taken_and_seen[True]",
-    ),
-    Fault(
-        "a proof that anything passes",
-        "watching/hooks/proof.py",
-        "if difference <= TOLERANCE.get(",
-        "if difference <= 10 + TOLERANCE.get(",
-        "watching/test_hooks.py::test_an_attention_that_does_not_do_as_it_says_is_refused",
-    ),
-    Fault(
-        "hooks left behind",
-        "watching/hooks/watches.py",
-        "            handle.remove()\n",
-        "            pass\n",
-        "watching/test_hooks.py::test_after_an_error_in_the_block_nothing_is_left_behind",
-    ),
-    Fault(
-        "a mode left behind by an interrupt",
-        "watching/hooks/watches.py",
-        "            self._local.forward = None\n            ways_leave()\n\n    def _hooks",
-        "            self._local.forward = None\n\n    def _hooks",
-        "watching/test_hooks.py::test_after_an_error_in_the_model_nothing_is_left_behind[KeyboardInterrupt]",
-    ),
-    Fault(
-        "a forward that failed taken for a run",
-        "watching/hooks/watches.py",
-        "forward.failed = sys.exception() is not forward.handling",
-        "forward.failed = False",
-        "watching/test_hooks.py::test_a_forward_that_failed_and_was_caught_is_no_run",
-    ),
-    Fault(
-        "autocast ignored",
-        "watching/hooks/watches.py",
-        "    if not torch.is_autocast_enabled(device):\n",
-        "    if True:\n",
-        "watching/test_hooks.py::test_autocast_queries_and_keys_are_as_the_kernel_received_them",
-    ),
-    Fault(
-        "our computations shown to the user's mode",
-        "watching/hooks/watches.py",
-        "with torch._C.DisableTorchFunction(), _disable_current_modes():",
-        "with torch._C.DisableTorchFunction():",
-        "watching/test_hooks.py::test_a_mode_of_the_users_own_sees_what_it_sees_without_us[torch.nn-True-Ops]",
-    ),
-    Fault(
-        "a mask changed in place not read again",
-        "watching/hooks/watches.py",
-        "key = (key, _version(keep))",
-        "key = (key, 0)",
-        "watching/test_hooks.py::test_a_mask_changed_in_place_between_calls_is_read_again",
-    ),
-    Fault(
-        "a checkpoint's recomputation taken for a call",
-        "watching/hooks/watches.py",
-        "if torch._C._current_graph_task_id() != -1:",
-        "if False:",
-        "watching/test_hooks.py::test_what_a_checkpoint_computes_again_is_not_a_second_call",
-    ),
-    Fault(
-        "torch's fast path switched off by our mode",
-        "watching/hooks/torch_nn.py",
-        "undo.enter_context(suspended())",
-        "pass",
-        "watching/test_hooks.py::test_the_fast_path_of_torch_attention_is_taken_and_seen[False]",
-    ),
-    Fault(
-        "what a cache writes into later not copied",
-        "watching/recording/site.py",
-        "return tensor.clone() if reused else tensor",
-        "return tensor",
-        "watching/test_recording.py::test_what_is_written_into_later_was_copied",
-    ),
-    Fault(
-        "positions of a sliding cache lost",
-        "watching/recording/site.py",
-        'first_key = 0 if how == "cross" else self.num_gone',
-        "first_key = 0",
-        "watching/test_generate.py::test_a_sliding_window_keeps_its_positions[4-None]",
-    ),
-    Fault(
-        "rejected drafts kept",
-        "watching/recording/site.py",
-        '        if how == "cut":\n',
-        "        if False:\n",
-        "watching/test_generate.py::test_drafts_that_were_rejected_are_dropped",
-    ),
-    Fault(
-        "the same text twice joined into one run",
-        "watching/recording/site.py",
-        "return None if again or nothing_left else how",
-        "return None if nothing_left else how",
-        "watching/test_recording.py::test_a_part_that_ran_before_the_whole_is_a_run_of_its_own",
-    ),
-    Fault(
-        "the rotary base ignored",
-        "ops/positions.py",
-        "plain = self.base ** (-",
-        "plain = 10_000.0 ** (-",
-        "nn/test_multihead.py::test_llama",
-    ),
-    Fault(
-        "rotary pairs confused",
-        "ops/positions.py",
-        "if self.interleaved:\n            a, b",
-        "if not self.interleaved:\n            a, b",
-        "nn/test_multihead.py::test_rotary_by_hand",
-    ),
-    Fault(
-        "rotary turned the other way",
-        "ops/positions.py",
-        "return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)",
-        "return torch.cat((a * cos + b * sin, b * cos - a * sin), -1)",
-        "nn/test_multihead.py::test_rotary_by_hand",
-    ),
-    Fault(
-        "rotary scaling left out",
-        "ops/positions.py",
-        "return plain if self.scaling is None else self.scaling(plain)",
-        "return plain",
-        "nn/test_multihead.py::test_scaled_rotary_is_that_of_other_libraries[linear]",
-    ),
-    Fault(
-        "positions begin anew with each chunk",
-        "nn/multihead.py",
-        "first = 0 if cache is None else cache.length",
-        "first = 0",
-        "nn/test_multihead.py::test_chunks_of_any_size_give_one_forward_pass[rotary-[3, 4]]",
-    ),
-    Fault(
-        "heads and positions mixed (view without transpose)",
-        "nn/multihead.py",
-        "return x.view(x.shape[0], x.shape[1], -1, self.head_dim).transpose(1, 2)",
-        "return x.reshape(x.shape[0], -1, x.shape[1], self.head_dim)",
-        "nn/test_multihead.py::test_positions_do_not_mix_with_heads",
-    ),
-    Fault(
-        "queries left without their norm",
-        "nn/multihead.py",
-        "q, k = self._placed(q, self.q_norm, first)",
-        "q, k = self._placed(q, None, first)",
-        "nn/test_multihead.py::test_its_matrix_gives_its_output",
-    ),
-    Fault(
-        "dropout in evaluation",
-        "nn/multihead.py",
-        "self.dropout_p if self.training else 0.0",
-        "self.dropout_p",
-        "nn/test_multihead.py::test_dropout_drops_in_training_only_and_leaves_the_mean",
-    ),
-    Fault(
-        "keys and values swapped in the packed map",
-        "nn/weights.py",
-        "slice(0, wide), slice(wide, wide + narrow), slice(wide + narrow, wide + 2 * narrow)",
-        "slice(0, wide), slice(wide + narrow, wide + 2 * narrow), slice(wide, wide + narrow)",
-        "nn/test_multihead.py::test_it_is_the_articles_formula[3-False]",
-    ),
-    Fault(
-        "weights rounded on their way",
-        "nn/weights.py",
-        "    made.to(reference.device, reference.dtype)  # before",
-        "    made.to(reference.device)  # before",
-        "nn/test_multihead.py::test_torchs_module_and_back",
-    ),
-    Fault(
-        "a window cache that forgets one too many",
-        "nn/cache.py",
-        "added, before = key.shape[2], self.max_length - 1",
-        "added, before = key.shape[2], self.max_length - 2",
-        "nn/test_multihead.py::test_a_sliding_window_holds_only_the_window",
-    ),
-    Fault(
-        "a cache that takes another layer's keys",
-        "nn/cache.py",
-        "if self._owner is not None and self._owner() is not owner:",
-        "if False:",
-        "nn/test_multihead.py::test_a_cache_used_wrongly",
-    ),
-    Fault(
-        "a decoder that looks ahead",
-        "nn/transformer.py",
-        "mask = causal() if mask is None else causal() & mask",
-        "mask = None if mask is None else mask",
-        "nn/test_transformer.py::test_a_decoder_looks_back_only",
-    ),
-    Fault(
-        "the source's padding seen",
-        "nn/transformer.py",
-        "lambda y: cross(y, memory, mask=memory_mask, cache=source)",
-        "lambda y: cross(y, memory, cache=source)",
-        "nn/test_transformer.py::test_padding_changes_nothing",
-    ),
-    Fault(
-        "sinusoidal positions begin anew",
-        "nn/transformer.py",
-        "self._embed(tokens, 0 if cache is None else cache[0].own.length)",
-        "self._embed(tokens, 0)",
-        "nn/test_transformer.py::test_the_cache_in_chunks_gives_one_forward_pass",
-    ),
-    Fault(
-        "top_p one token short",
-        "nn/transformer.py",
-        "shares[shares.cumsum(-1) - shares >= top_p] = 0",
-        "shares[shares.cumsum(-1) >= top_p] = 0",
-        "nn/test_transformer.py::test_drawing_follows_the_shares",
-    ),
-    Fault(
-        "a part that is kept is the caller's own",
-        "ops/kernels/indexing.py",
-        "self._last = parts, part.clone()",
-        "self._last = parts, part",
-        "ops/test_indexing.py::test_a_part_that_was_written_into_is_read_anew",
-    ),
-    Fault(
-        "a part read twice is the caller's own",
-        "ops/kernels/indexing.py",
-        "return self._last[1].clone()  # the caller may write into it",
-        "return self._last[1]",
-        "ops/test_indexing.py::test_a_part_that_was_written_into_is_read_anew",
-    ),
-    Fault(
-        "a damaged checkpoint taken for whole",
-        "training/checkpoint.py",
-        "if _digest(step, run, tensors) != digest:",
-        "if False:",
-        "training/test_training.py::test_a_damaged_checkpoint_is_never_loaded",
-    ),
-    Fault(
-        "the oldest checkpoint taken for the last",
-        "training/checkpoint.py",
-        "key=lambda path: int(files[path][1]), reverse=True)",
-        "key=lambda path: int(files[path][1]))",
-        "training/test_training.py::test_the_last_two_checkpoints_stay_and_come_back_as_they_were",
-    ),
-    Fault(
-        "the sink column not removed",
-        "heads/measures/measure.py",
-        "return self.batch.valid & ~self.batch.sinks",
-        "return self.batch.valid",
-        "heads/test_measures.py::test_every_measure_is_its_definition[whole-decoder]",
-    ),
-    Fault(
-        "keys to the right counted as if to the left",
-        "heads/measures/products.py",
-        "beyond), alpha=2)",
-        "beyond))",
-        "heads/test_measures.py::test_every_measure_is_its_definition[whole-encoder]",
-    ),
-    Fault(
-        "a near key that shares the largest weight is the strongest",
-        "heads/measures/strongest.py",
-        "(best > state.far) & (number == 1)",
-        "best > state.far",
-        "heads/test_questions.py::test_a_key_that_shares_the_largest_weight_is_not_the_strongest",
-    ),
-    Fault(
-        "the far keys are never stronger",
-        "heads/measures/strongest.py",
-        "(best > state.far) & (number == 1)",
-        "number == 1",
-        "heads/test_questions.py::test_the_strongest_key_and_how_far_off_it_is",
-    ),
-    Fault(
-        "near keys are hidden for good",
-        "heads/measures/strongest.py",
-        "            part.copy_(near[..., rows, offsets])\n",
-        "",
-        "heads/test_questions.py::test_a_question_leaves_a_block_as_it_was",
-    ),
-    Fault(
-        "a near key that is left out is the strongest",
-        "heads/measures/strongest.py",
-        "part.masked_fill_(left_out, LOWEST)",
-        "pass",
-        "heads/test_questions.py::test_the_strongest_key_and_how_far_off_it_is",
-    ),
-    Fault(
-        "near keys that are left out are not among the others",
-        "heads/measures/strongest.py",
-        "others[..., rows].clamp_(min=part.masked_fill(~left_out, LOWEST).amax(2))",
-        "pass",
-        "heads/test_questions.py::test_the_strongest_key_and_how_far_off_it_is",
-    ),
-    Fault(
-        "the first row is taken for that of the first position",
-        "heads/measures/strongest.py",
-        "state.first = block.scores.origin[2]",
-        "pass",
-        "heads/test_questions.py::test_the_strongest_key_of_rows_that_come_last",
-    ),
-    Fault(
-        "rows are added up in whatever a measure gives",
-        "heads/measures/measure.py",
-        "values = values if values.dtype in (torch.float32, torch.float64) else values.double()",
-        "pass",
-        "heads/test_measures.py::test_rows_are_counted_exactly_whatever_a_measure_gives",
-    ),
-    Fault(
-        "texts that are held to the end are not measured",
-        "heads/atlas/profiler.py",
-        "plan.tokens))\n        part.measured.notes = list(",
-        "plan.tokens)) if not held else None\n        part.measured.notes = list(",
-        "heads/test_atlas.py::test_texts_are_measured_a_few_at_a_time",
-    ),
-    Fault(
-        "atlases of one text are all of one half",
-        "heads/atlas/profiler.py",
-        "if len(self.documents) == 1 else 0",
-        "if not self.documents else 0",
-        "heads/test_atlas.py::test_too_few_texts_give_no_roles_and_it_is_said",
-    ),
-    Fault(
-        "treebanks of one file name are taken for one",
-        "heads/relations/sentences/treebank.py",
-        'found.update(line + b"\\n")',
-        'found.update(b"")',
-        "heads/test_atlas.py::test_two_treebanks_of_one_file_name_are_two",
-    ),
-    Fault(
-        "only the last layer of several alike has a null",
-        "heads/measures/sums.py",
-        "for layer in chosen:",
-        "for layer in chosen[-1:]:",
-        "heads/test_measures.py::test_sums_of_several_layers_at_once",
-    ),
-    Fault(
-        "relations without any rival are said to have too few",
-        "heads/roles.py",
-        "if len(tally.clusters) >= least > contested > 0:",
-        "if len(tally.clusters) >= least > contested:",
-        "heads/test_atlas.py::test_relations_whose_rivals_are_in_too_few_documents_are_said",
-    ),
-    Fault(
-        "near keys across the edge of a block are forgotten",
-        "ops/reductions/reduction.py",
-        "for row in (*range(start, begin), *range(end, stop)):",
-        "for row in range(0):",
-        "heads/test_questions.py::test_the_strongest_key_and_how_far_off_it_is",
-    ),
-    Fault(
-        "what a mask shows of one head is taken for all",
-        "ops/kernels/tiles.py",
-        "if seen.shape[1] == 1:  # the same for all heads",
-        "if True:",
-        "ops/test_matrix.py::test_heads_of_different_masks_keep_their_own",
-    ),
-    Fault(
-        "the entropy of a neighbouring row",
-        "ops/reductions/reduction.py",
-        "products.diagonal(dim1=1, dim2=2)",
-        "products[:, :, 0].contiguous()",
-        "heads/test_questions.py::test_the_entropy_of_rows_a_few_at_a_time",
-    ),
-    Fault(
-        "another text's keys among those that a text leaves out",
-        "heads/measures/strongest.py",
-        "hidden.append(part.masked_fill(among, LOWEST))",
-        "hidden.append(part.clone())",
-        "heads/test_questions.py::test_the_strongest_key_and_how_far_off_it_is",
-    ),
-    Fault(
-        "columns of a few keys are taken for those at the start of a block",
-        "heads/measures/products.py",
-        "slice(keys.start - block.keys.start, keys.stop - block.keys.start))",
-        "slice(0, keys.stop - keys.start))",
-        "heads/test_questions.py::test_one_product_for_several_questions",
-    ),
-    Fault(
-        "a pass inside of a pass writes into its blocks",
-        "ops/kernels/tiles.py",
-        "vars(_kept).pop(name, None) or Buffers(like.device, like.dtype)",
-        "vars(_kept).setdefault(name, Buffers(like.device, like.dtype))",
-        "ops/test_matrix.py::test_a_question_may_ask_another_matrix_while_it_is_asked",
-    ),
-    Fault(
-        "room for blocks that cannot be written into again",
-        "ops/kernels/tiles.py",
-        "with torch.inference_mode(False):  # the next",
-        "if True:  # the next",
-        "ops/test_matrix.py::test_room_for_blocks_is_used_again_in_and_out_of_inference_mode",
-    ),
-    Fault(
-        "tiles that lie otherwise to the diagonal are taken for the like",
-        "ops/masks/ranges.py",
-        "return k.start - q.start, q.stop",
-        "return 1, q.stop",
-        "heads/test_questions.py::test_the_strongest_key_and_how_far_off_it_is",
-    ),
-    Fault(
-        "columns of another head",
-        "heads/measures/products.py",
-        "at = block.batch.start, block.heads.start, block.keys.start",
-        "at = block.batch.start, 0, block.keys.start",
-        "heads/test_questions.py::test_one_product_for_several_questions",
-    ),
-    Fault(
-        "a row's bias is that of another",
-        "ops/scores.py",
-        "(part[:, q] if part.shape[1] > 1 else part)",
-        "part[:, :1]",
-        "ops/test_matrix.py::test_every_answer_is_its_definition",
-    ),
-    Fault(
-        "distances as differences of large positions",
-        "heads/measures/products.py",
-        "start, span, sets = block.keys.start,",
-        "start, span, sets = 0,",
-        "heads/test_measures.py::test_distances_are_exact_far_into_a_text",
-    ),
-    Fault(
-        "layers of different masks share what may be seen",
-        "heads/atlas/measuring.py",
-        "return json.dumps(encode(mask, _digest))",
-        "return json.dumps(encode(None, _digest))",
-        "heads/test_measures.py::test_layers_share_what_their_masks_let_be_seen_and_no_more",
-    ),
-    Fault(
-        "induction off by one",
-        "heads/measures/patterns.py",
-        '("induction", piece.period - 1)',
-        '("induction", piece.period)',
-        "heads/test_measures.py::test_heads_made_by_hand_get_their_role_and_no_other",
-    ),
-    Fault(
-        "heads reported on the half that picked them",
-        "heads/roles.py",
-        "picked, score = sums.value(role.column, 0), sums.value(role.column, 1)",
-        "picked, score = sums.value(role.column, 0), sums.value(role.column, 0)",
-        "heads/test_measures.py::test_a_head_is_reported_on_the_half_that_did_not_pick_it",
-    ),
-    Fault(
-        "a head that rests has a role from the little it gives",
-        "heads/roles.py",
-        "holds &= on_text >= LEAST_TEXT",
-        "holds &= on_text >= 0",
-        "heads/test_measures.py::test_a_head_that_gives_text_almost_nothing_has_no_role_from_it",
-    ),
-    Fault(
-        "padded queries look, too",
-        "heads/measures/measure.py",
-        "return self.text & (self.text_keys >= 2)",
-        "return self.text_keys >= 2",
-        "heads/test_measures.py::test_every_measure_is_its_definition[whole-encoder]",
-    ),
-    Fault(
-        "every document in both halves",
-        "heads/measures/sums.py",
-        "halves = torch.tensor([1.0 - half, float(half)]",
-        "halves = torch.tensor([1.0, 1.0]",
-        "heads/test_measures.py::test_sums_add_up_in_any_order_and_intervals_hold_the_value",
-    ),
-    Fault(
-        "the same random tokens counted twice in a merge",
-        "heads/atlas/atlas.py",
-        "if name not in REPEATED}",
-        "if name}",
-        "heads/test_atlas.py::test_two_corpora_merge_into_one",
-    ),
-    Fault(
-        "p-values not corrected",
-        "heads/statistics.py",
-        "least = max(least, min(1.0, (len(p) - rank) * p[i]))",
-        "least = max(least, p[i])",
-        "heads/test_statistics.py::test_holm_as_worked_out_by_hand",
-    ),
-    Fault(
-        "words that look at anything are no control",
-        "heads/relations/score.py",
-        "hits - tally.controls[:, there].T]",
-        "hits - 0]",
-        "heads/test_relations.py::test_a_head_that_likes_a_word_whoever_asks_has_no_role",
-    ),
-    Fault(
-        "words that cannot see the right word count as if they had not looked at it",
-        "heads/relations/hits.py",
-        "others &= asking > gold[:, None]",
-        "others &= asking >= 0",
-        "heads/test_luck.py::test_words_that_cannot_see_the_right_word_are_no_control",
-    ),
-    Fault(
-        "a head that takes any word of the right class is not found out",
-        "heads/relations/score.py",
-        "if tally.contested.sum() > 0:",
-        "if tally.contested.sum() < 0:",
-        "heads/test_luck.py::test_among_rivals_a_head_must_be_better_than_blind",
-    ),
-    Fault(
-        "a lead of nothing is enough among rivals",
-        "heads/relations/score.py",
-        "self.contested_accuracy >= self.blind + LEAD",
-        "self.contested_accuracy >= self.blind",
-        "heads/test_luck.py::test_among_rivals_a_head_must_be_better_than_blind",
-    ),
-    Fault(
-        "rivals that have no tokens are rivals",
-        "heads/relations/hits.py",
-        "alike = choice & (classes[text] == its) & (its >= 0)  # the gold word among them",
-        "alike = (classes[text] == its) & (its >= 0)",
-        "heads/test_luck.py::test_one_word_of_a_class_for_another_by_hand",
-    ),
-    Fault(
-        "words of any class are the control",
-        "heads/relations/hits.py",
-        "others = _or_all(others & (theirs == its) & (its >= 0), others)",
-        "others = _or_all(others, theirs >= -1)",
-        "heads/test_luck.py::test_others_of_the_class_that_asks_are_the_control_by_hand",
-    ),
-    Fault(
-        "what a tokenizer does not know is a sink",
-        "heads/corpus.py",
-        "special_tokens(text, loaded.tokenizer, ids, offsets, [False] * len(ids))",
-        "[i in loaded.tokenizer.all_special_ids for i in ids]",
-        "heads/test_atlas.py::test_what_a_tokenizer_does_not_know_is_text_and_no_sink",
-    ),
-    Fault(
-        "delimiters that are sinks count as text",
-        "heads/measures/patterns.py",
-        "page.batch.delimiters & page.text], -1)",
-        "page.batch.delimiters], -1)",
-        "heads/test_atlas.py::test_delimiters_that_are_sinks_are_no_text",
-    ),
-    Fault(
-        "examples are judged with ties as hits",
-        "heads/examples.py",
-        "hit = bool(count_hits(weights, asks, first, asks, right_one, here, causal=causal))",
-        "hit = bool(weights[0, 0, query, gold] >= weights[0, 0, query].max())",
-        "heads/test_relations.py::test_examples_are_right_where_they_were_counted_as_right",
-    ),
-    Fault(
-        "examples come from whatever model is there",
-        "commands/heads.py",
-        'if weights_hash(loaded.model) != atlas.info["model"]["weights"]:',
-        "if not loaded.model:",
-        "commands/test_heads.py::test_examples_are_of_the_model_that_was_measured",
-    ),
-    Fault(
-        "atlases of pieces of other lengths are merged",
-        "heads/atlas/atlas.py",
-        '"length": "lengths of pieces", ',
-        "",
-        "commands/test_heads.py::test_atlases_of_other_plans_are_not_merged",
-    ),
-    Fault(
-        "texts that both atlases read count twice",
-        "heads/atlas/atlas.py",
-        "        if same:\n            merged.measured.notes",
-        "        if same and merged is None:\n            merged.measured.notes",
-        "commands/test_heads.py::test_two_treebanks_on_the_same_texts_merge",
-    ),
-    Fault(
-        "a layer that is not there is passed over if another is",
-        "watching/edits.py",
-        "        if missing and forwards:",
-        "        if missing and not forwards:",
-        "watching/test_edits.py::test_edits_that_cannot_be_are_refused",
-    ),
-    Fault(
-        "bfloat16 wherever the processor knows it",
-        "training/config.py",
-        'return device.type != "cpu" or (self.length >= _LONG_ROWS and positions >= _MANY_POSITIONS)',
-        "return positions > 0",
-        "training/test_training.py::test_auto_takes_bfloat16_only_where_it_is_faster",
-    ),
-    Fault(
-        "every insertion is a case of its own",
-        "heads/relations/sentences/frames.py",
-        'cluster = f"{frame.relation} frame {half}.{known.index(frame.skeleton) + 1}"',
-        'cluster = f"{frame.relation} frame {half}.{number}"',
-        "heads/test_frames.py::test_a_core_with_its_rival_is_one_case_whatever_stands_between",
-    ),
-    Fault(
-        "the normal tail for a few cases",
-        "heads/statistics.py",
-        "p = (_BOUND * 0.5 * torch.erfc(score / 2**0.5)).clamp(max=1)",
-        "p = 0.5 * torch.erfc(score / 2**0.5)",
-        "heads/test_statistics.py::test_p_is_never_below_that_of_all_signs",
-    ),
-    Fault(
-        "in an encoder those that look the other way are the control, too",
-        "heads/relations/hits.py",
-        "return torch.maximum(_share(hits, others), _share(hits, here))",
-        "return _share(hits, others)",
-        "heads/test_luck.py::test_a_head_that_looks_back_alone_is_compared_with_what_looks_back",
-    ),
-    Fault(
-        "heads that were not picked are tested",
-        "heads/relations/score.py",
-        "for i, p in enumerate(part.picked_p) if p < LEVEL]",
-        "for i, p in enumerate(part.picked_p)]",
-        "heads/test_relations.py::test_a_head_is_compared_with_the_best_fixed_offset",
-    ),
-    Fault(
-        "each part of a long text has controls of its own",
-        "heads/relations/evaluate.py",
-        "looks.append(strongest(words, chunk.words, present[:, :used], causal=causal))",
-        "looks = [strongest(words, chunk.words, present[:, :used], causal=causal)] * len(chunks)",
-        "heads/test_relations.py::test_a_long_text_is_read_in_chunks",
-    ),
-    Fault(
-        "the worth of heads is of the corpus' first texts",
-        "heads/atlas/profiler.py",
-        "self.documents[number * len(self.documents) // count]",
-        "self.documents[number]",
-        "heads/test_atlas.py::test_the_texts_for_worth_are_spread_over_the_corpus",
-    ),
-    Fault(
-        "the worth of heads is of the beginning of texts",
-        "heads/atlas/profiler.py",
-        "whole[_number(document) % len(whole)]",
-        "whole[0]",
-        "heads/test_atlas.py::test_the_texts_for_worth_are_spread_over_the_corpus",
-    ),
-    Fault(
-        "a model in training is profiled",
-        "models/loading.py",
-        "        if model.training:",
-        "        if False:",
-        "heads/test_atlas.py::test_a_model_of_ones_own_is_profiled_with_its_tokenizer",
-    ),
-    Fault(
-        "a second file after an option has none",
-        "commands/heads.py",
-        "given += [option] if files else []",
-        "pass",
-        "commands/test_heads.py::test_several_files_may_follow_an_option",
-    ),
-]
+# ---------------------------------------------------------------- masks
+
+
+@fault("headscope.ops.masks.ranges:causal", "ops/test_masks.py::test_each_mask_is_its_rule")
+def a_token_attends_to_the_one_after_it(original: Any) -> Any:
+    from headscope.ops.masks.ranges import window
+
+    return lambda: window(None, 1)
+
+
+@fault("headscope.ops.masks.ranges:padding", "ops/test_masks.py::test_each_mask_is_its_rule")
+def padding_is_attended_to_and_text_is_hidden(original: Any) -> Any:
+    return lambda *args, **kwargs: ~original(*args, **kwargs)
+
+
+@fault(
+    "headscope.ops.scores:Scores.positions",
+    "ops/test_attention.py::test_a_step_with_a_cache_is_the_last_row_of_the_whole",
+)
+def with_a_cache_the_causal_mask_counts_from_the_top_left(original: Any) -> Any:
+    return lambda self, rows: rows
+
+
+# ---------------------------------------------------------------- scores
+
+
+@fault("headscope.ops.kernels.fused:product", "ops/test_attention.py::test_it_is_its_definition")
+def scores_are_not_scaled(original: Any) -> Any:
+    return lambda scores, *args: original(replace(scores, scale=1.0), *args)
+
+
+@fault("headscope.ops.kernels.fused:product", "ops/test_attention.py::test_it_is_its_definition")
+def query_heads_read_the_keys_of_another_group(original: Any) -> Any:
+    return lambda scores, *args: original(replace(scores, key=scores.key.flip(1)), *args)
+
+
+@fault("headscope.ops.scores:Scores.bias_block", "ops/test_attention.py::test_it_is_its_definition")
+def the_bias_is_added_twice(original: Any) -> Any:
+    return lambda *args: 2 * original(*args)
+
+
+@fault("headscope.ops.kernels.blockwise:stream", "ops/test_matrix.py::test_every_answer_is_its_definition")
+def rows_sum_to_one_in_spite_of_a_sink(original: Any) -> Any:
+    return lambda scores, *args, **kwargs: original(replace(scores, sinks=None), *args, **kwargs)
+
+
+# ---------------------------------------------------------------- softmax and output
+
+
+@fault("headscope.ops.kernels.differentiable:_weights_of_rows", "ops/test_matrix.py::test_product_with_any_x")
+def the_softmax_is_over_queries(original: Any) -> Any:
+    def weights_of_rows(*args: Any) -> Any:
+        weights, log_weights = original(*args)
+        return weights / weights.sum(-2, keepdim=True).clamp(min=1e-9), log_weights
+
+    return weights_of_rows
+
+
+@fault("headscope.ops.kernels.fused:product", "nn/test_multihead.py::test_it_is_the_articles_formula")
+def heads_are_concatenated_in_another_order(original: Any) -> Any:
+    return lambda *args: original(*args).flip(1)
+
+
+@fault("headscope.ops.kernels.fused:product", "ops/test_attention.py::test_values_worked_out_by_hand")
+def a_query_that_sees_nothing_gets_the_mean_of_all_values(original: Any) -> Any:
+    def product(scores: Any, value: Any, *args: Any) -> Any:
+        output = original(scores, value, *args)
+        mean = value.mean(2, keepdim=True).repeat_interleave(output.shape[1] // value.shape[1], 1)
+        return output.where((output != 0).any(-1, keepdim=True), mean)
+
+    return product
+
+
+# ---------------------------------------------------------------- answers of the matrix
+
+
+@fault("headscope.ops.reductions.rows:Entropy.finish", "ops/test_matrix.py::test_every_answer_is_its_definition")
+def entropy_is_in_bits(original: Any) -> Any:
+    return lambda *args: original(*args) / math.log(2)
+
+
+@fault("headscope.ops.reductions.rows:TopK.finish", "ops/test_matrix.py::test_rows_with_fewer_visible_keys_than_k")
+def topk_names_hidden_keys(original: Any) -> Any:
+    def finish(*args: Any) -> Any:
+        top = original(*args)
+        return top._replace(indices=top.indices.clamp(min=0))
+
+    return finish
+
+
+@fault("headscope.ops.matrix:AttentionMatrix.offsets", "ops/test_matrix.py::test_every_answer_is_its_definition")
+def the_token_itself_is_shown_as_the_one_before(original: Any) -> Any:
+    return lambda *args: original(*args).roll(-1, -1)
+
+
+@fault("headscope.ops.reductions.columns:Received.finish", "ops/test_matrix.py::test_every_answer_is_its_definition")
+def the_mean_that_a_key_receives_counts_queries_that_cannot_see_it(original: Any) -> Any:
+    return lambda self, state: state[0] / state[1].amax().clamp(min=1) if self.mean else state[0]
+
+
+@fault("headscope.ops.reductions.groups:Pool.finish", "ops/test_matrix.py::test_every_answer_is_its_definition")
+def tokens_of_a_word_are_averaged_over_keys_and_not_summed(original: Any) -> Any:
+    def finish(self: Any, state: Any) -> Any:
+        if self.how == "mass":
+            self = type(self)(self.rows, self.cols, "mean")
+        return original(self, state)
+
+    return finish
+
+
+# ---------------------------------------------------------------- positions
+
+
+@fault("headscope.ops.positions:rotary", "nn/test_multihead.py::test_rotary_by_hand")
+def rotary_turns_neighbours_where_it_should_turn_halves(original: Any) -> Any:
+    return lambda *args, interleaved=False, **kwargs: original(*args, interleaved=not interleaved, **kwargs)
+
+
+@fault("headscope.ops.positions:rotary", "nn/test_multihead.py::test_llama")
+def the_rotary_base_is_ignored(original: Any) -> Any:
+    return lambda base=10_000.0, **kwargs: original(**kwargs)
+
+
+@fault("headscope.ops.positions:Rotary.rotate", "nn/test_multihead.py::test_chunks_of_any_size_give_one_forward_pass")
+def positions_restart_at_0_with_each_step_of_a_cache(original: Any) -> Any:
+    return lambda self, x, first=0: original(self, x)
+
+
+# ---------------------------------------------------------------- modules
+
+
+@fault(
+    "headscope.nn.multihead:MultiHeadAttention._split",
+    "nn/test_multihead.py::test_positions_do_not_mix_with_heads",
+)
+def heads_are_cut_out_by_a_view_without_a_transpose(original: Any) -> Any:
+    return lambda self, x: x.reshape(x.shape[0], -1, x.shape[1], self.head_dim)
+
+
+@fault(
+    "headscope.nn.multihead:MultiHeadAttention.forward",
+    "nn/test_multihead.py::test_dropout_drops_in_training_only_and_leaves_the_mean",
+)
+def weights_are_dropped_in_evaluation(original: Any) -> Any:
+    @wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before, self.training = self.training, True
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            self.training = before
+
+    return forward
+
+
+@fault("headscope.nn.weights:rows", "nn/test_multihead.py::test_it_is_the_articles_formula")
+def weights_of_keys_and_values_are_swapped(original: Any) -> Any:
+    def rows(module: Any) -> Any:
+        query, key, value = original(module)
+        return query, value, key
+
+    return rows
+
+
+@fault(
+    "headscope.nn.cache:SlidingWindowCache.append",
+    "nn/test_multihead.py::test_a_sliding_window_holds_only_the_window",
+)
+def a_cache_forgets_the_oldest_token_of_its_window(original: Any) -> Any:
+    def append(self: Any, *args: Any) -> Any:
+        key, value = original(self, *args)
+        full = key.shape[2] >= self.window > 1
+        return (key[:, :, 1:], value[:, :, 1:]) if full else (key, value)
+
+    return append
+
+
+@fault("headscope.nn.transformer:Stack.forward", "nn/test_transformer.py::test_a_decoder_looks_back_only")
+def a_decoder_looks_ahead(original: Any) -> Any:
+    return lambda self, x, mask, *args, **kwargs: original(self, x, None, *args, **kwargs)
+
+
+# ---------------------------------------------------------------- watching
+
+
+@fault("headscope.watching.hooks.watches:seen", "watching/test_hooks.py::test_a_nanogpt_block_is_causal")
+def recording_changes_what_the_model_computes(original: Any) -> Any:
+    from headscope.watching.hooks import with_output
+
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        call = original(*args, **kwargs)
+        return with_output(call, call.head_outputs() * (1 + 1e-5))
+
+    return seen
+
+
+@fault(
+    "headscope.watching.hooks.proof:_difference",
+    "watching/test_hooks.py::test_an_attention_that_does_not_do_as_it_says_is_refused",
+)
+def weights_are_shown_that_do_not_explain_the_output(original: Any) -> Any:
+    return lambda *args, **kwargs: 0.0
+
+
+@fault(
+    "headscope.watching.hooks.sdpa:causal_from_the_top",
+    "watching/test_hooks.py::test_is_causal_counts_from_the_first_key",
+)
+def is_causal_of_sdpa_is_read_as_bottom_right(original: Any) -> Any:
+    from headscope.ops.masks import causal
+
+    return lambda shape: causal()
+
+
+@fault(
+    "headscope.watching.hooks.torch_nn:_read",
+    "watching/test_hooks.py::test_the_fast_path_of_torch_attention_is_taken_and_seen",
+)
+def true_means_visible_in_a_mask_of_torch_nn(original: Any) -> Any:
+    return lambda mask, *args: original(mask if mask is None or mask.is_floating_point() else ~mask, *args)
+
+
+@fault(
+    "headscope.watching.recording.site:SiteCalls._cut",
+    "watching/test_generate.py::test_drafts_that_were_rejected_are_dropped",
+)
+def rows_of_rejected_drafts_stay_in_the_matrix(original: Any) -> Any:
+    return lambda *args, **kwargs: None
+
+
+@fault(
+    "headscope.watching.edits:Edit.applies",
+    "watching/test_edits.py::test_ablate_equals_zero_columns_of_the_output_projection",
+)
+def an_edit_acts_one_layer_too_late(original: Any) -> Any:
+    return lambda self, index, call: original(self, index - 1, call)
+
+
+@fault(
+    "headscope.watching.edits:Ablate.apply",
+    "watching/test_edits.py::test_ablate_equals_zero_columns_of_the_output_projection",
+)
+def ablating_one_head_ablates_all_of_its_layer(original: Any) -> Any:
+    return lambda self, call, place: original(replace(self, heads=tuple(range(call.shape[1]))), call, place)
+
+
+@fault(
+    "headscope.watching.recording.tracker:Tracker.place",
+    "watching/test_edits.py::test_knock_out_counts_positions_with_a_sliding_cache",
+)
+def a_link_is_knocked_out_at_the_wrong_place_once_a_cache_slides(original: Any) -> Any:
+    def place(self: Any, call: Any, forward: Any) -> Any:
+        found = original(self, call, forward)
+        return replace(found, first_row=found.first_row - found.first_key, first_key=0)
+
+    return place
+
+
+# ---------------------------------------------------------------- what heads do
+
+
+@fault(
+    "headscope.heads.measures.measure:Visibility.text", "heads/test_measures.py::test_every_measure_is_its_definition"
+)
+def the_sink_counts_as_text(original: Any) -> Any:
+    return property(lambda self: self.batch.valid)
+
+
+@fault(
+    "headscope.heads.measures.measure:Visibility.rows", "heads/test_measures.py::test_every_measure_is_its_definition"
+)
+def means_are_over_padded_rows_too(original: Any) -> Any:
+    return property(lambda self: self.text_keys >= 2)
+
+
+@fault(
+    "headscope.heads.measures.sums:Sums.value",
+    "heads/test_measures.py::test_a_head_is_reported_on_the_half_that_did_not_pick_it",
+)
+def heads_are_reported_on_the_texts_that_picked_them(original: Any) -> Any:
+    return lambda self, column, half=None: original(self, column)
+
+
+@fault(
+    "headscope.heads.statistics:cluster_bootstrap",
+    "heads/test_statistics.py::test_alike_clusters_make_the_interval_wider",
+)
+def intervals_draw_tokens_and_not_documents(original: Any) -> Any:
+    def bootstrap(numerators: Any, denominators: Any, *args: Any, **kwargs: Any) -> Any:
+        counts = denominators.long()
+        shares = numerators / denominators.clamp(min=1)
+        return original(
+            shares.repeat_interleave(counts, -1), (denominators > 0).double().repeat_interleave(counts), *args, **kwargs
+        )
+
+    return bootstrap
+
+
+@fault("headscope.heads.statistics:holm", "heads/test_statistics.py::test_holm_as_worked_out_by_hand")
+def p_values_are_not_corrected_for_the_number_of_heads(original: Any) -> Any:
+    return lambda p: list(p)
+
+
+@fault(
+    "headscope.heads.effects.answers:next_token_loss", "heads/test_effects.py::test_next_token_loss_counts_text_only"
+)
+def the_loss_compares_each_token_with_its_own_logits(original: Any) -> Any:
+    return lambda logits, *args: original(logits.roll(-1, 1), *args)
+
+
+@fault(
+    "headscope.models.tokens:tokenize",
+    "models/test_tokens.py::test_the_start_token_is_put_in_front_once_and_is_no_word",
+)
+def the_start_token_is_left_out(original: Any) -> Any:
+    return lambda text, tokenizer, *, start_token_id=None, **kwargs: original(text, tokenizer, **kwargs)
