@@ -221,7 +221,7 @@ def monitor(
     Example:
         >>> import torch, headscope
         >>> layer = headscope.MultiHeadAttention(16, 4)
-        >>> watch = headscope.watching.monitoring(layer, every=2)
+        >>> watch = headscope.monitor(layer, every=2)
         >>> for x in torch.randn(5, 3, 7, 16):
         ...     with watch:
         ...         loss = layer(x).square().mean()
