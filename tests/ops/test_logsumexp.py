@@ -33,7 +33,7 @@ def qkv(dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 def is_known(P: AttentionMatrix) -> bool:
-    return "rows known" in str(P.plan())
+    return P._normalizer is not None
 
 
 def afresh(P: AttentionMatrix) -> AttentionMatrix:

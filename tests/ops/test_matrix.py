@@ -262,9 +262,9 @@ def test_who_says_online_must_rescale() -> None:
 @pytest.mark.parametrize("mask_name", MASKS)
 def test_rows_known_from_the_fused_kernel_give_the_same(mask_name: str) -> None:
     made = make(Variant(mask_name))
-    assert made.matrix.plan().blocks.endswith("rows summed on the way")
+    assert made.matrix._normalizer is None
     assert_is(made.matrix @ made.value, reference.attend(made.p, made.value))
-    assert made.matrix.plan().blocks.endswith("rows known")
+    assert made.matrix._normalizer is not None
     assert_all_answers(made)
 
 
@@ -273,7 +273,7 @@ def test_without_torchs_private_op_it_is_the_same(mask_name: str, monkeypatch: p
     monkeypatch.setattr(kernels, "_flash_cpu", None)
     made = make(Variant(mask_name))
     assert_is(made.matrix @ made.value, reference.attend(made.p, made.value))
-    assert made.matrix.plan().blocks.endswith("rows summed on the way")
+    assert made.matrix._normalizer is None
     assert_all_answers(made)
 
 
@@ -485,7 +485,6 @@ def test_hidden_keys_before_very_low_scores_do_no_harm(tiny: None) -> None:
 
 @pytest.mark.parametrize("k", [1, 2, 3, 7])
 def test_the_largest_lie_where_they_were_put(k: int) -> None:
-    """Around the edges of the chunks in which they are looked for: chunks of 32, and what is left over."""
     places = [0, 31, 32, 63, 64, 671, 672, 699, 350]
     for first in range(len(places)):
         put = [places[(first + n * 4) % len(places)] for n in range(k)]
@@ -664,50 +663,65 @@ class Cells(Reduction):
 
 
 @pytest.mark.parametrize("mask_name", MASKS)
-def test_every_visible_cell_comes_once_and_the_plan_says_how_many(mask_name: str, tiny: None) -> None:
+def test_reduce_reads_every_visible_cell_once(mask_name: str, tiny: None) -> None:
     made = make(Variant(mask_name), (2, 6, 5, 300))
     with unchecked():
         cells = made.matrix.reduce(Cells())[0]
     assert float(cells.max()) <= 1
     assert bool((cells[made.seen] == 1).all())
-    assert made.matrix.plan().skipped == pytest.approx(1 - float(cells.mean()), abs=1e-6)
 
 
-def test_the_plan_says_what_is_skipped_and_by_which_kernel() -> None:
+class CellCount(Reduction):
+    """How many cells of the matrix are read."""
+
+    def start(self, shape: tuple[int, int, int, int], like: Tensor) -> list[int]:
+        return []
+
+    def update(self, state: list[int], block: Block) -> None:
+        state.append(block.weights.numel())
+
+    def finish(self, state: list[int]) -> int:
+        return sum(state)
+
+
+def test_reduce_skips_blocks_that_the_mask_hides() -> None:
     query, key = torch.randn(1, 2, 2048, 8), torch.randn(1, 1, 2048, 8)
-    assert 0.4 < AttentionMatrix(query, key, mask=masks.causal()).plan().skipped <= 0.5
-    assert AttentionMatrix(query, key).plan().skipped == 0
-    window = AttentionMatrix(query, key, mask=masks.sliding_window(64)).plan().skipped
-    assert 0.9 < window < 1 - 65 / 2048
-    fused = AttentionMatrix(query, key, mask=masks.causal()).plan()
-    assert fused.kernel == "the fused kernel"
-    assert str(fused).startswith("P @ value: the fused kernel")
-    assert "hidden and skipped: 4" in str(fused)
-    assert "strip by strip" in AttentionMatrix(query, key, softcap=2.0).plan().kernel
-    trained = AttentionMatrix(query, key, bias=torch.zeros(1, 2, 1, 2048, requires_grad=True))
-    assert "strip by strip" in trained.plan().kernel
-    with torch.no_grad():
-        assert trained.plan().kernel == "the fused kernel"
+    masks_and_shares = ((None, 1.0, 1.0), (masks.causal(), 0.5, 0.6), (masks.sliding_window(64), 65 / 2048, 0.1))
+    for mask, least, most in masks_and_shares:
+        (cells,) = AttentionMatrix(query, key, mask=mask).reduce(CellCount())
+        assert least <= cells / (2 * 2048**2) <= most
 
 
-def test_it_shows_what_it_is_without_being_built() -> None:
+def test_repr_names_shape_mask_kernel_and_size() -> None:
     matrix = AttentionMatrix(torch.randn(1, 8, 100_000, 4), torch.randn(1, 2, 100_000, 4), mask=masks.causal())
     assert repr(matrix) == (
-        "AttentionMatrix(shape=(1, 8, 100000, 100000), mask=causal(); not built: it would weigh 298 GiB)"
+        "AttentionMatrix(shape=(1, 8, 100000, 100000), mask=causal(); fused kernel; 298 GiB if dense)"
     )
     page = matrix._repr_html_()
+    assert "<td>P @ value: fused; other answers: blockwise</td>" in page
     assert "<td>298 GiB</td>" in page
-    assert "<td>15.26 MiB</td>" in page
+    assert "<td>query and key, 15.26 MiB</td>" in page
+    small = AttentionMatrix(*operands()[:2], bias=torch.zeros(7, 11), softcap=3.0, sinks=torch.zeros(6))
+    assert ", bias, softcap, sinks; rowwise kernel; 3.609 KiB if dense)" in repr(small)
+    assert small.shape == torch.Size(SIZES)
 
+
+def test_repr_html_escapes_the_name_of_a_mask_function() -> None:
     def rule(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return q_idx > kv_idx
 
     rule.__name__ = "<b>"
-    mask = masks.function(rule)
-    small = AttentionMatrix(*operands()[:2], mask=mask, bias=torch.zeros(7, 11), softcap=3.0, sinks=torch.zeros(6))
-    assert "&lt;b&gt;" in small._repr_html_()
-    assert ", bias, softcap, sinks; not built: it would weigh 3.609 KiB)" in repr(small)
-    assert small.shape == torch.Size(SIZES)
+    page = AttentionMatrix(*operands()[:2], mask=masks.function(rule))._repr_html_()
+    assert "&lt;b&gt;" in page
+    assert "<b>" not in page
+
+
+def test_repr_names_the_kernel_that_a_trained_bias_needs() -> None:
+    query, key, _ = operands()
+    trained = AttentionMatrix(query, key, bias=torch.zeros(1, 6, 1, 11, requires_grad=True))
+    assert "; rowwise kernel;" in repr(trained)
+    with torch.no_grad():
+        assert "; fused kernel;" in repr(trained)
 
 
 def test_dense_is_refused_above_the_limit() -> None:

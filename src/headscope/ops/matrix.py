@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from html import escape
 from typing import Any, Literal
 
@@ -15,9 +14,7 @@ from headscope.ops.kernels import fused as kernels
 from headscope.ops.kernels.blockwise import stream
 from headscope.ops.kernels.differentiable import by_rows
 from headscope.ops.kernels.indexing import PartReader
-from headscope.ops.kernels.tiles import strips
 from headscope.ops.masks import Mask
-from headscope.ops.normalizer import Normalizer, learned
 from headscope.ops.positions import Alibi
 from headscope.ops.reductions import (
     Entropy,
@@ -32,25 +29,10 @@ from headscope.ops.reductions import (
     WeightsAt,
     check_reductions,
 )
-from headscope.ops.scores import Scores, as_value, make_scores
+from headscope.ops.scores import Normalizer, Scores, as_value, make_scores
 from headscope.ops.sizes import format_bytes, parse_bytes
 
-__all__ = ["AttentionMatrix", "Plan"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How questions to a matrix will be computed; print it."""
-
-    kernel: str
-    blocks: str
-    skipped: float
-
-    def __str__(self) -> str:
-        return (
-            f"P @ value: {self.kernel}\nother questions: {self.blocks}\n"
-            f"hidden and skipped: {self.skipped:.1%} of all cells"
-        )
+__all__ = ["AttentionMatrix"]
 
 
 class AttentionMatrix:
@@ -96,7 +78,7 @@ class AttentionMatrix:
         matrix = cls.__new__(cls)
         matrix._set(scores)
         if logsumexp is not None:
-            normalizer = learned(logsumexp)
+            normalizer = Normalizer.from_logsumexp(logsumexp)
             if bool(logsumexp.isnan().any()):
                 matrix._reader = PartReader(scores, normalizer)
             else:
@@ -214,48 +196,37 @@ class AttentionMatrix:
 
     def dense(self, *, limit: int | str = "1 GiB") -> Float[Tensor, "B H L S"]:
         """The matrix itself. Raises ValueError above ``limit`` (bytes, or text such as "4 GiB")."""
-        weight = self._weight()
-        if weight > parse_bytes(limit):
+        size = self._num_bytes()
+        if size > parse_bytes(limit):
             raise ValueError(
-                f"the dense matrix {tuple(self.shape)} would take {format_bytes(weight)}, the limit is {limit}. "
+                f"the dense matrix {tuple(self.shape)} would take {format_bytes(size)}, the limit is {limit}. "
                 "Ask for a part, P[0, 8, 100:200, :50], for P.topk(k), or for a small picture, P.pool(64, 64); "
                 "or raise limit=."
             )
         return self[:]
 
-    def plan(self) -> Plan:
-        """Which kernel and which blocks answer, and how much the mask lets them skip."""
-        scores = self._scores
-        batch, heads, queries, keys = self.shape
-        cells, count, largest = 0, 0, (0, 0)
-        for strip in strips(scores):
-            rows, width = strip.rows.stop - strip.rows.start, sum(b - a for a, b, _ in strip.spans)
-            many = strip.batch.stop - strip.batch.start
-            many *= (strip.groups.stop - strip.groups.start) * scores.per_group
-            cells, count = cells + many * rows * width, count + 1
-            largest = max(largest, (many * rows, width))
-        kernel = "the fused kernel" if kernels.is_fused(scores) else "strip by strip (softcap, sinks or trained bias)"
-        known = "rows known" if self._normalizer is not None else "rows summed on the way"
-        blocks = f"{count} strips of up to {largest[0]} rows × {largest[1]} keys, {known}"
-        return Plan(kernel, blocks, 1 - cells / (batch * heads * queries * keys))
-
     def __repr__(self) -> str:
         extras = [f"mask={self._scores.mask!r}"]
-        extras += [f"{n}" for n in ("bias", "softcap", "sinks") if getattr(self._scores, n) is not None]
+        extras += [name for name in ("bias", "softcap", "sinks") if getattr(self._scores, name) is not None]
         return (
-            f"AttentionMatrix(shape={tuple(self.shape)}, {', '.join(extras)}; "
-            f"not built: it would weigh {format_bytes(self._weight())})"
+            f"AttentionMatrix(shape={tuple(self.shape)}, {', '.join(extras)}; {self._product_kernel()} kernel; "
+            f"{format_bytes(self._num_bytes())} if dense)"
         )
 
     def _repr_html_(self) -> str:
         rows = {
             "shape (B, H, L, S)": tuple(self.shape),
             "mask": repr(self._scores.mask),
-            "if it were built": format_bytes(self._weight()),
-            "holds": format_bytes(self._scores.query.nbytes + self._scores.key.nbytes),
+            "kernel": f"P @ value: {self._product_kernel()}; other answers: blockwise",
+            "stored": f"query and key, {format_bytes(self._scores.query.nbytes + self._scores.key.nbytes)}",
+            "dense": format_bytes(self._num_bytes()),
         }
         cells = "".join(f"<tr><th>{k}</th><td>{escape(str(v))}</td></tr>" for k, v in rows.items())
         return f"<table><caption>AttentionMatrix</caption>{cells}</table>"
+
+    def _product_kernel(self) -> str:
+        """The kernel of P @ value; a softcap, sinks or a trained bias need one with rows of weights."""
+        return "fused" if kernels.is_fused(self._scores) else "rowwise"
 
     def _one(self, reduction: Reduction) -> Any:
         return self.reduce(reduction)[0]
@@ -275,7 +246,7 @@ class AttentionMatrix:
             self._scores.refuse_nonfinite()
             self._checked = True
 
-    def _weight(self) -> int:
+    def _num_bytes(self) -> int:
         return math.prod(self.shape) * (8 if self.dtype == torch.float64 else 4)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from headscope.ops.masks import Mask, dense
 from headscope.ops.positions import Alibi
 
-__all__ = ["LOWEST", "Scores", "as_value", "checked_mask", "make_scores"]
+__all__ = ["LOWEST", "Normalizer", "Scores", "as_value", "checked_mask", "make_scores"]
 
 LOWEST = -1e30  # stands for the logarithm of a hidden weight, so that 0 · log 0 is 0
 
@@ -198,6 +198,35 @@ class Scores:
                 bad = added.isnan() | (added == math.inf)
                 if bool(bad.any()):
                     raise ValueError(_describe(name, added, bad))
+
+
+@dataclass(frozen=True, eq=False)
+class Normalizer:
+    """Two numbers per row, [B, H, L] each, that turn scores into weights: P = exp((s − shift) − log_sum).
+
+    Their sum is the log-sum-exp. One number would lose ``log_sum`` where a mask added −3e38 to a whole row.
+    """
+
+    shift: Tensor
+    log_sum: Tensor
+
+    @classmethod
+    def from_logsumexp(cls, logsumexp: Tensor) -> Normalizer:
+        """From a known log-sum-exp [B, H, L]; NaN marks rows still to be computed."""
+        with torch.inference_mode(False):  # written into later, perhaps outside of that mode
+            return cls(logsumexp.detach().clone(), torch.zeros_like(logsumexp, requires_grad=False))
+
+    @property
+    def logsumexp(self) -> Tensor:
+        """Log Σ_j exp(s_ij), [B, H, L]; −inf where nothing is visible."""
+        return self.shift + self.log_sum
+
+    @property
+    def offset(self) -> Tensor | None:
+        """−log_sum, 0 for rows that see nothing; None if it is 0 for all rows, as for a kernel's log-sum-exp."""
+        offset = -self.log_sum
+        offset = torch.where(offset == torch.inf, 0.0, offset)
+        return offset if bool(offset.any()) else None
 
 
 def make_scores(

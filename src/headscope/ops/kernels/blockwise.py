@@ -26,9 +26,8 @@ from headscope.ops.kernels.tiles import (
     raw_blocks,
     strips,
 )
-from headscope.ops.normalizer import Normalizer
 from headscope.ops.reductions import Block, Reduction
-from headscope.ops.scores import LOWEST, Scores
+from headscope.ops.scores import LOWEST, Normalizer, Scores
 
 __all__ = ["stream"]
 
@@ -75,7 +74,7 @@ def _stream(
                 _online(scores, strip, found, buffers, asked, plain, size)
                 continue
             if known is not None:
-                blocks = _known_blocks(scores, strip, known.top, offset, buffers, size)
+                blocks = _known_blocks(scores, strip, known.shift, offset, buffers, size)
             else:
                 blocks = _fresh_blocks(scores, strip, found, buffers, plain, block_size(2))
             for block in blocks:
@@ -144,7 +143,7 @@ def _online(
     In a ``plain`` pass that number is 0. Else it is a row's first visible maximum; a later score that outgrows it by
     ``_DRIFT`` takes its place, so that nothing overflows (the lazy rescaling of online softmax, arXiv 1805.02867).
     """
-    top = found.top.new_full(_rows_of(scores, strip), -torch.inf)
+    top = found.shift.new_full(_rows_of(scores, strip), -torch.inf)
     center, total = torch.zeros_like(top), torch.zeros_like(top)
     at = (strip.batch, heads_of(scores, strip), strip.rows)
     offset = torch.zeros_like(top)
@@ -162,15 +161,15 @@ def _online(
             reduction.update(state, block)
     if plain:
         _refuse_extremes(scores, strip, total)
-    log_total = total.log()
+    log_sum = total.log()
     whole = center
     if scores.sinks is not None:  # the larger of the two is kept apart: finfo.min + 0.4 would forget 0.4
         logit = scores.sinks[at[1]].detach().to(top.dtype).view(1, -1, 1, 1)
         whole = torch.maximum(center, logit)
-        log_total = torch.logaddexp(log_total + (center - whole), logit - whole)
-    by = (center - whole - log_total).clamp(min=-1e4)
+        log_sum = torch.logaddexp(log_sum + (center - whole), logit - whole)
+    by = (center - whole - log_sum).clamp(min=-1e4)
     _rescale(asked, at, torch.where(total > 0, by, 0.0), total)
-    _keep(found, at, whole, log_total, plain)
+    _keep(found, at, whole, log_sum, plain)
 
 
 def _recenter(
@@ -205,13 +204,13 @@ def _refuse_extremes(scores: Scores, strip: Strip, total: Tensor) -> None:
         raise _NotPlain
 
 
-def _keep(found: Normalizer, at: tuple[slice, slice, slice], top: Tensor, log_total: Tensor, plain: bool) -> None:
+def _keep(found: Normalizer, at: tuple[slice, slice, slice], top: Tensor, log_sum: Tensor, plain: bool) -> None:
     """The rows' sums; in a plain pass as one number, so that later passes have one thing less to do."""
     if plain:
-        seen = log_total > -torch.inf
-        top, log_total = torch.where(seen, top + log_total, 0.0), torch.where(seen, 0.0, -torch.inf)
-    found.top[at] = top.squeeze(-1)
-    found.log_total[at] = log_total.squeeze(-1)
+        seen = log_sum > -torch.inf
+        top, log_sum = torch.where(seen, top + log_sum, 0.0), torch.where(seen, 0.0, -torch.inf)
+    found.shift[at] = top.squeeze(-1)
+    found.log_sum[at] = log_sum.squeeze(-1)
 
 
 def _rescale(asked: list[tuple[Reduction, Any]], at: tuple[slice, slice, slice], by: Tensor, total: Tensor) -> None:
@@ -231,7 +230,7 @@ def _fresh_blocks(
     """Blocks wait, each centered on the largest score so far (``plain``: on 0), until their rows' sums are known."""
     heads = heads_of(scores, strip)
     held: list[tuple[slice, list[Tile], Tensor, Tensor, Tensor]] = []
-    top = found.top.new_full(_rows_of(scores, strip), -torch.inf)
+    top = found.shift.new_full(_rows_of(scores, strip), -torch.inf)
     total = torch.zeros_like(top)
     for number, (x, keys, tiles) in enumerate(raw_blocks(scores, strip, buffers, size, reuse=False)):
         shift = torch.zeros_like(top)
@@ -253,12 +252,12 @@ def _fresh_blocks(
         higher = torch.maximum(shift, logit)
         total = total * (shift - higher).exp() + (logit - higher).exp()
         shift = higher
-    log_total = total.log()
+    log_sum = total.log()
     at = (strip.batch, heads, strip.rows)
-    _keep(found, at, shift, log_total, plain)
+    _keep(found, at, shift, log_sum, plain)
     while held:
         keys, tiles, weights, centered, own = held.pop(0)
         lower = (own - shift).clamp(max=0)  # own may stand above where the row has seen nothing yet
-        offset = torch.where(total > 0, lower - log_total, 0.0)
+        offset = torch.where(total > 0, lower - log_sum, 0.0)
         weights.mul_(offset.exp())
         yield _block(scores, strip, keys, tiles, weights, centered, offset, shifted=True)

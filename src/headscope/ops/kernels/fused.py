@@ -21,8 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from headscope.ops.kernels.cpu import FEW_ROWS, is_emulated
 from headscope.ops.kernels.differentiable import by_rows
-from headscope.ops.normalizer import Normalizer
-from headscope.ops.scores import Scores
+from headscope.ops.scores import Normalizer, Scores
 
 __all__ = ["RowSums", "by_strips", "fused", "fused_with_normalizer", "is_fused", "product", "row_sums", "weighted"]
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from headscope.ops.kernels.blockwise import stream
-from headscope.ops.normalizer import Normalizer
 from headscope.ops.positions import Alibi
-from headscope.ops.scores import Scores
+from headscope.ops.scores import Normalizer, Scores
 
 __all__ = ["PartReader"]
 
@@ -117,8 +116,8 @@ class PartReader:
             seen = scores.mask(b + first_b, h + first_h, q + first_q, k)
             x = x.masked_fill(~seen, -torch.inf)
         at = (b, h, q)
-        total = self.known.log_total[at]
-        return (x - self.known.top[at] - total).exp().masked_fill(total == -torch.inf, 0)
+        total = self.known.log_sum[at]
+        return (x - self.known.shift[at] - total).exp().masked_fill(total == -torch.inf, 0)
 
     def _bias_points(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         bias = self.scores.bias
@@ -140,15 +139,15 @@ class PartReader:
 
     def _learn(self, b: slice, h: slice, q: slice) -> None:
         """Sums of a block of rows, unless they are known."""
-        unknown = self.known.top[b, h, q].isnan()
+        unknown = self.known.shift[b, h, q].isnan()
         if not bool(unknown.any()):
             return
         wanted = unknown.any(1).any(0).nonzero().flatten()
         first, last = int(wanted[0]), int(wanted[-1]) + 1
         rows = slice(q.start + first, q.start + last)
         _, found = stream(self.scores.narrow(b, h, rows), [])
-        self.known.top[b, h, rows] = found.top
-        self.known.log_total[b, h, rows] = found.log_total
+        self.known.shift[b, h, rows] = found.shift
+        self.known.log_sum[b, h, rows] = found.log_sum
 
 
 def _neighbours(rows: Tensor) -> Iterator[tuple[int, int]]:
@@ -158,8 +157,8 @@ def _neighbours(rows: Tensor) -> Iterator[tuple[int, int]]:
 
 
 def _normalised(x: Tensor, known: Normalizer, at: tuple[slice, slice, slice]) -> Tensor:
-    total = known.log_total[at].unsqueeze(-1)
-    return ((x - known.top[at].unsqueeze(-1)) - total).exp().masked_fill(total == -torch.inf, 0)
+    total = known.log_sum[at].unsqueeze(-1)
+    return ((x - known.shift[at].unsqueeze(-1)) - total).exp().masked_fill(total == -torch.inf, 0)
 
 
 def _grids(parts: list[Any], shape: Sequence[int], device: torch.device) -> list[Tensor]:

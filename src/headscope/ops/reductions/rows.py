@@ -63,10 +63,7 @@ class Mass(Reduction):
 
 
 class TopK(Reduction):
-    """The k largest weights of each row, largest first: values and key positions, each [B, H, L, k].
-
-    The k largest lie in the k chunks with the largest maxima, so only those chunks are sorted.
-    """
+    """The k largest weights of each row, largest first: values and key positions, each [B, H, L, k]."""
 
     online = True
 
@@ -84,37 +81,18 @@ class TopK(Reduction):
         return like.new_full(size, -torch.inf), empty
 
     def update(self, state: tuple[Tensor, Tensor], block: Block) -> None:
-        """Merge the best of this block with the best so far."""
-        values, indices = self._best(block.centered)
-        values = values + block.offset
-        held_values, held_indices = state[0][block.at], state[1][block.at]
-        values = torch.cat([held_values, values], -1)
-        indices = torch.cat([held_indices, indices + block.keys.start], -1)
-        best = values.topk(self.k, -1)
-        held_values.copy_(best.values)
-        held_indices.copy_(indices.gather(-1, best.indices))
+        """Merge the k largest of this block with the k largest so far."""
+        largest = block.centered.topk(min(self.k, block.centered.shape[-1]), -1)
+        row_values, row_indices = state[0][block.at], state[1][block.at]
+        values = torch.cat([row_values, largest.values + block.offset], -1)
+        indices = torch.cat([row_indices, largest.indices + block.keys.start], -1)
+        merged = values.topk(self.k, -1)
+        row_values.copy_(merged.values)
+        row_indices.copy_(indices.gather(-1, merged.indices))
 
     def rescale(self, state: tuple[Tensor, Tensor], at: tuple[slice, slice, slice], by: Tensor, total: Tensor) -> None:
         """What was found keeps its place."""
         state[0][at] += by
-
-    def _best(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        size, width = _CHUNK, x.shape[-1]
-        chunks = width // size
-        if chunks <= 12 * self.k:  # sorting few is no slower than choosing among them first
-            best = x.topk(min(self.k, width), -1)
-            return best.values, best.indices
-        whole = x[..., : chunks * size].unflatten(-1, (chunks, size))
-        where = whole.amax(-1).topk(self.k, -1).indices  # [.., r, k]
-        picked = whole.gather(-2, where.unsqueeze(-1).expand(*where.shape, size))
-        indices = (where * size).unsqueeze(-1) + torch.arange(size, device=x.device)
-        values, indices = picked.flatten(-2), indices.flatten(-2)
-        if chunks * size < width:
-            rest = torch.arange(chunks * size, width, device=x.device)
-            values = torch.cat([values, x[..., chunks * size :]], -1)
-            indices = torch.cat([indices, rest.expand(*indices.shape[:-1], -1)], -1)
-        best = values.topk(self.k, -1)
-        return best.values, indices.gather(-1, best.indices)
 
     def finish(self, state: tuple[Tensor, Tensor]) -> WeightsAt:
         """Where the row sees fewer than k keys, the rest is 0 and −1."""
