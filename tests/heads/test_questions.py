@@ -9,10 +9,10 @@ from torch import Tensor
 from headscope import AttentionMatrix, masks
 from headscope.heads.measures import products as measure_products
 from headscope.heads.measures.products import Distance, Product, Together
-from headscope.heads.measures.strongest import Strongest
+from headscope.heads.measures.strongest import MaxAmong, Strongest
 from headscope.ops.kernels import tiles as strips
 from headscope.ops.masks import Mask
-from headscope.ops.reductions import Block, Entropy, Max, Offsets, Reduction
+from headscope.ops.reductions import Block, Entropy, Offsets, Reduction
 
 MASKS = {
     "none": None,
@@ -31,7 +31,7 @@ def matrix_of(mask: Mask | None, size: int = 37, rows: int = 37) -> AttentionMat
     return AttentionMatrix(2 * query[:, :, -rows:], key, mask=mask)
 
 
-def cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 128 scores of 16 rows or fewer, so that the band crosses their edges."""
     monkeypatch.setattr(strips, "_BLOCK", 128)
     monkeypatch.setattr(strips, "_ROWS", 16)
@@ -48,7 +48,7 @@ def some_keys(size: int = 37) -> Tensor:
 @pytest.mark.parametrize("name", MASKS)
 def test_the_strongest_key_and_how_far_off_it_is(name: str, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In blocks so narrow that keys near a row lie in another one."""
-    cut(monkeypatch)
+    small_blocks(monkeypatch)
     matrix, among = matrix_of(MASKS[name]), some_keys()
     if known:
         matrix @ torch.ones(37, 1)
@@ -86,19 +86,39 @@ def test_a_key_that_shares_the_largest_weight_is_not_the_strongest() -> None:
     assert offsets[0, 0].tolist() == [Strongest.FAR] * 4 + [3, 2, 1, 0, -1]
 
 
-def test_a_question_leaves_a_block_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that hide keys from themselves show them again to whoever is asked after them."""
-    cut(monkeypatch)
-    matrix = matrix_of(masks.causal())
-    _, found = matrix.reduce(Strongest(some_keys(), RADIUS), Max())
-    assert torch.equal(found.indices, matrix.dense().argmax(-1))
+def test_reductions_do_not_write_into_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next reduction of the pass reads the same block."""
+    small_blocks(monkeypatch)
+    mixed: list[bool] = []
+
+    def unchanged(kind: type[Reduction]) -> None:
+        update = kind.update
+
+        def checked(self: Reduction, state: object, block: Block) -> None:
+            before = block.centered.clone(), block.weights.clone()
+            update(self, state, block)
+            assert torch.equal(block.centered, before[0])
+            assert torch.equal(block.weights, before[1])
+            mixed.append(block.mixed)
+
+        monkeypatch.setattr(kind, "update", checked)
+
+    unchanged(Strongest)
+    unchanged(MaxAmong)
+    among = some_keys()
+    for mask in MASKS.values():
+        strongest, largest = matrix_of(mask).reduce(Strongest(among, RADIUS), MaxAmong(among))
+        torch.testing.assert_close(largest.values, strongest.values)
+        wanted = (matrix_of(mask).dense() * among[:, None, None]).argmax(-1)
+        assert torch.equal(largest.indices[strongest.values > 0], wanted[strongest.values > 0])
+    assert set(mixed) == {True, False}
 
 
 @pytest.mark.parametrize("few", [0, 6, 64])
 @pytest.mark.parametrize("name", MASKS)
 def test_one_product_for_several_questions(name: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """It gives each what it would get alone, of one head or of all, and whether few neighbours matter or many."""
-    cut(monkeypatch)
+    small_blocks(monkeypatch)
     products: list[Tensor] = []
     usual = Block.product
     monkeypatch.setattr(Block, "product", lambda self, x, *keys: products.append(x) or usual(self, x, *keys))

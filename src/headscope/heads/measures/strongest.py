@@ -1,12 +1,13 @@
-"""The strongest key of each row among those that count, how far off it is, and the weights on keys around the row."""
+"""Reductions that find the largest weight of each row among chosen keys, and read the weights on nearby keys."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -19,20 +20,22 @@ from headscope.ops.scores import LOWEST
 __all__ = ["MaxAmong", "Strongest", "StrongestKeys"]
 
 Rows = tuple[slice, slice, slice]
-_SMALL = -87.0  # the logarithm of a weight that counts as none
+_SMALL = -87.0  # log-weights below this count as weight 0
+_NONE, _SOME, _ALL = range(3)  # of the texts in a batch
+_ROWS = 128  # rows whose near keys are hidden in one copy: few enough that the copy is small
 
 
 class MaxAmong(Max):
     """The largest weight of each row among the keys in ``among`` [B, S], and its key: each [B, H, L]."""
 
     def __init__(self, among: Tensor) -> None:
-        self._places = _Places(among)
+        self._among = among
 
     def update(self, state: tuple[Tensor, Tensor], block: Block) -> None:
-        """Hide the others for as long as this question looks."""
-        if self._places.any_in(block.keys):
-            with self._places.alone(block):
-                super().update(state, block)
+        """`Max` of a copy in which the other keys are hidden."""
+        among = self._among[block.batch, None, None, block.keys]
+        if bool(among.any()):
+            super().update(state, replace(block, centered=block.centered.masked_fill(~among, LOWEST)))
 
 
 class StrongestKeys(NamedTuple):
@@ -45,130 +48,157 @@ class StrongestKeys(NamedTuple):
 
 
 class Strongest(Reduction):
-    """The largest weight of each row among the keys in ``among`` [B, S], how far off its key is, if it is near, the
-    largest weight among all others, and the weights of all near keys, as `Offsets` gives them.
+    """Of each row: the largest weight among the keys in ``among`` [B, S], the offset of its key if that is near, the
+    largest weight among all other keys, and the weights of all near keys, as `Offsets` gives them.
 
-    Values [B, H, L], 0 where a row sees none of them; offsets from −radius to radius, and FAR where the key is farther
-    off or not the only one with that weight. To know this costs less than to know its place, as `MaxAmong` does.
+    Values are [B, H, L], 0 where a row sees none of the keys. Offsets go from −radius to radius; they are FAR where
+    the key is farther away or another one has the same weight. The key of a far maximum is not looked up, as
+    `MaxAmong` does: that costs more.
     """
 
     online = True
     FAR = 1 << 30
 
     def __init__(self, among: Tensor, radius: int) -> None:
-        self.radius, self._places = radius, _Places(among)
+        self.radius, self._choice = radius, _Choice(among)
 
-    def start(self, shape: Shape, like: Tensor) -> _Found:
-        """Nothing found yet."""
+    def start(self, shape: Shape, like: Tensor) -> _Maxima:
+        """All maxima are LOWEST."""
         far, others = (like.new_full(shape[:3], LOWEST) for _ in range(2))
-        return _Found(far, like.new_full((*shape[:2], 2 * self.radius + 1, shape[2]), LOWEST), others)
+        return _Maxima(far, like.new_full((*shape[:2], 2 * self.radius + 1, shape[2]), LOWEST), others)
 
-    def update(self, state: _Found, block: Block) -> None:
-        """Note the near keys and the others, and hide them while the largest of the rest is looked for."""
-        far, near, others = (part[block.at] for part in (state.far, state.near.transpose(-1, -2), state.others))
+    def update(self, state: _Maxima, block: Block) -> None:
+        """Copy the near log-weights, and raise the maxima of all other keys."""
         state.first = block.scores.origin[2]
-        band = list(block.band(block.centered, self.radius))
-        for rows, offsets, part in band:
-            near[..., rows, offsets] = part
-            part.fill_(LOWEST)
-        with self._places.alone(block) as hidden:
-            for part in hidden:
-                _raise_to(others, part, block)
-            _raise_to(far, block.centered, block)
-        for rows, offsets, part in band:
-            part.copy_(near[..., rows, offsets])
-            if block.shifted:
-                near[..., rows, offsets].add_(block.offset[..., rows, :])
+        near = state.near.transpose(-1, -2)[block.at]
+        for rows, offsets, part in block.band(block.centered, self.radius):
+            near[..., rows, offsets] = part + block.offset[..., rows, :] if block.shifted else part
+        every = slice(0, block.centered.shape[-2])
+        for chosen_by, run in self._choice.runs(block.keys):
+            columns = block.centered[..., run.start - block.keys.start : run.stop - block.keys.start]
+            if chosen_by == _SOME:
+                columns = columns.masked_fill(self._choice.among[block.batch, None, None, run], LOWEST)
+            if chosen_by != _ALL:
+                _raise_to(state.others[block.at], columns, every, block)
+        for rows, keys, part in _without_near(block, self.radius):
+            for chosen_by, run in self._choice.runs(keys):
+                columns = part[..., run.start - keys.start : run.stop - keys.start]
+                if chosen_by == _SOME:
+                    columns = columns.masked_fill(~self._choice.among[block.batch, None, None, run], LOWEST)
+                if chosen_by != _NONE:
+                    _raise_to(state.far[block.at], columns, rows, block)
 
-    def rescale(self, state: _Found, at: Rows, by: Tensor, total: Tensor) -> None:
-        """What was found keeps its place."""
+    def rescale(self, state: _Maxima, at: Rows, by: Tensor, total: Tensor) -> None:
+        """Log-weights grow by ``by``; which is the largest does not change."""
         state.far[at].add_(by.squeeze(-1))
         state.near.transpose(-1, -2)[at].add_(by)
         state.others[at].add_(by.squeeze(-1))
 
-    def finish(self, state: _Found) -> StrongestKeys:
-        """The largest at any offset is the strongest if it is above each other there and all that are far."""
-        near, others = state.near, state.others
-        chosen = near.clone()
-        for rows, left_out in self._places.near(self.radius, state.first, near.shape[-1]):
-            part = chosen[..., rows]
-            others[..., rows].clamp_(min=part.masked_fill(~left_out, LOWEST).amax(2))
-            part.masked_fill_(left_out, LOWEST)
-        best = chosen.amax(2)
-        equal = chosen.sub_(best.unsqueeze(2)).sign_().add_(1)
+    def finish(self, state: _Maxima) -> StrongestKeys:
+        """The largest near key is the strongest if it is above each other near key and above all far keys."""
+        near = state.near
+        candidates = near.clone()
+        for rows, left_out in self._choice.left_out_near(self.radius, state.first, near.shape[-1]):
+            candidates[..., rows].masked_fill_(left_out, LOWEST)
+        best = candidates.amax(2)
+        is_best = candidates.sub_(best.unsqueeze(2)).sign_().add_(1)
         apart = torch.arange(-self.radius, self.radius + 1, dtype=near.dtype, device=near.device)
-        number, offsets = (torch.stack([torch.ones_like(apart), apart]) @ equal).unbind(2)
-        offsets = offsets.long().where((best > state.far) & (number == 1), self.FAR)
-        return StrongestKeys(_weights(torch.maximum(state.far, best)), offsets, _weights(others), _weights(near).mT)
+        count, offsets = (torch.stack([torch.ones_like(apart), apart]) @ is_best).unbind(2)
+        offsets = offsets.long().where((best > state.far) & (count == 1), self.FAR)
+        return StrongestKeys(
+            _weights(torch.maximum(state.far, best)), offsets, _weights(state.others), _weights(near).mT
+        )
 
 
 @dataclass(eq=False)
-class _Found:
-    """The largest log-weights so far: of far keys [B, H, L], of each offset [B, H, 2·radius+1, L], of keys left out."""
+class _Maxima:
+    """The largest log-weights so far."""
 
-    far: Tensor
-    near: Tensor
-    others: Tensor
+    far: Tensor  # [B, H, L]: of chosen keys that are not near
+    near: Tensor  # [B, H, 2·radius+1, L]: the log-weight at each offset
+    others: Tensor  # [B, H, L]: of keys that are not chosen
     first: int = 0  # the position of the first row
 
 
 def _weights(logs: Tensor) -> Tensor:
-    """Their exp, 0 where it is below what float32 holds well: to ask for that takes thirty times as long."""
+    """Their exp; 0 below what float32 represents well, where exp is thirty times as slow."""
     return torch.threshold_(logs.clamp(min=_SMALL).exp_(), 2 * math.exp(_SMALL), 0.0)
 
 
-def _raise_to(held: Tensor, centered: Tensor, block: Block) -> None:
-    """Each row's largest log-weight so far, [b, h, r], with some of the block's columns looked at."""
+def _raise_to(maxima: Tensor, centered: Tensor, rows: slice, block: Block) -> None:
+    """Raise the maxima [b, h, r] of some rows of a block to the largest log-weight in ``centered``."""
+    if not centered.shape[-1]:
+        return
     largest = centered.amax(-1)
-    torch.maximum(held, largest + block.offset.squeeze(-1) if block.shifted else largest, out=held)
+    if block.shifted:
+        largest = largest + block.offset[..., rows, 0]
+    torch.maximum(maxima[..., rows], largest, out=maxima[..., rows])
 
 
-class _Places:
-    """Which keys a text of a batch leaves out: known once, asked of every block."""
+def _without_near(block: Block, radius: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """The block's log-weights in parts: rows of the block, absolute keys, and [b, h, r, c] with near keys LOWEST.
+
+    Parts without near keys are views; keys after a row are left out where the mask hides the future.
+    """
+    height, width = block.centered.shape[-2:]
+    first = block.scores.positions(block.rows).start - block.keys.start  # the column of the first row's position
+    if first - radius >= width or first + height + radius <= 0:
+        yield slice(0, height), block.keys, block.centered
+        return
+    start = block.keys.start
+    for top in range(0, height, _ROWS):
+        rows = slice(top, min(top + _ROWS, height))
+        left = min(max(first + rows.start - radius, 0), width)
+        right = min(max(first + rows.stop + radius, left), width)
+        yield rows, slice(start, start + left), block.centered[..., rows, :left]
+        if left < right:
+            part = block.centered[..., rows, left:right]
+            yield (
+                rows,
+                slice(start + left, start + right),
+                part + _hide_near(*part.shape[-2:], first + top - left, radius).to(part),
+            )
+        if right < width and not block.hides_the_future:
+            yield rows, slice(start + right, block.keys.stop), block.centered[..., rows, right:]
+
+
+@cache
+def _hide_near(height: int, width: int, first: int, radius: int) -> Tensor:
+    """[height, width]: LOWEST for near cells, else 0; ``first`` is the column of the first row's position."""
+    apart = torch.arange(width) - torch.arange(first, first + height)[:, None]
+    return torch.zeros(height, width).masked_fill(apart.abs() <= radius, LOWEST)
+
+
+class _Choice:
+    """Which keys the texts of a batch choose, as runs of neighbouring keys that all, none or some texts choose."""
 
     def __init__(self, among: Tensor) -> None:
-        self._among = among
-        self._chosen = among.any(0)
-        self._by_none = _runs(~self._chosen)
-        self._by_some = _runs(self._chosen & ~among.all(0))
-        self._near: dict[tuple[int, int, int], list[tuple[slice, Tensor]]] = {}
+        self.among = among
+        chosen_by = among.any(0).int() + among.all(0).int()
+        edges = [0, *((chosen_by.diff() != 0).nonzero().flatten() + 1).tolist(), len(chosen_by)]
+        self._runs = [slice(start, stop) for start, stop in pairwise(edges)]
+        self._chosen_by = chosen_by[edges[:-1]].tolist()
+        self._left_out: dict[tuple[int, int, int], list[tuple[slice, Tensor]]] = {}
 
-    def any_in(self, keys: slice) -> bool:
-        """Whether a text chooses any of some keys."""
-        return bool(self._chosen[keys].any())
+    def runs(self, keys: slice) -> Iterator[tuple[int, slice]]:
+        """The runs within a span of keys: _NONE, _SOME or _ALL, and the keys."""
+        first = bisect_right(self._runs, keys.start, key=lambda run: int(run.stop))
+        last = bisect_left(self._runs, keys.stop, key=lambda run: int(run.start))
+        for chosen_by, run in zip(self._chosen_by[first:last], self._runs[first:last], strict=True):
+            yield chosen_by, slice(max(run.start, keys.start), min(run.stop, keys.stop))
 
-    def near(self, radius: int, first: int, rows: int) -> list[tuple[slice, Tensor]]:
-        """Rows, counted from ``first``, with keys at most ``radius`` off that are left out, and which of these are so.
+    def left_out_near(self, radius: int, first: int, rows: int) -> list[tuple[slice, Tensor]]:
+        """Rows, counted from position ``first``, with near keys that are left out; which, [B, 1, 2·radius+1, rows].
 
-        The latter as [B, 1, 2·radius+1, rows] bool; found once for all matrices that are asked.
+        Computed once for all matrices of this shape.
         """
         at = radius, first, rows
-        if at not in self._near:
-            room = (radius, radius + max(0, first + rows - self._among.shape[-1]))
-            left_out = torch.nn.functional.pad(~self._among, room).unfold(-1, 2 * radius + 1, 1)[
-                :, first : first + rows
-            ]
-            self._near[at] = [(run, left_out[:, run].mT.unsqueeze(1)) for run in _runs(left_out.any(-1).any(0))]
-        return self._near[at]
-
-    @contextmanager
-    def alone(self, block: Block) -> Iterator[list[Tensor]]:
-        """Hide the others in ``block.centered``, and show them again at the end. Gives what was hidden."""
-        held, hidden = list[tuple[Tensor, Tensor]](), list[Tensor]()
-        for runs in (self._by_none, self._by_some):
-            for run in _within(runs, block.keys):
-                part = block.centered[..., run.start - block.keys.start : run.stop - block.keys.start]
-                held.append((part, part.clone()))
-                if runs is self._by_none:
-                    hidden.append(held[-1][1])
-                    part.fill_(LOWEST)
-                else:
-                    among = self._among[block.batch, None, None, run]
-                    hidden.append(part.masked_fill(among, LOWEST))
-                    part.masked_fill_(~among, LOWEST)
-        yield hidden
-        for part, before in held:
-            part.copy_(before)
+        if at not in self._left_out:
+            room = (radius, radius + max(0, first + rows - self.among.shape[-1]))
+            windows = torch.nn.functional.pad(~self.among, room).unfold(-1, 2 * radius + 1, 1)
+            windows = windows[:, first : first + rows]
+            self._left_out[at] = [(run, windows[:, run].mT.unsqueeze(1)) for run in _runs(windows.any(-1).any(0))]
+        return self._left_out[at]
 
 
 def _runs(chosen: Tensor) -> list[slice]:
@@ -176,10 +206,3 @@ def _runs(chosen: Tensor) -> list[slice]:
     edges = torch.nn.functional.pad(chosen.int(), (1, 1)).diff()
     starts, stops = (edges == 1).nonzero().flatten(), (edges == -1).nonzero().flatten()
     return [slice(start, stop) for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
-
-
-def _within(runs: list[slice], keys: slice) -> list[slice]:
-    """The parts of sorted runs in a span of keys."""
-    first = bisect_right(runs, keys.start, key=lambda run: int(run.stop))
-    last = bisect_left(runs, keys.stop, key=lambda run: int(run.start))
-    return [slice(max(run.start, keys.start), min(run.stop, keys.stop)) for run in runs[first:last]]
