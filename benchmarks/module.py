@@ -1,8 +1,7 @@
 """One attention module, forward and forward + backward, beside its peers of the same sizes; every line a ratio.
 
 Peers: nn.MultiheadAttention with and without weights, the article's code, x-transformers with flash. Limit: the matrix
-products alone at the rate that this machine reaches in one large product, in float32 where that is the faster one,
-by the faster of torch's libraries.
+products alone at the rate that this machine reaches in one large product, in float32 where that is the faster one.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ import sys
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from measure import Timing, side_by_side, write
 from torch import Tensor, nn
 from x_transformers.x_transformers import Attention as XAttention
 
 from headscope import MultiHeadAttention
-from headscope.nn.linear import linear
 
 EMBED, HEADS = 512, 8
 LARGE = 2048  # rows, columns and depth of the product that shows the machine's peak
@@ -94,7 +93,7 @@ def rows_for(batch: int, length: int, dtype: torch.dtype, backward: bool, rounds
 
         work[name] = forward
     left, right = torch.randn(2, LARGE, LARGE).to(fastest(dtype))
-    work[LIMIT] = lambda: linear(left, right)
+    work[LIMIT] = lambda: F.linear(left, right)
     times = side_by_side(work, rounds)
     times[LIMIT] = limit(times[LIMIT], batch, length, backward)
     ours = times["headscope"]

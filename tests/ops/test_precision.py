@@ -7,11 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from headscope import MultiHeadAttention, Transformer, TransformerConfig, attention, masks, positions, record
-from headscope.nn.linear import Linear
 from headscope.ops.kernels import cpu as processor
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -40,27 +38,6 @@ def test_what_a_cpu_says_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
         assert processor.multiplies(torch.float32, cpu) is True
     assert processor.multiplies(torch.float16, torch.device("cuda")) is True
     assert processor.multiplies(torch.bfloat16, torch.device("mps")) is None
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("rows", [1, processor.FEW_ROWS - 1, processor.FEW_ROWS, 100])
-def test_many_rows_are_multiplied_in_float32_and_few_are_not(
-    dtype: torch.dtype, rows: int, emulated: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layer, x = Linear(64, 48).to(dtype), torch.randn(rows, 64).to(dtype)
-    weight, bias = layer.weight, layer.bias
-    own, seen = F.linear, []
-
-    def watched(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        seen.append((x.dtype, weight.dtype, bias.dtype))
-        return own(x, weight, bias)
-
-    monkeypatch.setattr(F, "linear", watched)
-    out = layer(x)
-    assert seen == [((torch.float32 if rows >= processor.FEW_ROWS else dtype),) * 3]
-    wide = own(x.double(), weight.double(), bias.double())
-    assert out.dtype == dtype
-    torch.testing.assert_close(out.double(), wide, rtol=2 * ERROR[dtype], atol=2 * ERROR[dtype])
 
 
 def error(out: Tensor, wide: Tensor) -> float:

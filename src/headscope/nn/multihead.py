@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from headscope.nn import weights as layouts
 from headscope.nn.cache import KVCache
-from headscope.nn.linear import Linear, linear
 from headscope.ops.kernels import fused as kernels
 from headscope.ops.masks import Mask, shifted, sliding_window
 from headscope.ops.matrix import AttentionMatrix
@@ -80,11 +80,11 @@ class MultiHeadAttention(nn.Module):
         wide, narrow = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self._packed = self.kdim == self.vdim == embed_dim
         if self._packed:
-            self.in_proj = Linear(embed_dim, wide + 2 * narrow, bias)  # queries, keys, values in one product
+            self.in_proj = nn.Linear(embed_dim, wide + 2 * narrow, bias)  # queries, keys, values in one product
         else:
-            self.q_proj = Linear(embed_dim, wide, bias)
-            self.k_proj, self.v_proj = Linear(self.kdim, narrow, bias), Linear(self.vdim, narrow, bias)
-        self.out_proj = Linear(wide, embed_dim, bias)
+            self.q_proj = nn.Linear(embed_dim, wide, bias)
+            self.k_proj, self.v_proj = nn.Linear(self.kdim, narrow, bias), nn.Linear(self.vdim, narrow, bias)
+        self.out_proj = nn.Linear(wide, embed_dim, bias)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=_NORM_EPS) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=_NORM_EPS) if qk_norm else None
         self.reset_parameters()
@@ -245,7 +245,7 @@ class MultiHeadAttention(nn.Module):
         if not self._packed:
             return (self.q_proj, self.k_proj, self.v_proj)[which](x)
         rows = layouts.rows(self)[which]
-        return linear(x, self.in_proj.weight[rows], None if self.in_proj.bias is None else self.in_proj.bias[rows])
+        return F.linear(x, self.in_proj.weight[rows], None if self.in_proj.bias is None else self.in_proj.bias[rows])
 
     def _split(self, x: Tensor) -> Tensor:
         """[B, L, n·D] as [B, n, L, D]."""

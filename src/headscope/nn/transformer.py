@@ -15,11 +15,11 @@ from functools import partial
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headscope.nn.cache import KVCache
-from headscope.nn.linear import Linear, linear
 from headscope.nn.multihead import MultiHeadAttention
 from headscope.ops.masks import Mask, causal
 from headscope.ops.positions import Alibi, Rotary, alibi, alibi_slopes, rotary, sinusoidal
@@ -100,7 +100,7 @@ class Layer(nn.Module):
         heads = partial(MultiHeadAttention, c.embed_dim, c.num_heads, num_kv_heads=c.num_kv_heads, qk_norm=c.qk_norm)
         self.self_attention = heads(position=_position(c))
         self.cross_attention = heads() if across else None
-        self.feed_forward = nn.Sequential(Linear(c.embed_dim, c.ff_dim), nn.ReLU(), Linear(c.ff_dim, c.embed_dim))
+        self.feed_forward = nn.Sequential(nn.Linear(c.embed_dim, c.ff_dim), nn.ReLU(), nn.Linear(c.ff_dim, c.embed_dim))
         self.norms = nn.ModuleList(nn.LayerNorm(c.embed_dim) for _ in range(3 if across else 2))
         self.dropout = nn.Dropout(c.dropout_p)
         self.norm_first = c.norm == "pre"
@@ -232,7 +232,7 @@ class Transformer(nn.Module):
 
     def logits(self, x: Float[Tensor, "*B E"]) -> Float[Tensor, "*B V"]:
         """Each vector against the embedding of each token."""
-        return linear(x, self.embedding.weight)
+        return F.linear(x, self.embedding.weight)
 
     def new_cache(self, max_length: int | None = None) -> list[LayerCache]:
         """An empty cache for each decoder layer, with room for ``max_length`` positions (the config's)."""
