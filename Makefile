@@ -11,11 +11,15 @@ PYTHON = .venv/bin/python
 HEADSCOPE = .venv/bin/headscope
 INSTALL = $(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help see test check format bench clean
+PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal --durations=10
+
+.PHONY: help see test quick long check format bench clean
 
 help:
 	@echo 'make see TEXT="…"   what the heads of a real model attend to in a text'
-	@echo 'make test           the tests'
+	@echo 'make quick          the fast tests: what one runs all day'
+	@echo 'make test           the tests, as continuous integration runs them'
+	@echo 'make long           the tests that take longer'
 	@echo 'make check          formatting, style and types'
 	@echo 'make format         put the formatting right'
 	@echo 'make bench          the measurements'
@@ -26,10 +30,14 @@ see: .venv/.installed
 	@mkdir -p out
 	@$(HEADSCOPE) see --figure out/heads.png -- "$$TEXT"
 
-test: .venv/.installed-dev
-	@$(HEADSCOPE) pull smollm2
-	@$(HEADSCOPE) pull minilm
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal $(ARGS)
+test: .venv/.models
+	$(PYTEST) -m 'not long' $(ARGS)
+
+quick: .venv/.models
+	$(PYTEST) -m 'not slow and not long' $(ARGS)
+
+long: .venv/.models
+	$(PYTEST) -m long $(ARGS)
 
 check: .venv/.installed-dev
 	$(PYTHON) -m ruff format --check .
@@ -60,9 +68,14 @@ clean:
 	@$(INSTALL) -e '.[all,test,check]'
 	@touch .venv/.installed $@
 
+.venv/.models: .venv/.installed-dev
+	@$(HEADSCOPE) pull smollm2
+	@$(HEADSCOPE) pull minilm
+	@touch $@
+
 .venv/.made:
 	@if .venv/bin/python -m pip --version >/dev/null 2>&1; then touch $@; exit 0; fi; \
-	for python in python3.13 python3.12 python3.11 python3; do \
+	for python in python3.14 python3.13 python3.12 python3.11 python3; do \
 	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
 	    echo "Making .venv with $$python"; \
 	    if rm -rf .venv && "$$python" -m venv .venv && touch $@; then exit 0; fi; \
@@ -71,5 +84,5 @@ clean:
 	    rm -rf .venv; exit 1; \
 	  fi; \
 	done; \
-	echo 'No Python 3.11 or newer found (tried python3.13, python3.12, python3.11, python3).' >&2; \
+	echo 'No Python 3.11 or newer found (tried python3.14, python3.13, python3.12, python3.11, python3).' >&2; \
 	echo 'Install one, then run make again.' >&2; exit 1

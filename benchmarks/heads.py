@@ -24,7 +24,7 @@ from headscope.heads.atlas.measuring import measure
 from headscope.heads.corpus import Batch, Piece, batches
 from headscope.heads.effects import HeadEffects, agreement, next_token_loss
 from headscope.heads.measures import Measure, standard
-from headscope.heads.relations import count_relations, english
+from headscope.heads.relations import count_relations, english_sentences
 from headscope.models.loading import Loaded, load
 
 OURS, EAGER, RELATIONS = "all measures, streaming", "all measures, from eager maps", "relations of 96 sentences"
@@ -101,7 +101,7 @@ def ways(loaded: Loaded, length: int) -> tuple[Callable[[], object], dict[str, C
 
 def relations(loaded: Loaded) -> tuple[Callable[[], object], Callable[[], object]]:
     """The plain forwards of 96 sentences, and counting hits on them."""
-    given = english()
+    given = english_sentences()
     examples = given[:: len(given) // 96][:96]
     ids = [loaded.tokenizer(example.text)["input_ids"] for example in examples]
     order = sorted(ids, key=len, reverse=True)

@@ -27,7 +27,7 @@ def rows_for(length: int, rounds: int) -> list[list[str]]:
 
     def ours(*questions: object) -> object:
         matrix = AttentionMatrix(query, key, mask=masks.causal())
-        return matrix @ value, matrix.reduce(*questions)  # type: ignore[arg-type]
+        return matrix @ value, matrix.reduce(*questions)
 
     def built(top: int) -> object:
         keys, values = key.repeat_interleave(3, 1), value.repeat_interleave(3, 1)

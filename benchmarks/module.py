@@ -71,7 +71,7 @@ def fastest(dtype: torch.dtype) -> torch.dtype:
     """The one in which this machine multiplies faster, ``dtype`` or float32: bfloat16 may be emulated."""
     square = torch.randn(512, 512)
     kinds = {str(kind): square.to(kind) for kind in (torch.float32, dtype)}
-    times = side_by_side({name: lambda x=x: x @ x for name, x in kinds.items()}, 3)  # type: ignore[misc]
+    times = side_by_side({name: lambda x=x: x @ x for name, x in kinds.items()}, 3)
     return kinds[min(times, key=lambda name: times[name].median)].dtype
 
 

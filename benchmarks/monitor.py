@@ -24,7 +24,7 @@ def main() -> None:
         model.zero_grad()
 
     def looked_at() -> None:
-        with headscope.watching.monitoring(model, every=1):
+        with headscope.monitor(model, every=1):
             step()
 
     times = side_by_side({"one step": step, "one step, looked at": looked_at}, 9)

@@ -64,7 +64,7 @@ def logsumexp(s: Tensor, sinks: Tensor | None = None) -> Tensor:
 
 def weights(query: Tensor, key: Tensor, *, sinks: Tensor | None = None, **options: object) -> Tensor:
     """P = softmax(s); a sink takes its share and is not a column; an empty row is zeros."""
-    s = scores(query, key, **options)  # type: ignore[arg-type]
+    s = scores(query, key, **options)
     if sinks is not None:
         column = sinks.double().view(1, -1, 1, 1).expand(s.shape[0], -1, s.shape[2], 1)
         s = torch.cat([s, column], -1)

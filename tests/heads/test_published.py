@@ -53,7 +53,7 @@ def losses(loaded: Loaded, pieces: Sequence[corpus.Piece], without: Sequence[Hea
 
 
 def induction(loaded: Loaded, pieces: Sequence[corpus.Piece], *edits: object) -> Tensor:
-    with edit(loaded.model, *edits) if edits else nullcontext():  # type: ignore[arg-type]
+    with edit(loaded.model, *edits) if edits else nullcontext():
         return measure(loaded, pieces, [m for m in standard() if m.columns[0].name == "induction"]).sums.value(
             "induction"
         )

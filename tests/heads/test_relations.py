@@ -394,8 +394,8 @@ def test_random_weights_have_no_relation_role(causal: bool) -> None:
     names = sorted({pair.relation for example in ENGLISH for pair in example.pairs})
     examples = [e for name in names for half in (0, 1) for e in one_a_frame(of(name, half))[::2]]
     words = sorted({e.word(i) for e in examples for i in range(len(e.words))})
-    sizes = {"vocab_size": len(words) + 2, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 6, "initializer_range": 0.5}
+    sizes: dict[str, Any] = {"vocab_size": len(words) + 2, "hidden_size": 24, "intermediate_size": 32}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 6, "initializer_range": 0.5}
     decoder, encoder = LlamaConfig(**sizes, num_key_value_heads=2, head_dim=4), BertConfig(**sizes)
     tokenizer = word_level(words)
     alone = 0  # good after the correction, on the reported half alone

@@ -227,11 +227,11 @@ def test_unknown_names_are_told_what_there_is(cache: Path, tmp_path: Path) -> No
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADSCOPE_CACHE", "here")
-    assert models.cache_dir() == Path.cwd() / "here"
+    assert store.cache_dir() == Path.cwd() / "here"
     monkeypatch.delenv("HEADSCOPE_CACHE")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", "/var/x")
-    assert models.cache_dir() == Path("/var/x/headscope")
+    assert store.cache_dir() == Path("/var/x/headscope")
 
 
 def test_smollm2(smollm2: models.Loaded) -> None:
@@ -276,8 +276,8 @@ def test_a_gguf_header_text_is_found(tmp_path: Path) -> None:
     size = len(key).to_bytes(8, "little")
     value = (8).to_bytes(4, "little") + (6).to_bytes(8, "little") + b"smollm"
     path.write_bytes(b"GGUF" + size + key + value + b"rest")
-    assert models._gguf_text(path, "tokenizer.ggml.pre") == "smollm"
-    assert models._gguf_text(path, "tokenizer.ggml.model") is None
+    assert loading._gguf_text(path, "tokenizer.ggml.pre") == "smollm"
+    assert loading._gguf_text(path, "tokenizer.ggml.model") is None
 
 
 def test_files_that_are_no_whole_model_are_told(tmp_path: Path) -> None:

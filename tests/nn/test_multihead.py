@@ -269,7 +269,7 @@ def test_weights_come_and_go_under_other_names(layout: str) -> None:
 
 
 def test_llama() -> None:
-    config = transformers.LlamaConfig(
+    config = transformers.LlamaConfig(  # type: ignore[call-arg]  # its annotations lack them
         hidden_size=24, num_attention_heads=6, num_key_value_heads=3, attention_bias=False, rope_theta=500.0
     )
     config._attn_implementation = "eager"
@@ -291,7 +291,7 @@ def test_scaled_rotary_is_that_of_other_libraries(kind: str) -> None:
     if kind == "llama3":
         scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
         ours = positions.llama3_scaling(4.0, original=64)
-    config = transformers.LlamaConfig(
+    config = transformers.LlamaConfig(  # its annotations lack them
         hidden_size=32, num_attention_heads=2, max_position_embeddings=256, rope_parameters=scaling
     )
     theirs = LlamaRotaryEmbedding(config).inv_freq

@@ -29,7 +29,7 @@ B, L, S = 2, 7, 5
 
 def model_of(**options: object) -> Transformer:
     torch.manual_seed(0)
-    model = Transformer(TransformerConfig(**(SMALL | options)))  # type: ignore[arg-type]
+    model = Transformer(TransformerConfig(**(SMALL | options)))
     for name, part in model.named_parameters():
         if part.dim() > 1 and "embedding" not in name:
             nn.init.normal_(part, std=0.3)

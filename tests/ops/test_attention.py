@@ -352,7 +352,7 @@ ERRORS: dict[str, tuple[Callable[[], object], list[str]]] = {
         lambda: attention(Q, K, V, mask=MASK_OF_12),
         ["(1, 1, 7, 12)", "(2, 6, 7, 11)", "axis S"],
     ),
-    "mask of a list": (lambda: attention(Q, K, V, mask=[True]), ["list", "bool tensor"]),  # type: ignore[arg-type]
+    "mask of a list": (lambda: attention(Q, K, V, mask=[True]), ["list", "bool tensor"]),
     "bias of integers": (
         lambda: attention(Q, K, V, bias=SHORT),
         ["torch.int16", "mask="],

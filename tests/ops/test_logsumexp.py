@@ -117,7 +117,7 @@ def test_rows_that_see_nothing_or_only_padding_are_summed_by_us() -> None:
 
 def test_sums_that_do_not_explain_the_output_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     told = RowSums.of
-    monkeypatch.setattr(RowSums, "of", lambda *args: told(*args) + 0.01)  # type: ignore[operator]
+    monkeypatch.setattr(RowSums, "of", lambda *args: told(*args) + 0.01)
     with record(model := Sdpa()) as recording:
         model(*qkv())
     assert not is_known(recording[0])

@@ -766,7 +766,7 @@ ERRORS: dict[str, tuple[Callable[[AttentionMatrix], object], list[str]]] = {
     "groups of numbers": (lambda P: P.groups(torch.zeros(11)), ["torch.float32", "[S] or [B, S]"]),
     "groups below": (lambda P: P.groups(torch.arange(11) - 4), ["from -4 to 6"]),
     "groups above": (lambda P: P.reduce(Groups(torch.arange(11), 9)), ["from 0 to 10", "0 to 8"]),
-    "pool how": (lambda P: P.pool(3, 4, "median"), ["'median'", "'mass'"]),  # type: ignore[arg-type]
+    "pool how": (lambda P: P.pool(3, 4, "median"), ["'median'", "'mass'"]),
     "pool of 0 bins": (lambda P: P.pool(3, 0), ["cols=0", "at least 1"]),
     "pool rows": (lambda P: P.pool(IDS_OF_12, 4), ["pool rows", "(1, 12)", "7 queries"]),
     "pool cols": (lambda P: P.pool(3, IDS_OF_12), ["pool cols", "(1, 12)", "11 keys"]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,10 +16,9 @@ ERROR = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # half a unit of the las
 
 
 @pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without instructions for half precision, whatever this one has."""
     monkeypatch.setattr(processor, "_EMULATED", frozenset(HALVES))
-    return
 
 
 def test_what_a_cpu_says_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +54,7 @@ def test_the_module_is_as_exact_as_without_and_so_are_its_gradients(
         "dropped in training": {"dropout_p": 0.25},
     }.get(kind, {})
     torch.manual_seed(0)
-    layer = MultiHeadAttention(32, 4, **options)  # type: ignore[arg-type]
+    layer = MultiHeadAttention(32, 4, **options)
     x = torch.randn(2, 40, 32)
     source = (torch.randn(2, 30, 32),) if kind == "cross" else ()
     mask = None if kind == "cross" else masks.causal() & masks.padding([40, 23])

@@ -118,7 +118,7 @@ def test_parts_of_a_batch_are_the_batch() -> None:
     parts = [batch.part(which, 3) for which in range(3)]
     assert [len(part.tokens) for part in parts] == [4, 4, 4]
     assert torch.equal(torch.cat([part.targets for part in parts]), batch.targets)
-    assert torch.equal(torch.cat([part.source for part in parts if part.source is not None]), batch.source)  # type: ignore[arg-type]
+    assert torch.equal(torch.cat([part.source for part in parts if part.source is not None]), batch.source)
 
 
 # The loop

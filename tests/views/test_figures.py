@@ -97,7 +97,7 @@ def test_a_figure_that_fails_leaves_the_old_one(run: Run, tmp_path: Path, monkey
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(figures.Figure, "savefig", full)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     with pytest.raises(HeadscopeError, match=r"Cannot write .*heads\.png: No space left on device"):
         figures.thumbnails(*run, path)
     assert path.read_bytes() == b"old"

@@ -31,7 +31,7 @@ def shown(loaded: models.Loaded, text: str, capsys: pytest.CaptureFixture[str], 
         [tokens.find(word) for word in asked.pop("sources", [])],  # type: ignore[attr-defined]
         target=tokens.find(str(target)) if target else None,
         causal=loaded.causal,
-        **asked,  # type: ignore[arg-type]
+        **asked,
     )
     capsys.readouterr()
     print_view(view, model=loaded.name, causal=loaded.causal)
@@ -89,7 +89,7 @@ def test_a_terminal_that_cannot_show_a_character_does_not_stop(monkeypatch: pyte
     monkeypatch.setattr(sys, "stdout", file)
     terminal.print_line("她 x")
     file.flush()
-    assert file.buffer.getvalue() == b"? x\n"  # type: ignore[attr-defined]
+    assert file.buffer.getvalue() == b"? x\n"
 
 
 def test_each_head_in_training_is_a_number_or_a_word(capsys: pytest.CaptureFixture[str]) -> None:

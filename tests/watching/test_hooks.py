@@ -97,7 +97,7 @@ def test_a_nanogpt_block_is_causal() -> None:
 def test_the_mask_of_a_recorded_causal_call_is_the_rule_not_its_cells() -> None:
     with record(model := NanoGPT()) as recording:
         model(torch.randn(B, L, E))
-    assert recording.run.calls_of_sites[0].parts[0].mask.is_causal  # type: ignore[union-attr]
+    assert recording.run.calls_of_sites[0].parts[0].mask.is_causal
 
 
 def test_a_function_imported_by_name_is_seen() -> None:
@@ -678,7 +678,7 @@ def test_after_an_error_in_the_model_nothing_is_left_behind(error: BaseException
         model(torch.randn(B, L, E))
     assert_untouched(model)
     assert recording.runs == []
-    model.error = None  # type: ignore[assignment]
+    model.error = None
     with record(model) as recording:
         model(torch.randn(B, L, E))
     assert len(recording) == 1
@@ -689,7 +689,7 @@ def test_a_forward_that_failed_and_was_caught_is_no_run() -> None:
     with record(model) as recording:
         with pytest.raises(RuntimeError, match="it broke"):
             model(torch.randn(B, L, E))
-        model.error = None  # type: ignore[assignment]
+        model.error = None
         try:
             raise KeyError("elsewhere")
         except KeyError:  # a forward inside a handler has not failed

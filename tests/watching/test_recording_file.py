@@ -39,10 +39,10 @@ def test_what_is_saved_comes_back(tmp_path: Path, make: Any) -> None:
     assert again.sites == recording.sites
     for old, new in zip(recording, again, strict=True):
         assert torch.equal(old.dense(), new.dense())
-    for old, new in zip(recording.calls, again.calls, strict=True):
-        assert torch.equal(old.matrix().dense(), new.matrix().dense())
-    for old, new in zip(recording.run.calls_of_sites, again.run.calls_of_sites, strict=True):
-        for one, other in ((old.value(), new.value()), (old.output(), new.output())):
+    for old_call, new_call in zip(recording.calls, again.calls, strict=True):
+        assert torch.equal(old_call.matrix().dense(), new_call.matrix().dense())
+    for old_site, new_site in zip(recording.run.calls_of_sites, again.run.calls_of_sites, strict=True):
+        for one, other in ((old_site.value(), new_site.value()), (old_site.output(), new_site.output())):
             assert (one is None) == (other is None)
             assert one is None or torch.equal(one, other)
     if recording.valid is not None:

@@ -23,7 +23,7 @@ def _inside(owner: str, fields: Fields) -> Fields:
 
 def _resnet(stages: Iterable[int] = (1, 2, 3, 4)) -> ResNetConfig:
     """A backbone that needs neither timm nor a download."""
-    return ResNetConfig(
+    return ResNetConfig(  # type: ignore[call-arg]  # its annotations lack them
         embedding_size=8,
         hidden_sizes=[8, 16, 24, 32],
         depths=[1, 1, 1, 1],

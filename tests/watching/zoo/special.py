@@ -47,7 +47,7 @@ def _image_text(model: nn.Module) -> Inputs:
     return text_inputs(model, "encoder") | {"pixel_values": image(model)}
 
 
-def _video_text(model: nn.Module) -> Inputs:
+def _video_text(model: Any) -> Inputs:
     return text_inputs(model, "encoder") | {
         model.main_input_name: video(model),
         "pixel_values": video(model),
