@@ -171,7 +171,7 @@ def see(
         sources = [tokens.find(word) for word in from_ or []]
         target = None if to is None else tokens.find(to)
         with stages.stage("running it") as tell:
-            recording = record_text(loaded, tokens, on_layer=tell)
+            recording = record_text(loaded, tokens, on_progress=tell)
         chosen = None if head is None else head_of(head, recording)
         with stages.stage("reading the heads") as tell:
             view = ask(

@@ -132,6 +132,11 @@ class Batch:
     sinks: Tensor
     delimiters: Tensor
 
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """What the model is given: 1 for text and 0 for padding, [B, L]; None without padding."""
+        return None if bool(self.valid.all()) else self.valid.long()
+
 
 def documents_of(paths: Sequence[Path], *, text: str | None = None) -> list[Document]:
     """Files as documents, in the order given; ``text`` is what came from a pipe.

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from headscope.errors import TextError
-from headscope.heads.atlas.measuring import run
 from headscope.heads.corpus import Batch, Document, Piece, batches, cut
 from headscope.heads.measures import Visibility
 from headscope.heads.measures.strongest import MaxAmong
@@ -18,7 +17,7 @@ from headscope.heads.relations.evaluate import Question, questions_of, words_of_
 from headscope.models.loading import Loaded
 from headscope.models.tokens import tokenize
 from headscope.watching.hooks import AttentionCall
-from headscope.watching.texts import record_text
+from headscope.watching.texts import record_batch, record_text
 
 __all__ = ["PairLook", "TokenLook", "pair_looks", "token_looks"]
 
@@ -85,7 +84,7 @@ def _looks(loaded: Loaded, batch: Batch, layer: int, head: int) -> list[TokenLoo
             largest = call.matrix().reduce(MaxAmong(seen.text))[0]
             answers.append((largest.values[:, head], largest.indices[:, head], seen.rows))
 
-    run(loaded, batch, on_call)
+    record_batch(loaded, batch.ids, batch.attention_mask, reduce=on_call)
     values, keys, rows = answers[0]
     return [
         _look(batch.pieces[b], i, int(keys[b, i]), float(values[b, i]))

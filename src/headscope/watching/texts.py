@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from headscope.errors import HeadscopeError
 from headscope.models.loading import Loaded, reader
@@ -12,31 +14,62 @@ from headscope.models.tokens import Tokens
 from headscope.watching.hooks import AttentionCall
 from headscope.watching.recording import Recording, record
 
-__all__ = ["record_text"]
+__all__ = ["record_batch", "record_text"]
 
 
-def record_text(loaded: Loaded, tokens: Tokens, *, on_layer: Callable[[int, int], None] | None = None) -> Recording:
+def record_batch(
+    loaded: Loaded,
+    ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    tokens: Tokens | None = None,
+    keep: Iterable[str] = ("query", "key"),
+    reduce: Callable[[AttentionCall], Any] | None = None,
+    on_call: Callable[[AttentionCall], None] | None = None,
+) -> Recording:
+    """Run the model once over a batch of texts, without gradients and without a cache, under :func:`record`.
+
+    Of a model with an encoder and a decoder the encoder runs.
+
+    Args:
+        loaded: The model.
+        ids: [B, T], token ids.
+        attention_mask: [B, T], 1 for text and 0 for padding; None: the model gets no mask.
+        tokens: As for :func:`record`, like all that follow.
+        keep: What is kept of each call.
+        reduce: What is computed of each call, if nothing is kept.
+        on_call: Called with each call.
+    """
+    device = loaded.model.device
+    entry, options = reader(loaded.model)
+    mask = None if attention_mask is None else attention_mask.to(device)
+    with torch.no_grad(), record(entry, tokens=tokens, keep=keep, reduce=reduce, on_call=on_call) as recording:
+        entry(input_ids=ids.to(device), attention_mask=mask, **options)
+    return recording
+
+
+def record_text(loaded: Loaded, tokens: Tokens, *, on_progress: Callable[[int, int], None] | None = None) -> Recording:
     """Run the model once over a text, and record what its heads attend to.
 
     Args:
         loaded: The model.
         tokens: The text.
-        on_layer: Told after each layer: how many are done, and of how many.
+        on_progress: Called after each layer with the number of layers done and the number of all.
+
+    Raises:
+        HeadscopeError: The model's queries and keys are not the tokens of the text.
     """
-    model = loaded.model
-    inputs = torch.tensor([tokens.ids], device=model.device)
-    entry, options = reader(model)
-    layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0))
+    layers = int(getattr(loaded.model.config.get_text_config(), "num_hidden_layers", 0))
     done = 0
 
     def on_call(_: AttentionCall) -> None:
         nonlocal done
         done += 1
-        if on_layer is not None:
-            on_layer(done, max(done, layers))
+        if on_progress is not None:
+            on_progress(done, max(done, layers))
 
-    with torch.no_grad(), record(entry, tokens=tokens, on_call=on_call) as recording:
-        entry(input_ids=inputs, attention_mask=torch.ones_like(inputs), **options)
+    ids = torch.tensor([tokens.ids])
+    recording = record_batch(loaded, ids, torch.ones_like(ids), tokens=tokens, on_call=on_call)
     wrong = [tuple(site.shape) for site in recording.sites if tuple(site.shape[-2:]) != (len(tokens),) * 2]
     if wrong:
         raise HeadscopeError(

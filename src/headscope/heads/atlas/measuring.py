@@ -21,9 +21,9 @@ from headscope.models.loading import Loaded, reader
 from headscope.ops.masks import Mask
 from headscope.ops.masks.codec import encode
 from headscope.watching.hooks import AttentionCall
-from headscope.watching.recording import record
+from headscope.watching.texts import record_batch
 
-__all__ = ["Measured", "columns_of", "measure", "output_weight", "run"]
+__all__ = ["Measured", "columns_of", "measure", "output_weight"]
 
 _PROJECTIONS = (
     "o_proj",
@@ -151,7 +151,7 @@ def _measure_batch(loaded: Loaded, batch: Batch, measures: Sequence[Measure], la
         done.sums.add(strong, number, count, weights)
         done.sums.add(others, number, count, weights[:2])
 
-    run(loaded, batch, on_call)
+    record_batch(loaded, batch.ids, batch.attention_mask, reduce=on_call)
     for key, numbers in alike.items():
         done.null.add(nulls[key], numbers, max(layers, number + 1), weights[:2])
     if len({output.shape for output in outputs}) == 1 and not any(piece.period for piece in batch.pieces):
@@ -172,14 +172,6 @@ def _rule(mask: Mask | None) -> object:
 def _digest(tensor: Tensor) -> str:
     data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
     return f"{tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(data).hexdigest()}"
-
-
-def run(loaded: Loaded, batch: Batch, on_call: Callable[[AttentionCall], None]) -> None:
-    """One forward without gradients, caches or logits that nobody reads; ``on_call`` is told of each layer."""
-    entry, options = reader(loaded.model)
-    mask = None if bool(batch.valid.all()) else batch.valid.long()
-    with torch.no_grad(), record(entry, reduce=on_call):
-        entry(input_ids=batch.ids, attention_mask=mask, **options)
 
 
 def output_weight(modules: dict[str, nn.Module], call: AttentionCall) -> Tensor | None:

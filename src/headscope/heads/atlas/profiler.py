@@ -28,8 +28,7 @@ from headscope.heads.measures import Measure, standard
 from headscope.heads.relations import Example, count_relations
 from headscope.heads.relations.collections import collections_of, notes_on, readable
 from headscope.models.loading import Loaded, reader
-from headscope.watching.hooks import AttentionCall
-from headscope.watching.recording import record
+from headscope.watching.texts import record_batch
 
 __all__ = ["Plan", "head_counts", "profile", "weights_hash"]
 
@@ -288,15 +287,8 @@ def _means(outputs: dict[str, Tensor]) -> Tensor | None:
 
 def head_counts(loaded: Loaded) -> tuple[int, ...]:
     """Heads of each attention site, found by running two tokens."""
-    entry, options = reader(loaded.model)
-    found: list[int] = []
-
-    def see(call: AttentionCall) -> None:
-        found.append(call.shape[1])
-
-    with torch.no_grad(), record(entry, reduce=see):
-        entry(input_ids=torch.tensor([[1, 2]], device=loaded.model.device), **options)
-    return tuple(found)
+    recording = record_batch(loaded, torch.tensor([[1, 2]]), reduce=lambda call: call.shape[1])
+    return tuple(answer.values for answer in recording.answers)
 
 
 def weights_hash(model: torch.nn.Module) -> str:

@@ -14,11 +14,11 @@ from headscope.heads.corpus import by_length
 from headscope.heads.relations.counts import RelationCounts, direction_of
 from headscope.heads.relations.hits import count_blind, count_controls, count_hits, numbered, strongest
 from headscope.heads.relations.sentences.pairs import Example
-from headscope.models.loading import Loaded, reader
+from headscope.models.loading import Loaded
 from headscope.models.tokens import Tokens, tokenize
 from headscope.ops.reductions import Pool
 from headscope.watching.hooks import AttentionCall
-from headscope.watching.recording import record
+from headscope.watching.texts import record_batch
 
 __all__ = ["Question", "count_relations", "questions_of", "reads", "words_of_tokens"]
 
@@ -217,7 +217,7 @@ def _count_batch(loaded: Loaded, batch: list[_Ready]) -> RelationCounts:
         everyone = torch.cat(looks, -1), torch.cat([chunk.words for chunk in chunks], -1)
         return hits, count_controls(*everyone, *questions, kinds, causal=causal), blind, contested
 
-    layers = _answers(loaded, ids, mask, hits_of)
+    layers = [answer.values for answer in record_batch(loaded, ids, mask, reduce=hits_of).answers]
     counts = RelationCounts([layer[0].shape[1] for layer in layers])
     hits, controls, blind = (_side_by_side([layer[which] for layer in layers]) for which in range(3))
     contested = layers[0][3]
@@ -264,14 +264,6 @@ def _chunks(batch: list[_Ready], columns: Tensor) -> Iterator[_Chunk]:
                     places.append((row_of[question.query], i, question.query, question.gold))
                 number += 1
         yield _Chunk(pool_rows, index, words, *torch.tensor(places, dtype=torch.long).reshape(-1, 4).unbind(1))
-
-
-def _answers(loaded: Loaded, ids: Tensor, mask: Tensor, ask: Callable[[AttentionCall], Any]) -> list[Any]:
-    """Run the model once; what `ask` gave for each attention site, in the order of the calls."""
-    entry, options = reader(loaded.model)
-    with torch.no_grad(), record(entry, reduce=ask) as recording:
-        entry(input_ids=ids.to(loaded.model.device), attention_mask=mask.to(loaded.model.device), **options)
-    return [answer.values for answer in recording.answers]
 
 
 def _padding(tokenizer: Any) -> int:
