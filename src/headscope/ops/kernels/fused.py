@@ -8,7 +8,7 @@ This is the only file that knows torch's private ops of attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,11 +23,25 @@ from headscope.ops.kernels.cpu import FEW_ROWS, is_emulated
 from headscope.ops.kernels.differentiable import by_rows
 from headscope.ops.scores import Normalizer, Scores
 
-__all__ = ["RowSums", "by_strips", "fused", "fused_with_normalizer", "is_fused", "product", "row_sums", "weighted"]
+__all__ = [
+    "RowSums",
+    "by_strips",
+    "fused",
+    "fused_with_normalizer",
+    "is_fused",
+    "observers",
+    "product",
+    "row_sums",
+    "weighted",
+]
 
 _MASK_BLOCK = 1 << 22  # cells of a mask that may exist at once
 _ROWS = 256  # queries in a block, where the mask must be cut up
 _KEPT = 1 << 24  # cells of masks that autograd may keep for the backward pass; above, blocks are computed again there
+
+Product = Callable[[Scores, Tensor, float], Tensor]
+observers: list[Callable[[Product, Scores, Tensor, float], Tensor]] = []
+"""Functions that product() calls instead of computing: they get the computation, call it, and return an output."""
 
 # A torch without it gives None: every answer still comes, by the public way.
 _flash_cpu: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -44,6 +58,13 @@ def is_fused(scores: Scores, dropout_p: float = 0.0) -> bool:
 
 def product(scores: Scores, value: Tensor, dropout_p: float = 0.0) -> Tensor:
     """P @ value as [B, H, L, N], differentiable; value is [B, G, S, N] or [B, H, S, N]."""
+    compute: Product = _product
+    for observer in observers:
+        compute = partial(observer, compute)
+    return compute(scores, value, dropout_p)
+
+
+def _product(scores: Scores, value: Tensor, dropout_p: float = 0.0) -> Tensor:
     given = value.dtype
     if is_emulated(value) and scores.shape[2] >= FEW_ROWS:
         scores, value = scores.at_least(torch.float32), value.float()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from functools import wraps
-from typing import Any
-
 from torch import Tensor
 
 from headscope.ops.kernels import fused as kernels
@@ -14,31 +11,25 @@ from headscope.watching.hooks.watches import active, inside, running, seen, unno
 
 __all__ = ["install", "remove"]
 
-_ORIGINAL: list[Any] = []
-
 
 def install() -> None:
-    """Wrap the function that attention() ends in."""
-    if _ORIGINAL:
-        return
-    original = kernels.product
-    _ORIGINAL.append(original)
-
-    @wraps(original)
-    def product(scores: Scores, value: Tensor, dropout_p: float = 0.0) -> Tensor:
-        if not active():
-            return original(scores, value, dropout_p)
-        with inside(), kernels.row_sums(scores.query) as sums:
-            output = original(scores, value, dropout_p)
-        with unnoticed():
-            told = sums.of(scores.shape)
-            call = seen(running(), "headscope", lambda _: [scores], value, direct(output), dropout_p, sums=told)
-            return call.output.raw
-
-    kernels.product = product
+    """Observe the function that attention() ends in."""
+    if _observed not in kernels.observers:
+        kernels.observers.append(_observed)
 
 
 def remove() -> None:
-    """Put it back."""
-    while _ORIGINAL:
-        kernels.product = _ORIGINAL.pop()
+    """Observe it no longer."""
+    if _observed in kernels.observers:
+        kernels.observers.remove(_observed)
+
+
+def _observed(product: kernels.Product, scores: Scores, value: Tensor, dropout_p: float) -> Tensor:
+    if not active():
+        return product(scores, value, dropout_p)
+    with inside(), kernels.row_sums(scores.query) as sums:
+        output = product(scores, value, dropout_p)
+    with unnoticed():
+        told = sums.of(scores.shape)
+        call = seen(running(), "headscope", lambda _: [scores], value, direct(output), dropout_p, sums=told)
+        return call.output.raw
