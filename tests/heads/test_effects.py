@@ -380,7 +380,7 @@ def test_head_means_are_over_text_only_and_parts_add_up() -> None:
         model(other)
     expected = []
     for layer in range(2):
-        first, second = (run.calls_of_sites[layer].output() for run in recording.runs)
+        first, second = (run.sites[layer].output() for run in recording.runs)
         expected.append(torch.cat([first[0].mT, first[1, :, :5].mT, second[0].mT], 2).mean(2))
     batches: list[Any] = [{"input_ids": TEXT, "attention_mask": PADDED}, other]
     means = head_means(model, iter(batches))

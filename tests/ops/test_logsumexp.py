@@ -135,7 +135,7 @@ def test_sums_that_no_compared_row_has_are_not_believed(monkeypatch: pytest.Monk
     with record(model := Sdpa(), reduce=calls.append):
         model(*qkv())
     assert 1 not in choose_rows(calls[0].scores, None)[1].tolist()
-    assert calls[0].sums is None
+    assert calls[0].logsumexp is None
 
 
 def test_half_precision_is_summed_by_us() -> None:
@@ -181,12 +181,12 @@ def test_what_is_not_a_sum_is_refused(tmp_path: Path) -> None:
 
     with torch.no_grad(), record(model := llama()) as recording:
         model(ids(2, 9))
-    part = recording.run.calls_of_sites[0].parts[0]
-    assert part.sums is not None
-    for wrong in (part.sums[:, :, 1:], part.sums.double(), part.sums + torch.inf):
-        object.__setattr__(part, "sums", wrong)
+    call = recording.sites[0].calls[0]
+    assert call.logsumexp is not None
+    for wrong in (call.logsumexp[:, :, 1:], call.logsumexp.double(), call.logsumexp + torch.inf):
+        object.__setattr__(call, "logsumexp", wrong)
         recording.save(tmp_path / "wrong")
-        with pytest.raises(RecordingError, match="sums"):
+        with pytest.raises(RecordingError, match="logsumexp"):
             Recording.load(tmp_path / "wrong")
 
 

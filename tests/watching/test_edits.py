@@ -81,8 +81,8 @@ def test_patch_takes_the_pattern_of_another_text_and_the_values_of_this_one() ->
     new = edited[1].dense()
     torch.testing.assert_close(new[:, [2, 4]], other[1].dense()[:, [2, 4]], atol=1e-6, rtol=0)
     torch.testing.assert_close(new[:, [0, 1, 3, 5]], own[1].dense()[:, [0, 1, 3, 5]], atol=1e-6, rtol=0)
-    value = own.run.calls_of_sites[1].value().repeat_interleave(3, 1)
-    output = edited.run.calls_of_sites[1].output()
+    value = own.sites[1].value().repeat_interleave(3, 1)
+    output = edited.sites[1].output()
     torch.testing.assert_close(output, new @ value, atol=1e-5, rtol=0)
 
 
@@ -209,7 +209,7 @@ def test_mean_ablation_writes_the_mean_at_every_position() -> None:
     with torch.no_grad(), edit(model, ablate(None, [1, 4], to=means)), record(model, keep=_KEPT) as edited:
         several = model(TEXT).logits
     for layer in range(2):
-        output = edited.run.calls_of_sites[layer].output()
+        output = edited.sites[layer].output()
         expected = means[layer, [1, 4], None].expand(2, 2, 7, 4)
         assert torch.equal(output[:, [1, 4]], expected)
         assert output[:, [0, 2, 3, 5]].std(2).min() > 0
@@ -260,10 +260,10 @@ def test_frozen_patterns_stay_while_an_early_head_is_ablated() -> None:
             frozen = model(TEXT).logits
     torch.testing.assert_close(held[1].dense(), clean[1].dense(), atol=1e-6, rtol=0)
     assert (free[1].dense() - clean[1].dense()).abs().max() > 1e-2
-    sites = held.run.calls_of_sites
+    sites = held.sites
     assert sites[0].output()[:, 3].abs().max() == 0, "freeze does not undo the ablation, wherever it stands"
     assert sites[0].output()[:, 2].abs().max() > 0
-    assert (sites[1].value() - clean.run.calls_of_sites[1].value()).abs().max() > 1e-2, "values are of now"
+    assert (sites[1].value() - clean.sites[1].value()).abs().max() > 1e-2, "values are of now"
     value = sites[1].value().repeat_interleave(3, 1)
     torch.testing.assert_close(sites[1].output(), clean[1].dense() @ value, atol=1e-5, rtol=0)
     assert torch.equal(frozen, logits(model, freeze(from_=clean), ablate(0, 3)))

@@ -52,7 +52,7 @@ def test_a_decoder(cache: str | None, sample: bool) -> None:
 
 def test_steps_of_a_causal_text_are_one_causal_matrix() -> None:
     recording, _ = generated(llama(), ids(1, 7))
-    mask = recording.run.calls_of_sites[0].scores().mask
+    mask = recording.sites[0].scores().mask
     assert mask is not None
     assert mask.is_causal
 

@@ -97,7 +97,9 @@ def test_a_nanogpt_block_is_causal() -> None:
 def test_the_mask_of_a_recorded_causal_call_is_the_rule_not_its_cells() -> None:
     with record(model := NanoGPT()) as recording:
         model(torch.randn(B, L, E))
-    assert recording.run.calls_of_sites[0].parts[0].mask.is_causal
+    mask = recording.sites[0].calls[0].mask
+    assert mask is not None
+    assert mask.is_causal
 
 
 def test_a_function_imported_by_name_is_seen() -> None:

@@ -105,10 +105,10 @@ def test_only_some_layers(layers: list[int | str]) -> None:
 
 def test_what_is_kept() -> None:
     model, text = llama(), ids(2, 7)
-    site = recorded(model, text).run.calls_of_sites[0]
+    site = recorded(model, text).sites[0]
     assert site.value() is None
     assert site.output() is None
-    site = recorded(model, text, keep=("query", "key", "value", "output")).run.calls_of_sites[0]
+    site = recorded(model, text, keep=("query", "key", "value", "output")).sites[0]
     value, output = site.value(), site.output()
     assert value is not None
     assert output is not None
@@ -225,10 +225,10 @@ def test_detached_tensors_hold_no_graph_and_are_not_copies() -> None:
     model, text = llama(), ids(2, 7)
     with record(model) as recording:
         model(text)
-    assert not recording.run.calls_of_sites[1].queries[0].requires_grad
+    assert not recording.sites[1].calls[0].query.requires_grad
     with record(model, detach=False) as recording:
         model(text)
-    assert recording.run.calls_of_sites[1].queries[0].requires_grad
+    assert recording.sites[1].calls[0].query.requires_grad
     recording[1].entropy().sum().backward()
     assert model.model.embed_tokens.weight.grad.abs().max() > 0
 
@@ -246,7 +246,7 @@ def test_what_is_written_into_later_was_copied() -> None:
     model, texts = Reusing(), [torch.randn(1, 2, 6, 4) for _ in range(2)]
     recording = recorded(model, *texts)
     for run, text in zip(recording.runs, texts, strict=True):
-        assert torch.equal(run.calls_of_sites[0].key, text)
+        assert torch.equal(run.sites[0].last_key, text)
 
 
 def test_a_model_seen_in_part_says_so() -> None:
@@ -417,17 +417,17 @@ def test_answers_alone_are_not_saved_as_nothing(tmp_path: Path) -> None:
 
 def test_one_call_of_many_steps_is_asked_without_joining_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading a file asks each call: with a join each, 400 tokens took half a minute."""
-    from headscope.watching.recording.site import SiteCalls
+    from headscope.watching.recording.site import Site
 
     model = llama()
     with torch.no_grad(), record(model) as recording:
         model.generate(ids(1, 4), max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
     whole = recording[0].dense()
 
-    def never(site: SiteCalls) -> None:
+    def never(site: Site) -> None:
         raise AssertionError("all steps were joined")
 
-    monkeypatch.setattr(SiteCalls, "_joined_mask", never)
+    monkeypatch.setattr(Site, "_joined_mask", never)
     calls = [call.matrix().dense() for call in recording.calls if call.name == recording.calls[0].name]
     assert [tuple(call.shape[2:]) for call in calls] == [(4, 4), (1, 5), (1, 6), (1, 7), (1, 8)]
     for row, call in enumerate(calls[1:], 4):

@@ -36,12 +36,13 @@ def test_what_is_saved_comes_back(tmp_path: Path, make: Any) -> None:
     recording.save(tmp_path / "text.recording")
     again = Recording.load(tmp_path / "text.recording")
     assert len(again) == len(recording)
-    assert again.sites == recording.sites
     for old, new in zip(recording, again, strict=True):
         assert torch.equal(old.dense(), new.dense())
     for old_call, new_call in zip(recording.calls, again.calls, strict=True):
         assert torch.equal(old_call.matrix().dense(), new_call.matrix().dense())
-    for old_site, new_site in zip(recording.run.calls_of_sites, again.run.calls_of_sites, strict=True):
+    for old_site, new_site in zip(recording.sites, again.sites, strict=True):
+        for name in ("name", "occurrence", "way", "proof", "shape", "edited"):
+            assert getattr(old_site, name) == getattr(new_site, name)
         for one, other in ((old_site.value(), new_site.value()), (old_site.output(), new_site.output())):
             assert (one is None) == (other is None)
             assert one is None or torch.equal(one, other)
@@ -60,7 +61,7 @@ def test_half_precision_is_half_the_file_and_unproved(tmp_path: Path, dtype: tor
     assert half.proof is None
     for old, new in zip(whole, half, strict=True):
         torch.testing.assert_close(new.dense(), old.dense(), atol=close, rtol=0)
-    kept = [[site.scores().key, site.value(), site.output()] for site in half.run.calls_of_sites]
+    kept = [[site.scores().key, site.value(), site.output()] for site in half.sites]
     assert {tensor.dtype for site in kept for tensor in site if tensor is not None} == {dtype}
 
 
@@ -90,13 +91,13 @@ def test_tokens_and_several_runs_come_back(tmp_path: Path, minilm: Any) -> None:
 def test_tensors_stay_on_disk(tmp_path: Path) -> None:
     """Loading 200 MB must not take 200 MB: the file is mapped."""
     from headscope.watching.recording.run import Run
-    from headscope.watching.recording.site import Part, SiteCalls
+    from headscope.watching.recording.site import CallRows, Site
 
     query, key = torch.zeros(1, 4, 100_000, 64), torch.zeros(1, 4, 100_000, 64)
-    part = Part(0, 100_000, 0, 100_000, None, None, 0.0, None, None)
-    site = SiteCalls("attention", 0, "sdpa", 0.125, None, None, [query], key, None, [part])
+    call = CallRows(query, 0, 0, 100_000, proof=0.0)
+    site = Site("attention", 0, "sdpa", 0.125, None, None, key, None, [call])
     Recording([Run([site])]).save(tmp_path / "large")
-    del query, key, site
+    del query, key, call, site
     before = _private_memory()
     again = Recording.load(tmp_path / "large")
     assert again[0].shape == (1, 4, 100_000, 100_000)
@@ -154,7 +155,7 @@ def test_truncated_files_are_refused(tmp_path: Path) -> None:
 def test_a_newer_version_and_another_format_are_refused(tmp_path: Path) -> None:
     header, body = split(saved(tmp_path))
     header["__metadata__"]["version"] = "97"
-    with pytest.raises(RecordingError, match=r"version '97'.*reads version 2"):
+    with pytest.raises(RecordingError, match=r"version '97'.*reads version 3"):
         Recording.load(join(tmp_path / "newer", header, body))
     save_file({"query.0": torch.zeros(3)}, tmp_path / "other")
     with pytest.raises(RecordingError, match="not a recording"):
@@ -200,20 +201,20 @@ def test_hostile_names_are_refused(tmp_path: Path) -> None:
         lambda d: d["runs"][0]["sites"][0].update(key=None),
         lambda d: d["runs"][0]["sites"][0].update(scale="nan"),
         lambda d: d["runs"][0]["sites"][0].update(scale=float("nan")),
-        lambda d: d["runs"][0]["sites"][0]["parts"][0].update(proof=float("nan")),
-        lambda d: d["runs"][0]["sites"][0]["parts"][0].update(mask={"window": [float("inf"), 0]}),
+        lambda d: d["runs"][0]["sites"][0]["calls"][0].update(proof=float("nan")),
+        lambda d: d["runs"][0]["sites"][0]["calls"][0].update(mask={"window": [float("inf"), 0]}),
         lambda d: d["runs"][0]["sites"][0].update(value="value.99"),
-        lambda d: d["runs"][0]["sites"][0]["parts"][0].update(output="output.99"),
+        lambda d: d["runs"][0]["sites"][0]["calls"][0].update(output="output.99"),
         lambda d: d["runs"][0].update(valid="valid.99"),
         lambda d: d["runs"].append({"valid": None, "sites": []}),
-        lambda d: d["runs"][0]["sites"][0].update(parts=[]),
-        lambda d: d["runs"][0]["sites"][0]["parts"][0].update(rows=[0, 6]),
-        lambda d: d["runs"][0]["sites"][0]["parts"][0].update(keys=[1, 7]),
-        lambda d: d["runs"][0]["sites"][0]["parts"][0].update(mask={"eval": "1"}),
-        lambda d: d["runs"][0]["sites"][0]["parts"][0].update(mask={"padding": [9, 9], "side": "right", "num_keys": 1}),
+        lambda d: d["runs"][0]["sites"][0].update(calls=[]),
+        lambda d: d["runs"][0]["sites"][0]["calls"][0].update(rows=[0, 6]),
+        lambda d: d["runs"][0]["sites"][0]["calls"][0].update(keys=[1, 7]),
+        lambda d: d["runs"][0]["sites"][0]["calls"][0].update(mask={"eval": "1"}),
+        lambda d: d["runs"][0]["sites"][0]["calls"][0].update(mask={"padding": [9, 9], "side": "right", "num_keys": 1}),
         lambda d: d["runs"][0].pop("sites"),
         lambda d: d.update(runs=3),
-        lambda d: d["runs"][0]["sites"][0]["parts"][0].update(mask=nested(100)),
+        lambda d: d["runs"][0]["sites"][0]["calls"][0].update(mask=nested(100)),
     ],
 )
 def test_files_that_contradict_themselves_are_refused(tmp_path: Path, change: Any) -> None:

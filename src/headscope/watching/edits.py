@@ -291,13 +291,12 @@ def _patterns(edit_name: str, recording: Recording) -> Callable[[AttentionCall, 
     """What a recording has for a call: the operands of its rows and keys."""
 
     def source(call: AttentionCall, place: Place) -> Scores:
-        sites = recording.run.calls_of_sites
-        found = [s for s in sites if (s.name, s.occurrence) == (call.name, call.occurrence)]
-        if not found:
+        sites = [s for s in recording.sites if (s.name, s.occurrence) == (call.name, call.occurrence)]
+        if not sites:
             raise EditError(
                 f"{edit_name}: the recording has no site {call.name!r}: record the same model with these layers."
             )
-        whole = found[0].scores()
+        whole = sites[0].scores()
         first, rows, keys = place.first_row, call.shape[2], place.first_key + call.shape[3]
         if whole.shape == tuple(call.shape) or first + rows > whole.shape[2] or keys > whole.shape[3]:
             return whole

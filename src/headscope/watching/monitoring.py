@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from headscope.errors import HeadscopeError, NothingSeen
+from headscope.ops.matrix import AttentionMatrix
 from headscope.ops.reductions import Block, Entropy, Groups, Reduction
 from headscope.ops.reductions.reduction import Shape
 from headscope.ops.scores import Scores
-from headscope.watching.hooks import AttentionCall, Forward, invisible, matrix_of, watch
+from headscope.watching.hooks import AttentionCall, Forward, invisible, watch
 
 __all__ = ["HeadStats", "HeadWarning", "Monitor", "monitor"]
 
@@ -281,7 +282,7 @@ def _sums(call: AttentionCall) -> _Sums:
     text, count, seen = _text(scores, call.is_cross)
     first = torch.where(seen.any(1), seen.int().argmax(1), -1)
     is_first = torch.arange(scores.shape[3], device=seen.device) == first[:, None]
-    matrix = matrix_of(scores)
+    matrix = AttentionMatrix._from_scores(scores)
     entropy, best, mass = matrix.reduce(Entropy(), _Largest(), Groups(is_first.long() - 1, 1))
     counts = text[:, None] & (count > 0)  # [B, H, L]
     chooses = counts & (count > 1)

@@ -3,7 +3,7 @@
 1. transformers (:mod:`.huggingface`): its lookup of attention functions;
 2. other torch code (:mod:`.sdpa`): scaled_dot_product_attention;
 3. torch.nn (:mod:`.torch_nn`): nn.MultiheadAttention, nn.TransformerEncoderLayer;
-4. our own attention() (:mod:`.own`), whose operands are known.
+4. our own attention() (:mod:`.ours`), whose operands are known.
 
 The first that applies sees a call; nothing of the model's own computation is changed or switched.
 """
@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from torch import nn
 
 from headscope.watching.hooks import huggingface, ours, sdpa, torch_nn, watches
-from headscope.watching.hooks.call import AttentionCall, Output, matrix_of
+from headscope.watching.hooks.call import AttentionCall, Output
 from headscope.watching.hooks.watches import Forward, Watch, invisible, with_output
 
-__all__ = ["AttentionCall", "Forward", "Output", "Watch", "invisible", "matrix_of", "watch", "with_output"]
+__all__ = ["AttentionCall", "Forward", "Output", "Watch", "invisible", "watch", "with_output"]
 
 _lock = threading.Lock()
 watches._ON_ENTER[:] = [sdpa.enter]

@@ -46,7 +46,7 @@ class AttentionCall:
     proof: float | None = None  # relative difference of P @ V, rebuilt, from what was returned; None: unproved
     edited: bool = False
     is_cross: bool = False  # the module said that its queries are not the last of its keys
-    sums: Tensor | None = None  # [B, H, L], the log-sum-exp of each row, where the model's kernel told it; else NaN
+    logsumexp: Tensor | None = None  # [B, H, L], where the model's kernel gave it; NaN elsewhere
 
     @property
     def query(self) -> Tensor:
@@ -65,7 +65,7 @@ class AttentionCall:
 
     def matrix(self) -> AttentionMatrix:
         """The attention weights of this call, as an operator."""
-        return matrix_of(self.scores, self.sums)
+        return AttentionMatrix._from_scores(self.scores, self.logsumexp)
 
     def head_outputs(self) -> Tensor:
         """P @ V, [B, H, L, Dv]: as returned, or rebuilt where the function returned something further on."""
@@ -76,8 +76,3 @@ class AttentionCall:
     def at(self, name: str, occurrence: int) -> AttentionCall:
         """The same call as another watch names it."""
         return replace(self, name=name, occurrence=occurrence)
-
-
-def matrix_of(scores: Scores, sums: Tensor | None = None) -> AttentionMatrix:
-    """An AttentionMatrix of operands that were checked before, and of what is known of its rows' log-sum-exp."""
-    return AttentionMatrix._from_scores(scores, sums)

@@ -87,8 +87,8 @@ def _saw(implementation: str, result: Any, given: dict[str, Any], sums: RowSums 
     dropout = float(given.get("dropout") or 0.0)
     if implementation == "eager" and not module.training:
         dropout = 0.0
-    told = None if sums is None else sums.of(shape)
-    call = seen(module, "huggingface", candidates, value, _output(output, shape, value), dropout, sums=told)
+    logsumexp = None if sums is None else sums.of(shape)
+    call = seen(module, "huggingface", candidates, value, _output(output, shape, value), dropout, logsumexp=logsumexp)
     if call.output.raw is output:
         return result
     if isinstance(weights, Tensor) and weights.shape == call.shape:

@@ -30,6 +30,6 @@ def _observed(product: kernels.Product, scores: Scores, value: Tensor, dropout_p
     with inside(), kernels.row_sums(scores.query) as sums:
         output = product(scores, value, dropout_p)
     with unnoticed():
-        told = sums.of(scores.shape)
-        call = seen(running(), "headscope", lambda _: [scores], value, direct(output), dropout_p, sums=told)
+        logsumexp = sums.of(scores.shape)
+        call = seen(running(), "headscope", lambda _: [scores], value, direct(output), dropout_p, logsumexp=logsumexp)
         return call.output.raw

@@ -23,7 +23,7 @@ class Proved:
 
     scores: Scores
     difference: float | None
-    sums: Tensor | None  # the rows' log-sum-exp, where these are proved too
+    logsumexp: Tensor | None  # [B, H, L], where it is proved too
 
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -36,12 +36,12 @@ def prove(
     value: Tensor,
     output: Output,
     valid: Tensor | None,
-    sums: Tensor | None = None,
+    logsumexp: Tensor | None = None,
 ) -> Proved:
     """The first reading of a call that explains its output.
 
-    ``sums`` [B, H, L], the log-sum-exp of rows as a kernel told it, are part of a reading: it is first tried with them,
-    if those of a row that is compared are known.
+    ``logsumexp`` [B, H, L], as the model's kernel gave it, is part of a reading: each is tried with it first, if it is
+    known for a row that is compared, and then without.
 
     Raises:
         ProofError: no reading does: a cap, a sink, a mask or a bias is not understood.
@@ -49,13 +49,13 @@ def prove(
     best: tuple[float, Scores] | None = None
     for scores in candidates:
         batch, row = choose_rows(scores, valid)
-        known = sums is not None and not bool(sums.transpose(1, 2)[batch, row].isnan().all())
-        for told in [sums, None] if known else [None]:
-            difference = _difference(scores, value, output, (batch, row), told)
+        known = logsumexp is not None and not bool(logsumexp.transpose(1, 2)[batch, row].isnan().all())
+        for lse in [logsumexp, None] if known else [None]:
+            difference = _difference(scores, value, output, (batch, row), lse)
             if difference is None:
                 return Proved(scores, None, None)
             if difference <= TOLERANCE.get(scores.query.dtype, 1e-4):
-                return Proved(scores, difference, told)
+                return Proved(scores, difference, lse)
             if best is None or difference < best[0]:
                 best = difference, scores
     assert best is not None  # every way in offers at least one reading
@@ -68,7 +68,7 @@ def prove(
 
 
 def _difference(
-    scores: Scores, value: Tensor, output: Output, compared: tuple[Tensor, Tensor], sums: Tensor | None
+    scores: Scores, value: Tensor, output: Output, compared: tuple[Tensor, Tensor], logsumexp: Tensor | None
 ) -> float | None:
     """Largest difference over the ``compared`` rows, relative to the largest number there.
 
@@ -80,7 +80,7 @@ def _difference(
         return None
     texts, counts = (part.tolist() for part in batch.unique_consecutive(return_counts=True))
     rows = zip(texts, row.split(counts), strict=True)
-    rebuilt = torch.cat([_head_outputs(scores, value, b, of_text, sums) for b, of_text in rows])
+    rebuilt = torch.cat([_head_outputs(scores, value, b, of_text, logsumexp) for b, of_text in rows])
     wanted = output.rows(batch, row).float()
     got = output.finish(rebuilt.to(value.dtype), batch, row).float()
     if not bool(got.isfinite().all()) and not bool(scores.query.isfinite().all() & scores.key.isfinite().all()):
@@ -94,15 +94,15 @@ def _difference(
     return math.inf if math.isnan(difference) else difference
 
 
-def _head_outputs(scores: Scores, value: Tensor, b: int, rows: Tensor, sums: Tensor | None) -> Tensor:
+def _head_outputs(scores: Scores, value: Tensor, b: int, rows: Tensor, logsumexp: Tensor | None) -> Tensor:
     """P @ V of some rows [n] of one text, [n, H, Dv]."""
     own = value[b : b + 1]
-    told = None if sums is None else sums[b, :, rows]
-    if told is None or bool(told.isnan().any()):
+    known = None if logsumexp is None else logsumexp[b, :, rows]
+    if known is None or bool(known.isnan().any()):
         parts = [scores.narrow(slice(b, b + 1), slice(0, scores.shape[1]), slice(r, r + 1)) for r in rows.tolist()]
         return torch.cat([by_strips(part, own)[:, :, 0] for part in parts])
     with torch.autocast(scores.query.device.type, enabled=False):
-        weights = (scores.rows(b, rows) - told.unsqueeze(-1)).exp()
+        weights = (scores.rows(b, rows) - known.unsqueeze(-1)).exp()
     return weighted(weights.unsqueeze(0), own)[0].transpose(0, 1)
 
 

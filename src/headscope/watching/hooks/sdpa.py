@@ -125,8 +125,9 @@ def _saw(
         yield make_scores(q, k, *read, None if scale is None else float(scale))
 
     valid = None if lengths is None else torch.arange(shape[2]) < lengths[:, None]
-    out, told = direct(output, lengths), sums.of(shape)
-    return seen(None, "sdpa", candidates, v, out, float(dropout_p), valid=valid, sums=told).output.raw
+    out, logsumexp = direct(output, lengths), sums.of(shape)
+    call = seen(None, "sdpa", candidates, v, out, float(dropout_p), valid=valid, logsumexp=logsumexp)
+    return call.output.raw
 
 
 def _broadcast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

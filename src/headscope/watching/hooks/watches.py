@@ -237,13 +237,13 @@ def seen(
     dropout_p: float = 0.0,
     suffix: str = "",
     valid: Tensor | None = None,
-    sums: Tensor | None = None,
+    logsumexp: Tensor | None = None,
     cross: bool = False,
 ) -> AttentionCall:
     """An attention call has run: prove it, edit it, hand it to the watches. Gives the call as edited.
 
-    ``sums`` [B, H, L] are its rows' log-sum-exp, if its kernel told them; the proof is made with them. ``cross``: the
-    keys are known to be another sequence's.
+    ``logsumexp`` [B, H, L] is what its kernel gave, if it gave any; the proof is made with it. ``cross``: the keys are
+    known to be another sequence's.
 
     Raises:
         ProofError: no candidate reading explains the output; UnsupportedAttention: an edit under dropout.
@@ -257,10 +257,19 @@ def seen(
         found = Proved(readings[0], None, None)
         if not dropout_p:
             text = valid if valid is not None else first.valid
-            found = prove(name or "the model", readings, value, output, text, sums)
+            found = prove(name or "the model", readings, value, output, text, logsumexp)
     cross = cross or _is_cross(module, first, found.scores)
     call = AttentionCall(
-        name, 0, way, found.scores, value, output, dropout_p, found.difference, is_cross=cross, sums=found.sums
+        name,
+        0,
+        way,
+        found.scores,
+        value,
+        output,
+        dropout_p,
+        found.difference,
+        is_cross=cross,
+        logsumexp=found.logsumexp,
     )
     with inside():
         for watch, forward in zip(watches, forwards, strict=True):
@@ -350,4 +359,4 @@ def with_output(call: AttentionCall, heads: Tensor, scores: Scores | None = None
     output = replace(call.output, raw=raw, heads=heads)
     if scores is None:
         return replace(call, output=output, edited=True)
-    return replace(call, output=output, scores=scores, sums=None, edited=True)
+    return replace(call, output=output, scores=scores, logsumexp=None, edited=True)

@@ -1,7 +1,8 @@
 """What a running model attended to: record(model), and the recording it gives."""
 
 from headscope.watching.recording.recorder import Recording, record
-from headscope.watching.recording.run import Answer, Call, Layers, Run, Site, layers_of
+from headscope.watching.recording.run import Answer, Call, Layers, Run, layers_of
+from headscope.watching.recording.site import Site
 from headscope.watching.recording.tracker import Place, Tracker
 
 __all__ = ["Answer", "Call", "Layers", "Place", "Recording", "Run", "Site", "Tracker", "layers_of", "record"]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from headscope.ops.masks import compact
 from headscope.ops.scores import Scores, make_scores
 
-__all__ = ["follows", "same", "without_blank_cache"]
+__all__ = ["at_own_positions", "follows", "same", "without_blank_cache"]
 
 
 def without_blank_cache(scores: Scores) -> Scores:
     """Without the keys of a preallocated cache that nothing was written to yet: hidden, and exactly zero.
 
-    A row that is hidden whole by a finite number is even over all keys: it does not count as one that sees them.
+    A row that is hidden whole by a finite number is uniform over all keys: it does not count as one that sees them.
     """
     batch, heads, queries, keys = scores.shape
     if scores.mask is None or queries >= keys:
@@ -41,18 +43,32 @@ def without_blank_cache(scores: Scores) -> Scores:
     return make_scores(scores.query, scores.key[:, :, :stop], mask, bias, scores.scale, scores.softcap, scores.sinks)
 
 
-def follows(held: Tensor, slid: bool, scores: Scores) -> tuple[str, int] | None:
-    """How a call's keys go on from the keys held before it, see :meth:`SiteCalls.continues`."""
-    _, _, rows, keys = scores.shape
-    size = held.shape[2]
-    if scores.key.shape[:2] != held.shape[:2]:
+def at_own_positions(scores: Scores) -> Scores:
+    """The same operands with queries that are the last of their keys: rows cut from a larger matrix may not be."""
+    batch, heads, queries, keys = scores.shape
+    if scores.origin == (0, 0, keys - queries):
+        return scores
+    mask = scores.mask
+    if mask is not None:
+        visible = scores.visible(slice(0, batch), slice(0, heads), slice(0, queries), slice(0, keys))
+        mask = compact(visible.expand(-1, -1, queries, keys), batch)
+    return replace(scores, mask=mask, bias=scores.bias_tensor, origin=(0, 0, keys - queries))
+
+
+def follows(earlier: Tensor, dropped: bool, key: Tensor, rows: int) -> tuple[str, int] | None:
+    """How the keys of a call of ``rows`` queries continue earlier ones, see :meth:`Site.continues`.
+
+    ``dropped``: whether a sliding cache dropped keys before the earlier ones.
+    """
+    keys, size = key.shape[2], earlier.shape[2]
+    if key.shape[:2] != earlier.shape[:2]:
         return None
-    if keys == size and same(scores.key, held):
+    if keys == size and same(key, earlier):
         return "cross", keys
     shared = keys - rows
-    if 0 < shared <= size and same(scores.key[:, :, :shared], held[:, :, size - shared :]):
+    if 0 < shared <= size and same(key[:, :, :shared], earlier[:, :, size - shared :]):
         return "grow", shared
-    if 0 < shared < size and not slid and same(scores.key[:, :, :shared], held[:, :, :shared]):
+    if 0 < shared < size and not dropped and same(key[:, :, :shared], earlier[:, :, :shared]):
         return "cut", shared
     return None
 

@@ -21,14 +21,15 @@ from headscope.files import whole_file
 from headscope.models.tokens import Tokens, Word
 from headscope.ops.masks.codec import decode, encode
 from headscope.ops.positions import Alibi, alibi
-from headscope.watching.recording.site import Part, SiteCalls
+from headscope.ops.scores import make_scores
+from headscope.watching.recording.site import CallRows, Site
 
 __all__ = ["FORMAT", "VERSION", "Contents", "load", "save"]
 
 FORMAT = "headscope-recording"
-VERSION = 2
+VERSION = 3
 _HEADER_LIMIT = 100 * 1024 * 1024
-_TENSOR_NAME = re.compile(r"(query|key|value|output|sums|mask|bias|sinks|valid)\.\d{1,9}")
+_TENSOR_NAME = re.compile(r"(query|key|value|output|logsumexp|mask|bias|sinks|valid)\.\d{1,9}")
 _ROUNDED = ("query", "key", "value", "output")
 _SAFE_TEXT = re.compile(r"[^\x00-\x1f\x7f-\x9f]{0,4096}")
 
@@ -37,7 +38,7 @@ _SAFE_TEXT = re.compile(r"[^\x00-\x1f\x7f-\x9f]{0,4096}")
 class Contents:
     """What a file holds: runs as their sites and valid positions, the text, and the modules that were not seen."""
 
-    runs: list[tuple[list[SiteCalls], Tensor | None]]
+    runs: list[tuple[list[Site], Tensor | None]]
     tokens: Any
     unseen: tuple[str, ...]
 
@@ -87,7 +88,7 @@ class _Writer:
             self._alive.append(tensor)
         return self._names[id(tensor)]
 
-    def site(self, site: SiteCalls) -> dict[str, Any]:
+    def site(self, site: Site) -> dict[str, Any]:
         """A site as plain data."""
         scores = site.scores()
         return {
@@ -102,23 +103,23 @@ class _Writer:
             "key": self.keep("key", scores.key),
             "value": self.keep("value", site.value()),
             "sinks": self.keep("sinks", site.sinks),
-            "parts": [self.part(part, exact=self.dtype in (None, scores.query.dtype)) for part in site.parts],
+            "calls": [self.call(call, exact=self.dtype in (None, scores.query.dtype)) for call in site.calls],
         }
 
     def bias(self, bias: Tensor | Alibi | None) -> Any:
         """A tensor's name, or a rule and the name of its slopes."""
         return {"alibi": self.keep("bias", bias.slopes)} if isinstance(bias, Alibi) else self.keep("bias", bias)
 
-    def part(self, part: Part, exact: bool) -> dict[str, Any]:
+    def call(self, call: CallRows, exact: bool) -> dict[str, Any]:
         """One call as plain data; what is rounded (not ``exact``) has lost its proof."""
         return {
-            "rows": [part.first_row, part.num_rows],
-            "keys": [part.first_key, part.num_keys],
-            "mask": encode(part.mask, lambda tensor: str(self.keep("mask", tensor))),
-            "bias": self.bias(part.bias),
-            "proof": part.proof if exact else None,
-            "output": self.keep("output", part.output),
-            "sums": self.keep("sums", part.sums if exact else None),
+            "rows": [call.first_row, call.num_rows],
+            "keys": [call.first_key, call.num_keys],
+            "mask": encode(call.mask, lambda tensor: str(self.keep("mask", tensor))),
+            "bias": self.bias(call.bias),
+            "proof": call.proof if exact else None,
+            "output": self.keep("output", call.output),
+            "logsumexp": self.keep("logsumexp", call.logsumexp if exact else None),
         }
 
 
@@ -216,29 +217,32 @@ class _Reader:
             raise ValueError(f"valid is {tuple(found.shape)} of {found.dtype}, not [B, S] bool")
         return found
 
-    def site(self, data: Any) -> SiteCalls:
-        """A site, whose joined scores must be consistent."""
-        parts = [self.part(part) for part in data["parts"]]
-        if data["way"] not in ("huggingface", "sdpa", "torch.nn", "headscope") or not parts:
-            raise ValueError(f"a site of way {str(data['way'])[:20]!r} with {len(parts)} calls")
-        site = SiteCalls(
+    def site(self, data: Any) -> Site:
+        """A site, whose calls and joined operands must be consistent."""
+        if data["way"] not in ("huggingface", "sdpa", "torch.nn", "headscope") or not data["calls"]:
+            raise ValueError(f"a site of way {str(data['way'])[:20]!r} with {len(data['calls'])} calls")
+        query, key = self.must("query", data["query"]), self.must("key", data["key"])
+        if query.dim() != 4 or key.dim() != 4:
+            raise ValueError(f"query {tuple(query.shape)} or key {tuple(key.shape)} without 4 axes")
+        site = Site(
             _text(data["name"]),
             int(data["occurrence"]),
             data["way"],
             float(data["scale"]),
             None if data["softcap"] is None else float(data["softcap"]),
             self.get("sinks", data["sinks"]),
-            [self.must("query", data["query"])],
-            self.must("key", data["key"]),
+            key,
             self.get("value", data["value"]),
-            parts,
+            [],
             float(data["dropout_p"]),
             bool(data["edited"]),
         )
-        _check_parts(site)
-        site.scores()
-        for index in range(len(parts)):
-            site.call_matrix(index)
+        for call in data["calls"]:
+            site.calls.append(self.call(call, query, site))
+        if site.shape[2] != query.shape[2]:
+            raise ValueError(f"calls with {site.shape[2]} rows, but {query.shape[2]} queries")
+        scores = site.scores()
+        make_scores(scores.query, scores.key, scores.mask, scores.bias, scores.scale, scores.softcap, scores.sinks)
         _check_kept(site)
         return site
 
@@ -246,44 +250,37 @@ class _Reader:
         """A bias, or the rule that it follows."""
         return alibi(self.must("bias", data["alibi"])) if isinstance(data, dict) else self.get("bias", data)
 
-    def part(self, data: Any) -> Part:
-        """One call."""
+    def call(self, data: Any, query: Tensor, site: Site) -> CallRows:
+        """The next call of a site."""
         first_row, rows = (int(n) for n in data["rows"])
         first_key, keys = (int(n) for n in data["keys"])
+        if first_row != (site.shape[2] if site.calls else 0) or rows < 1 or first_row + rows > query.shape[2]:
+            raise ValueError(f"{rows} rows from {first_row} that do not follow those before")
+        if first_key < 0 or keys < 1 or first_key + keys > site.last_key.shape[2]:
+            raise ValueError(f"{keys} keys from {first_key} of {site.last_key.shape[2]}")
+        part = query[:, :, first_row : first_row + rows], site.last_key[:, :, first_key : first_key + keys]
         mask = decode(data["mask"], lambda name: self.must("mask", name))
+        scores = make_scores(*part, mask, self.bias(data["bias"]), site.scale, site.softcap, site.sinks)
         proof = None if data["proof"] is None else float(data["proof"])
-        output, sums = self.get("output", data["output"]), self.get("sums", data["sums"])
-        return Part(first_row, rows, first_key, keys, mask, self.bias(data["bias"]), proof, output, sums)
+        output, logsumexp = self.get("output", data["output"]), self.get("logsumexp", data["logsumexp"])
+        kept = (proof, output, logsumexp)
+        return CallRows(scores.query, first_row, first_key, keys, scores.mask, scores.bias, *kept)
 
 
-def _check_parts(site: SiteCalls) -> None:
-    query, key = site.queries[0], site.key
-    if query.dim() != 4 or key.dim() != 4:
-        raise ValueError(f"query {tuple(query.shape)} or key {tuple(key.shape)} without 4 axes")
-    row = 0
-    for part in site.parts:
-        inside = part.first_key >= 0 and part.num_keys >= 1 and part.first_key + part.num_keys <= key.shape[2]
-        if part.first_row != row or part.num_rows < 1 or not inside:
-            raise ValueError(f"rows from {part.first_row} or keys from {part.first_key} that do not follow each other")
-        row += part.num_rows
-    if row != query.shape[2]:
-        raise ValueError(f"calls with {row} rows, but {query.shape[2]} queries")
-
-
-def _check_kept(site: SiteCalls) -> None:
+def _check_kept(site: Site) -> None:
     """What was kept beside queries and keys has their shape."""
-    value, key = site.value(), site.key
+    value, key = site.value(), site.key()
+    dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
     if value is not None and (value.dim() != 4 or value.shape[:3] != key.shape[:3]):
         raise ValueError(f"values {tuple(value.shape)} for keys {tuple(key.shape)}")
-    for part in site.parts:
-        kept, wanted = part.output, (*site.shape[:2], part.num_rows)
-        if kept is not None and (kept.dim() != 4 or tuple(kept.shape[:3]) != wanted):
-            raise ValueError(f"an output {tuple(kept.shape)} of {wanted} rows")
-        sums = part.sums
-        if sums is None:
+    for call in site.calls:
+        output, logsumexp, wanted = call.output, call.logsumexp, (*site.shape[:2], call.num_rows)
+        if output is not None and (output.dim() != 4 or tuple(output.shape[:3]) != wanted):
+            raise ValueError(f"an output {tuple(output.shape)} of {wanted} rows")
+        if logsumexp is None:
             continue
-        if tuple(sums.shape) != wanted or sums.dtype != site.scores().dtype or bool(sums.isinf().any()):
-            raise ValueError(f"sums {tuple(sums.shape)} of {sums.dtype} for {wanted} rows, or infinite ones")
+        if tuple(logsumexp.shape) != wanted or logsumexp.dtype != dtype or bool(logsumexp.isinf().any()):
+            raise ValueError(f"logsumexp {tuple(logsumexp.shape)} of {logsumexp.dtype} for {wanted} rows, or infinite")
 
 
 def _no_number(text: str) -> float:

@@ -17,10 +17,10 @@ from headscope.ops.matrix import AttentionMatrix
 from headscope.ops.reductions import Reduction, check_reductions
 from headscope.watching.hooks import AttentionCall, Forward, invisible, watch
 from headscope.watching.recording.file import Contents, load, save
-from headscope.watching.recording.run import Answer, Call, Layers, Run, Site, layers_of
-from headscope.watching.recording.site import Captured, SiteCalls, capture
+from headscope.watching.recording.run import Answer, Call, Layers, Run, layers_of
+from headscope.watching.recording.site import Site, capture
 
-__all__ = ["Answer", "Call", "Recording", "Run", "Site", "record"]
+__all__ = ["Recording", "record"]
 
 _KEEP = ("query", "key", "value", "output")
 _LIKE_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
@@ -64,7 +64,7 @@ class Recording:
     @property
     def sites(self) -> tuple[Site, ...]:
         """Names, ways in, shapes and proofs of the attention sites."""
-        return self.run.sites
+        return tuple(self.run.sites)
 
     @property
     def valid(self) -> Tensor | None:
@@ -74,16 +74,14 @@ class Recording:
     @property
     def proof(self) -> float | None:
         """The largest difference of a rebuilt output from the model's own; None: some call is unproved."""
-        found = [site.proof for run in self.runs for site in run.sites]
-        known = [proof for proof in found if proof is not None]
-        return max(known) if known and len(known) == len(found) else None
+        proofs = [site.proof for run in self.runs for site in run.sites]
+        differences = [proof for proof in proofs if proof is not None]
+        return max(differences) if differences and len(differences) == len(proofs) else None
 
     @property
     def calls(self) -> list[Call]:
         """All raw calls, in the order of runs, sites and steps."""
-        return [
-            Call(site, index) for run in self.runs for site in run.calls_of_sites for index in range(len(site.parts))
-        ]
+        return [Call(site, rows) for run in self.runs for site in run.sites for rows in site.calls]
 
     def to_attentions(self, *, limit: int | str = "1 GiB") -> tuple[Tensor, ...]:
         """The maps as transformers' ``output_attentions`` gives them: one [B, H, L, S] a site."""
@@ -104,7 +102,7 @@ class Recording:
                 "this recording holds answers of reduce= and no queries or keys, and a recording's file keeps these: "
                 "save the answers' values (torch.save, a table), or record without reduce=."
             )
-        contents = Contents([(r.calls_of_sites, r.valid) for r in self.runs], self.tokens, self.unseen)
+        contents = Contents([(run.sites, run.valid) for run in self.runs], self.tokens, self.unseen)
         save(contents, Path(path), dtype)
 
     @staticmethod
@@ -145,8 +143,8 @@ class _Recorder:
         self.met: set[int | str] = set()  # those of the wanted layers that there were
         self.forwards = 0
         self._lock = threading.Lock()
-        self._pending: dict[int, list[Captured]] = {}
-        self._witness: dict[int, Captured] = {}
+        self._pending: dict[int, list[Site]] = {}
+        self._witness: dict[int, Site] = {}
         self._current: dict[int, Run] = {}
 
     def saw(self, call: AttentionCall, forward: Forward) -> None:
@@ -191,8 +189,8 @@ class _Recorder:
             if not all(call.is_cross for call in calls):
                 witness = None
             if current is None or not current.join(calls, forward.valid, witness):
-                current = Run([SiteCalls.of(call) for call in calls], forward.valid)
-                current.witness = None if witness is None else SiteCalls.of(witness)
+                current = Run(calls, forward.valid)
+                current.witness = witness
                 self._current[threading.get_ident()] = current
                 self.recording.runs.append(current)
 

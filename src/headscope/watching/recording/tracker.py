@@ -41,7 +41,7 @@ class Tracker:
             scores = without_blank_cache(call.scores)
             _, _, rows, keys = scores.shape
             before = self._held.get(site)
-            how = None if before is None else follows(before[0], before[1].first_key > 0, scores)
+            how = None if before is None else follows(before[0], before[1].first_key > 0, scores.key, rows)
             if before is None or how is None or (how[0] == "cross" and forward not in self._going):
                 self._rejected.pop(site, None)
                 place = Place(0 if call.is_cross else max(0, keys - rows), 0)
