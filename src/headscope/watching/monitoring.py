@@ -17,7 +17,7 @@ from headscope.ops.matrix import AttentionMatrix
 from headscope.ops.reductions import Block, Entropy, Groups, Reduction
 from headscope.ops.reductions.reduction import Shape
 from headscope.ops.scores import Scores
-from headscope.watching.hooks import AttentionCall, Forward, invisible, watch
+from headscope.watching.hooks import AttentionCall, Forward, unwatched, watch
 
 __all__ = ["HeadStats", "HeadWarning", "Monitor", "monitor"]
 
@@ -132,7 +132,7 @@ class Monitor(AbstractContextManager["Monitor"]):
         return [] if not self.history else self.history[-1].table()
 
     def _saw(self, call: AttentionCall, forward: Forward) -> None:
-        with invisible():
+        with unwatched():
             found = (call.name, call.occurrence), _sums(call)
         self._pending.setdefault(id(forward), []).append(found)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from headscope.errors import EditError, HeadscopeError, is_out_of_memory
 from headscope.heads.effects.answers import ask, options
-from headscope.watching.hooks import AttentionCall, Forward, invisible, watch, with_output
+from headscope.watching.hooks import AttentionCall, Forward, unwatched, watch, with_output
 
 __all__ = ["Change", "Rows", "Site", "Survey", "Target", "survey"]
 
@@ -90,7 +90,7 @@ def _sees_ahead(call: AttentionCall, forward: Forward) -> bool:
     text = list(range(queries))
     if forward.valid is not None and forward.valid.shape[1] == queries:
         text = forward.valid[0].nonzero().flatten().tolist() or text
-    with invisible():
+    with unwatched():
         first, last = slice(text[0], text[0] + 1), slice(text[-1], text[-1] + 1)
         seen = call.scores.visible(slice(0, 1), slice(0, heads), first, last)
     return text[0] < text[-1] and bool(seen.any())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from headscope.errors import EditError
 from headscope.heads.effects.answers import ask, options
-from headscope.watching.hooks import AttentionCall, Forward, invisible, watch
+from headscope.watching.hooks import AttentionCall, Forward, unwatched, watch
 
 __all__ = ["head_means", "head_sums", "output_sum"]
 
@@ -35,7 +35,7 @@ def head_sums(model: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
     counts: list[float] = []
 
     def add(call: AttentionCall, forward: Forward) -> None:
-        with invisible():
+        with unwatched():
             text = forward.valid
             if text is None or tuple(text.shape) != (call.shape[0], call.shape[2]):
                 text = torch.ones(call.shape[0], call.shape[2], dtype=torch.bool)

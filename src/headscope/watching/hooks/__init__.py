@@ -1,11 +1,11 @@
-"""Where a running model's attention calls are seen and altered: four ways in, one kind of call out.
+"""Attention calls of a running model, seen and altered: four ways in, one class of call.
 
 1. transformers (:mod:`.huggingface`): its lookup of attention functions;
 2. other torch code (:mod:`.sdpa`): scaled_dot_product_attention;
 3. torch.nn (:mod:`.torch_nn`): nn.MultiheadAttention, nn.TransformerEncoderLayer;
 4. our own attention() (:mod:`.ours`), whose operands are known.
 
-The first that applies sees a call; nothing of the model's own computation is changed or switched.
+A call is reported once, by the first that sees it. The model's own computation is neither changed nor switched.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import nn
 
 from headscope.watching.hooks import huggingface, ours, sdpa, torch_nn, watches
 from headscope.watching.hooks.call import AttentionCall, Output
-from headscope.watching.hooks.watches import Forward, Watch, invisible, with_output
+from headscope.watching.hooks.watches import Forward, Watch, unwatched, with_output
 
-__all__ = ["AttentionCall", "Forward", "Output", "Watch", "invisible", "watch", "with_output"]
+__all__ = ["AttentionCall", "Forward", "Output", "Watch", "unwatched", "watch", "with_output"]
 
 _lock = threading.Lock()
-watches._ON_ENTER[:] = [sdpa.enter]
-watches._ON_LEAVE[:] = [sdpa.leave]
+watches._ON_BEGIN[:] = [sdpa.enter]
+watches._ON_END[:] = [sdpa.leave]
 
 
 @contextmanager
@@ -39,9 +39,9 @@ def watch(
 
     Args:
         model: any module; calls are named as in its named_modules().
-        on_call: is told of each call, after it ran, and of the forward it is part of.
-        edit: may return an altered call, whose output then goes on in the model.
-        on_end: is told when a forward of the model has ended.
+        on_call: called after each attention call, with the call and the forward that it is part of.
+        edit: may return an altered call, with whose output the model continues.
+        on_end: called when a forward of the model has ended.
 
     Raises:
         UnsupportedAttention: a compiled model, or an attention of a kind that cannot be read;

@@ -16,16 +16,16 @@ __all__ = ["AttentionCall", "Output"]
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """What the model's own function returned, and how head outputs P @ V [B, H, L, Dv] lead to it.
+    """What the model's own function returned, and how it follows from head outputs P @ V [B, H, L, Dv].
 
-    ``finish`` takes head outputs of some rows, [N, H, Dv] with their batch rows and query rows [N], to what
-    the function returns for those rows; ``rows`` reads them from what it did return.
+    ``finish`` computes what the function returns for some rows from their head outputs [N, H, Dv], batch rows [N] and
+    query rows [N]; ``rows`` reads the same rows from what it did return.
     """
 
     raw: Tensor
     finish: Callable[[Tensor, Tensor, Tensor], Tensor]
     rows: Callable[[Tensor, Tensor], Tensor]
-    replace_heads: Callable[[Tensor], Tensor]  # new head outputs [B, H, L, Dv] → what should be returned
+    replace_heads: Callable[[Tensor], Tensor]  # new head outputs [B, H, L, Dv] → the function's output
     heads: Tensor | None = None  # [B, H, L, Dv], where the function returns just that
 
 
@@ -43,9 +43,9 @@ class AttentionCall:
     value: Tensor  # [B, G, S, Dv]
     output: Output
     dropout_p: float = 0.0
-    proof: float | None = None  # relative difference of P @ V, rebuilt, from what was returned; None: unproved
+    proof: float | None = None  # relative difference of the rebuilt P @ V from the returned; None: unproved
     edited: bool = False
-    is_cross: bool = False  # the module said that its queries are not the last of its keys
+    is_cross: bool = False  # its keys are of another sequence than its queries
     logsumexp: Tensor | None = None  # [B, H, L], where the model's kernel gave it; NaN elsewhere
 
     @property
@@ -68,7 +68,7 @@ class AttentionCall:
         return AttentionMatrix._from_scores(self.scores, self.logsumexp)
 
     def head_outputs(self) -> Tensor:
-        """P @ V, [B, H, L, Dv]: as returned, or rebuilt where the function returned something further on."""
+        """P @ V, [B, H, L, Dv]: as returned, or rebuilt where the function returns a later result."""
         if self.output.heads is not None:
             return self.output.heads
         return self.matrix() @ self.value

@@ -1,4 +1,4 @@
-"""The way in for transformers: its lookup of attention functions is wrapped; the function runs unchanged."""
+"""The hook for transformers: its lookup of attention functions is wrapped; the function runs unchanged."""
 
 from __future__ import annotations
 
@@ -18,13 +18,21 @@ from headscope.ops.scores import Scores, make_scores
 from headscope.watching.hooks.call import Output
 from headscope.watching.hooks.mask_formats import Read, combine, read_mask
 from headscope.watching.hooks.sdpa import causal_from_the_top
-from headscope.watching.hooks.watches import Forward, active, autocast_operands, cached, inside, seen, unnoticed
+from headscope.watching.hooks.watches import (
+    Forward,
+    active_watches,
+    autocast_operands,
+    cached,
+    report_call,
+    within_call,
+    without_modes,
+)
 
 __all__ = ["install", "remove"]
 
 _ORIGINAL: dict[str, Any] = {}
 _OPERANDS = ("module", "query", "key", "value", "attention_mask")
-_SPARSE = ("indices", "block_indices")  # top-k choices: in the mask already where attention is eager or sdpa
+_SPARSE = ("indices", "block_indices")  # choices of keys, which are in the mask where attention is eager or sdpa
 
 
 def install() -> None:
@@ -41,7 +49,7 @@ def install() -> None:
     @wraps(original)
     def get_interface(self: Any, attn_implementation: str, default: Any) -> Any:
         function = original(self, attn_implementation, default)
-        return _watched(function, attn_implementation or "eager") if active() else function
+        return _watched(function, attn_implementation or "eager") if active_watches() else function
 
     AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
 
@@ -57,38 +65,40 @@ def remove() -> None:
 def _watched(function: Callable[..., Any], implementation: str) -> Callable[..., Any]:
     @wraps(function)
     def attention(*args: Any, **kwargs: Any) -> Any:
-        if not active():
+        if not active_watches():
             return function(*args, **kwargs)
-        given = dict(zip(_OPERANDS, args, strict=False)) | kwargs
-        with inside(), row_sums(given["query"]) if implementation == "sdpa" else nullcontext() as sums:
+        arguments = dict(zip(_OPERANDS, args, strict=False)) | kwargs
+        with within_call(), row_sums(arguments["query"]) if implementation == "sdpa" else nullcontext() as sums:
             result = function(*args, **kwargs)
-        with unnoticed():
-            return _saw(implementation, result, given, sums)
+        with without_modes():
+            return _report(implementation, result, arguments, sums)
 
     return attention
 
 
-def _saw(implementation: str, result: Any, given: dict[str, Any], sums: RowSums | None) -> Any:
+def _report(implementation: str, result: Any, arguments: dict[str, Any], sums: RowSums | None) -> Any:
     output, weights = result[0], result[1] if len(result) > 1 else None
-    module: nn.Module = given["module"]
-    if implementation not in ("eager", "sdpa") and any(given.get(k) is not None for k in _SPARSE):
+    module: nn.Module = arguments["module"]
+    if implementation not in ("eager", "sdpa") and any(arguments.get(k) is not None for k in _SPARSE):
         raise UnsupportedAttention(
             f"{type(module).__name__} chooses its keys inside {implementation!r}, where they cannot be seen: "
             'use model.set_attn_implementation("sdpa").'
         )
-    query, key, value = autocast_operands(given["query"], given["key"], given["value"])
+    query, key, value = autocast_operands(arguments["query"], arguments["key"], arguments["value"])
     shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
 
     def candidates(forward: Forward) -> Iterator[Scores]:
-        for sinks in _sinks(implementation, given, shape):
-            for rule, bias in _masks(forward, implementation, given, shape):
-                yield make_scores(query, key, rule, bias, given.get("scaling"), given.get("softcap"), sinks)
+        for sinks in _sinks(implementation, arguments, shape):
+            for rule, bias in _masks(forward, implementation, arguments, shape):
+                yield make_scores(query, key, rule, bias, arguments.get("scaling"), arguments.get("softcap"), sinks)
 
-    dropout = float(given.get("dropout") or 0.0)
+    dropout = float(arguments.get("dropout") or 0.0)
     if implementation == "eager" and not module.training:
         dropout = 0.0
     logsumexp = None if sums is None else sums.of(shape)
-    call = seen(module, "huggingface", candidates, value, _output(output, shape, value), dropout, logsumexp=logsumexp)
+    call = report_call(
+        module, "huggingface", candidates, value, _output(output, shape, value), dropout, logsumexp=logsumexp
+    )
     if call.output.raw is output:
         return result
     if isinstance(weights, Tensor) and weights.shape == call.shape:
@@ -107,18 +117,18 @@ def _output(output: Tensor, shape: tuple[int, int, int, int], value: Tensor) -> 
     return Output(output, lambda x, b, r: x, lambda b, r: view[b, r], write, view.transpose(1, 2))
 
 
-def _sinks(implementation: str, given: dict[str, Any], shape: tuple[int, int, int, int]) -> Iterator[Tensor | None]:
+def _sinks(implementation: str, arguments: dict[str, Any], shape: tuple[int, int, int, int]) -> Iterator[Tensor | None]:
     """Readings of the sink logits: the argument, the module's own (some read only that), none."""
-    own = given.get("s_aux")
-    if own is None and implementation != "sdpa":
-        own = getattr(given["module"], "sinks", None)
-    if isinstance(own, Tensor):
-        if own.numel() != shape[1]:
+    sinks = arguments.get("s_aux")
+    if sinks is None and implementation != "sdpa":
+        sinks = getattr(arguments["module"], "sinks", None)
+    if isinstance(sinks, Tensor):
+        if sinks.numel() != shape[1]:
             raise UnsupportedAttention(
-                f"{type(given['module']).__name__} has attention sinks of shape {tuple(own.shape)}; "
+                f"{type(arguments['module']).__name__} has attention sinks of shape {tuple(sinks.shape)}; "
                 f"one for each of the {shape[1]} heads can be read, not one for each query."
             )
-        yield own
+        yield sinks
         if implementation != "eager":
             yield None
     else:
@@ -126,10 +136,10 @@ def _sinks(implementation: str, given: dict[str, Any], shape: tuple[int, int, in
 
 
 def _masks(
-    forward: Forward, implementation: str, given: dict[str, Any], shape: tuple[int, int, int, int]
+    forward: Forward, implementation: str, arguments: dict[str, Any], shape: tuple[int, int, int, int]
 ) -> Iterator[Read]:
-    """Readings of what may be seen, likeliest first; the proof decides between them."""
-    mask, position_bias = given.get("attention_mask"), given.get("position_bias")
+    """Readings of the mask, likeliest first; the proof decides between them."""
+    mask, position_bias = arguments.get("attention_mask"), arguments.get("position_bias")
     extra: Read = (None, None)
     if isinstance(position_bias, Tensor):
         with torch.enable_grad():  # the graph behind it, if there is one
@@ -138,12 +148,12 @@ def _masks(
         kind = (id(mask), shape)
         read: Read = cached(forward, kind, mask, lambda: read_mask(mask, shape))
         if extra[1] is not None and _is_bool(mask):
-            yield combine(_uniform_where_blind(mask, shape), extra)
+            yield combine(_uniform_where_hidden(mask, shape), extra)
         yield combine(read, extra)
         yield extra  # some eager functions ignore their mask
         return
-    flag = given.get("is_causal")
-    flag = getattr(given["module"], "is_causal", True) if flag is None else flag
+    flag = arguments.get("is_causal")
+    flag = getattr(arguments["module"], "is_causal", True) if flag is None else flag
     from_the_top = combine((causal_from_the_top(shape), None), extra)
     readings = [extra, from_the_top, combine((causal(), None), extra)]
     if flag and shape[2] > 1 and implementation != "eager":
@@ -155,7 +165,7 @@ def _is_bool(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.dtype == torch.bool
 
 
-def _uniform_where_blind(mask: Tensor, shape: tuple[int, int, int, int]) -> Read:
-    """With a position bias, sdpa writes finfo.min where a bool mask hides: a blind row becomes uniform."""
+def _uniform_where_hidden(mask: Tensor, shape: tuple[int, int, int, int]) -> Read:
+    """With a position bias, sdpa writes finfo.min where a bool mask hides: a fully hidden row becomes uniform."""
     lowest = torch.finfo(torch.float32).min
     return read_mask(torch.where(mask, 0.0, lowest), shape)

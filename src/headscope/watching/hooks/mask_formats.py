@@ -1,4 +1,4 @@
-"""Reading the masks that libraries pass: bool, additive, BlockMask; each becomes a rule, a bias, or both."""
+"""Masks as libraries pass them (bool, additive, BlockMask), read as a rule, a bias, or both."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def read_mask(mask: Any, shape: tuple[int, int, int, int]) -> Read:
         mask = _from_block_mask(mask, shape)
     if not isinstance(mask, Tensor) or not 2 <= mask.dim() <= 4:
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise UnsupportedAttention(f"an attention function was given a mask of kind {got}; 2 to 4 axes can be read.")
+        raise UnsupportedAttention(
+            f"an attention function got a mask of kind {got}: wanted a tensor of 2 to 4 axes, or a BlockMask."
+        )
     mask = mask[(None,) * (4 - mask.dim())][..., : shape[3]]
     if mask.dtype == torch.bool or not mask.is_floating_point():
         return compact(mask.bool().expand(*mask.shape[:3], shape[3]), shape[0]), None
@@ -33,21 +35,21 @@ def read_mask(mask: Any, shape: tuple[int, int, int, int]) -> Read:
 def _from_additive(mask: Tensor, shape: tuple[int, int, int, int]) -> Read:
     """0 for visible and a huge negative number for hidden is a rule; anything between is a bias.
 
-    A row that is hidden whole by a finite number is uniform over all its keys, as softmax makes it: a bias
-    of that number on the row says so. A row of −inf has no weights.
+    Where a finite number hides all keys of a row, softmax makes the row uniform: it gets a bias of that number and no
+    rule. A row of −inf has no weights.
     """
     lowest = torch.finfo(mask.dtype).min / 2
-    seen = mask == 0
+    visible = mask == 0
     hidden = mask <= lowest
-    if not bool((seen | hidden).all()):
+    if not bool((visible | hidden).all()):
         return None, mask
-    seen = seen.expand(*mask.shape[:3], shape[3])
-    blank = ~seen.any(-1, keepdim=True)
-    uniform = blank & (mask > -torch.inf).all(-1, keepdim=True)
+    visible = visible.expand(*mask.shape[:3], shape[3])
+    empty = ~visible.any(-1, keepdim=True)
+    uniform = empty & (mask > -torch.inf).all(-1, keepdim=True)
     if not bool(uniform.any()):
-        return compact(seen, shape[0]), None
+        return compact(visible, shape[0]), None
     bias = torch.where(uniform, torch.finfo(torch.float32).min, 0.0)
-    return compact(seen | uniform, shape[0]), bias
+    return compact(visible | uniform, shape[0]), bias
 
 
 def _from_block_mask(mask: Any, shape: tuple[int, int, int, int]) -> Tensor:
@@ -58,7 +60,7 @@ def _from_block_mask(mask: Any, shape: tuple[int, int, int, int]) -> Tensor:
 
 
 def combine(first: Read, second: Read) -> Read:
-    """Two masks at once, as torch adds them up."""
+    """Two masks together, added as torch adds them."""
     rule = first[0] if second[0] is None else second[0] if first[0] is None else first[0] & second[0]
     with torch.enable_grad():  # the graph behind them, if there is one
         bias = first[1] if second[1] is None else second[1] if first[1] is None else first[1] + second[1]

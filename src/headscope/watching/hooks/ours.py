@@ -1,4 +1,4 @@
-"""The way in for our own attention(), whose operands are known: nothing need be read or guessed."""
+"""The hook for our own attention(), whose operands are known: nothing need be read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from headscope.ops.kernels import fused as kernels
 from headscope.ops.scores import Scores
 from headscope.watching.hooks.sdpa import direct
-from headscope.watching.hooks.watches import active, inside, running, seen, unnoticed
+from headscope.watching.hooks.watches import active_watches, report_call, running_module, within_call, without_modes
 
 __all__ = ["install", "remove"]
 
@@ -25,11 +25,13 @@ def remove() -> None:
 
 
 def _observed(product: kernels.Product, scores: Scores, value: Tensor, dropout_p: float) -> Tensor:
-    if not active():
+    if not active_watches():
         return product(scores, value, dropout_p)
-    with inside(), kernels.row_sums(scores.query) as sums:
+    with within_call(), kernels.row_sums(scores.query) as sums:
         output = product(scores, value, dropout_p)
-    with unnoticed():
+    with without_modes():
         logsumexp = sums.of(scores.shape)
-        call = seen(running(), "headscope", lambda _: [scores], value, direct(output), dropout_p, logsumexp=logsumexp)
+        call = report_call(
+            running_module(), "headscope", lambda _: [scores], value, direct(output), dropout_p, logsumexp=logsumexp
+        )
         return call.output.raw

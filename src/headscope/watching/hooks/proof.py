@@ -1,4 +1,4 @@
-"""A picture carries its proof: P @ V is rebuilt for four rows and held against what the model returned."""
+"""The proof of a call: P @ V is rebuilt for four rows and compared with what the model returned."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def prove(
     known for a row that is compared, and then without.
 
     Raises:
-        ProofError: no reading does: a cap, a sink, a mask or a bias is not understood.
+        ProofError: no reading does: the call has a cap, a sink, a mask or a bias that is not understood.
     """
     best: tuple[float, Scores] | None = None
     for scores in candidates:
@@ -63,7 +63,7 @@ def prove(
     raise ProofError(
         f"{where}: softmax of its queries and keys, times its values, differs by {best[0]:.2g} from what its own "
         f"function returned (tolerance {TOLERANCE.get(scores.query.dtype, 1e-4):.0e}, {scores.query.dtype}). "
-        "Its attention does something that is not understood here, so no weights are shown."
+        "Its attention does something that Headscope does not understand, so no weights are shown."
     )
 
 
@@ -72,8 +72,8 @@ def _difference(
 ) -> float | None:
     """Largest difference over the ``compared`` rows, relative to the largest number there.
 
-    None if there is nothing to compare: rows that see nothing, or that are NaN here and there, prove nothing, nor
-    do queries and keys that are not finite.
+    None if there is nothing to compare: rows without visible keys, rows that are NaN both here and there, queries and
+    keys that are not finite.
     """
     batch, row = compared
     if not len(batch):
@@ -84,7 +84,7 @@ def _difference(
     wanted = output.rows(batch, row).float()
     got = output.finish(rebuilt.to(value.dtype), batch, row).float()
     if not bool(got.isfinite().all()) and not bool(scores.query.isfinite().all() & scores.key.isfinite().all()):
-        return None  # a training that ran away; what kernels make of NaN differs
+        return None  # a training that diverged; kernels treat NaN differently
     both = ~(wanted.isnan() & got.isnan())
     wanted, got = wanted[both], got[both]
     if not len(wanted):
@@ -107,7 +107,7 @@ def _head_outputs(scores: Scores, value: Tensor, b: int, rows: Tensor, logsumexp
 
 
 def choose_rows(scores: Scores, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Up to four (batch row, query row) pairs that are text and see something."""
+    """Up to four (batch row, query row) pairs that are text and have a visible key."""
     batch, _, queries, keys = scores.shape
     picked: list[tuple[int, int]] = []
     rows_each = max(1, _ROWS // batch)
@@ -117,7 +117,7 @@ def choose_rows(scores: Scores, valid: Tensor | None) -> tuple[Tensor, Tensor]:
             rows = list(range(queries))
         wanted = [rows[-1], rows[len(rows) // 2], rows[0], rows[len(rows) // 3]] if rows else []
         for r in list(dict.fromkeys(wanted))[:rows_each]:
-            if _sees_something(scores, b, r):
+            if _has_visible_key(scores, b, r):
                 picked.append((b, r))
     pairs = torch.tensor(picked[:_ROWS], dtype=torch.int64).view(-1, 2)
     return pairs[:, 0], pairs[:, 1]
@@ -135,12 +135,12 @@ def _valid_rows(valid: Tensor | None, b: int, batch: int, queries: int, keys: in
     return [int(i) for i in rows.nonzero().flatten().tolist()]
 
 
-def _sees_something(scores: Scores, b: int, r: int) -> bool:
+def _has_visible_key(scores: Scores, b: int, r: int) -> bool:
     part = scores.narrow(slice(b, b + 1), slice(0, scores.shape[1]), slice(r, r + 1))
-    seen = torch.ones(1, dtype=torch.bool)
+    visible = torch.ones(1, dtype=torch.bool)
     if scores.mask is not None:
-        seen = part.visible(slice(0, 1), slice(0, scores.shape[1]), slice(0, 1), slice(0, scores.shape[3]))
+        visible = part.visible(slice(0, 1), slice(0, scores.shape[1]), slice(0, 1), slice(0, scores.shape[3]))
     bias = part.bias_tensor
     if bias is not None:
-        seen = seen & (bias > -torch.inf)
-    return bool(seen.any(-1).all())
+        visible = visible & (bias > -torch.inf)
+    return bool(visible.any(-1).all())

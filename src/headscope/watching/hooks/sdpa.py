@@ -1,4 +1,4 @@
-"""The way in for torch's scaled_dot_product_attention, also where it was imported by name."""
+"""The hook for torch's scaled_dot_product_attention, also where it was imported by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ from headscope.ops.masks import causal, padding, window
 from headscope.ops.scores import Scores, make_scores
 from headscope.watching.hooks.call import Output
 from headscope.watching.hooks.mask_formats import Read, combine, read_mask
-from headscope.watching.hooks.watches import Forward, active, autocast_operands, cached, inside, seen, unnoticed
+from headscope.watching.hooks.watches import (
+    Forward,
+    active_watches,
+    autocast_operands,
+    cached,
+    report_call,
+    within_call,
+    without_modes,
+)
 
 __all__ = ["SdpaMode", "enter", "leave", "resumed", "suspended"]
 
@@ -25,21 +33,21 @@ _local = threading.local()
 
 
 class SdpaMode(TorchFunctionMode):
-    """Sees every torch function; acts on one."""
+    """Gets every torch function, and reports calls of one."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call it unchanged; tell of it if it is attention."""
+        """Call it unchanged; report it if it is attention."""
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or not active():
+        if func is not F.scaled_dot_product_attention or not active_watches():
             return func(*args, **kwargs)
-        with inside(), row_sums(args[0] if args else kwargs["query"]) as sums:
+        with within_call(), row_sums(args[0] if args else kwargs["query"]) as sums:
             output = func(*args, **kwargs)
-        with unnoticed():
-            return _saw(output, sums, *args, **kwargs)
+        with without_modes():
+            return _report(output, sums, *args, **kwargs)
 
 
 def enter() -> None:
-    """A watched model starts in this thread."""
+    """Push the mode: a watched model starts in this thread."""
     stack: list[SdpaMode] = _modes()
     mode = SdpaMode()
     _push_mode(mode)
@@ -47,7 +55,7 @@ def enter() -> None:
 
 
 def leave() -> None:
-    """It ends."""
+    """Pop it: the model ends."""
     stack = _modes()
     if stack:
         stack.pop()
@@ -63,36 +71,36 @@ def _modes() -> list[SdpaMode]:
 
 @contextmanager
 def suspended() -> Iterator[None]:
-    """Without our modes, unless there are others: torch.nn leaves its fast path when it sees a mode."""
+    """Our modes are off, unless there are others: torch.nn leaves its fast path when a mode is on."""
     stack = _get_current_function_mode_stack()
     ours = [] if any(not isinstance(mode, SdpaMode) for mode in stack) else stack
     popped = [_pop_mode() for _ in ours]
-    before = getattr(_local, "asleep", [])
-    _local.asleep = popped or before
+    before = getattr(_local, "suspended_modes", [])
+    _local.suspended_modes = popped or before
     try:
         yield
     finally:
-        _local.asleep = before
+        _local.suspended_modes = before
         for mode in reversed(popped):
             _push_mode(mode)
 
 
 @contextmanager
 def resumed() -> Iterator[None]:
-    """Inside :func:`suspended`, with them again."""
-    asleep = getattr(_local, "asleep", [])
-    _local.asleep = []
-    for mode in reversed(asleep):
+    """Inside :func:`suspended`, our modes are on again."""
+    suspended_modes = getattr(_local, "suspended_modes", [])
+    _local.suspended_modes = []
+    for mode in reversed(suspended_modes):
         _push_mode(mode)
     try:
         yield
     finally:
-        for _ in asleep:
+        for _ in suspended_modes:
             _pop_mode()
-        _local.asleep = asleep
+        _local.suspended_modes = suspended_modes
 
 
-def _saw(
+def _report(
     output: Tensor,
     sums: RowSums,
     query: Tensor,
@@ -107,11 +115,11 @@ def _saw(
 ) -> Tensor:
     lengths = None
     if not query.is_nested and 0 in (*output.shape, key.shape[-2]):
-        return output  # nobody looked at anything
+        return output  # no query or no key
     if query.is_nested:
         query, lengths = unnest(query)
         (key, key_lengths), (value, _) = unnest(key), unnest(value)
-    q, k, v = (as_four(t) for t in autocast_operands(query, key, value))
+    q, k, v = (four_axes(t) for t in autocast_operands(query, key, value))
     q, k, v = _broadcast(q, k, v)
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
 
@@ -126,7 +134,7 @@ def _saw(
 
     valid = None if lengths is None else torch.arange(shape[2]) < lengths[:, None]
     out, logsumexp = direct(output, lengths), sums.of(shape)
-    call = seen(None, "sdpa", candidates, v, out, float(dropout_p), valid=valid, logsumexp=logsumexp)
+    call = report_call(None, "sdpa", candidates, v, out, float(dropout_p), valid=valid, logsumexp=logsumexp)
     return call.output.raw
 
 
@@ -144,7 +152,7 @@ def causal_from_the_top(shape: tuple[int, int, int, int]) -> Any:
     return causal() if shape[2] == shape[3] else window(None, shape[2] - shape[3])
 
 
-def as_four(tensor: Tensor) -> Tensor:
+def four_axes(tensor: Tensor) -> Tensor:
     """[…, L, D] as [B, H, L, D]: two axes in front are made, or more than two are joined."""
     if tensor.dim() < 4:
         return tensor[(None,) * (4 - tensor.dim())]
@@ -152,7 +160,7 @@ def as_four(tensor: Tensor) -> Tensor:
 
 
 def unnest(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """A nested [B, H, *, D] with zeros for what is not there, and the lengths."""
+    """A nested [B, H, *, D], padded with zeros, and the lengths."""
     parts = [part.transpose(-2, -3) for part in tensor.unbind()]
     lengths = torch.tensor([len(part) for part in parts])
     return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True).transpose(1, 2), lengths
@@ -160,7 +168,7 @@ def unnest(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 def direct(output: Tensor, lengths: Tensor | None = None) -> Output:
     """Of a function that returns P @ V as […, H, L, Dv]."""
-    heads = as_four(unnest(output)[0] if output.is_nested else output)
+    heads = four_axes(unnest(output)[0] if output.is_nested else output)
 
     def write(new: Tensor) -> Tensor:
         if lengths is None:

@@ -1,7 +1,7 @@
-"""The way in for torch.nn: nn.MultiheadAttention and nn.TransformerEncoderLayer on all their paths.
+"""The hook for torch.nn: nn.MultiheadAttention and nn.TransformerEncoderLayer on all their paths.
 
-The three functions that those modules end in are wrapped where they are looked up, and run unchanged; queries
-and keys are computed again from their arguments. torch's masks say True for *hidden*; only this file knows.
+The three functions that those modules call last are wrapped where they are looked up, and run unchanged; queries and
+keys are computed again from their arguments. In torch's masks True means *hidden*: they are inverted here.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from headscope.watching.hooks.mask_formats import Read, combine, read_mask
 from headscope.watching.hooks.sdpa import causal_from_the_top, resumed, suspended
 from headscope.watching.hooks.watches import (
     Forward,
-    active,
+    active_watches,
     autocast_operands,
-    inside,
-    invisible,
     is_plain_layer,
-    seen,
-    unnoticed,
+    report_call,
+    unwatched,
     watches_of,
+    within_call,
+    without_modes,
 )
 
 __all__ = ["install", "remove"]
@@ -61,9 +61,9 @@ def install(model: nn.Module) -> None:
 def _install() -> None:
     if _ORIGINAL:
         return
-    _wrap(F, "multi_head_attention_forward", _saw_slow)
-    _wrap(torch, "_native_multi_head_attention", _saw_native)
-    _wrap(torch, "_transformer_encoder_layer_fwd", _saw_layer)
+    _wrap(F, "multi_head_attention_forward", _report_slow)
+    _wrap(torch, "_native_multi_head_attention", _report_native)
+    _wrap(torch, "_transformer_encoder_layer_fwd", _report_layer)
     for kind in (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder):
         _wrap_forward(kind)
 
@@ -75,24 +75,24 @@ def remove() -> None:
         setattr(owner, name, original)
 
 
-def _wrap(owner: Any, name: str, saw: Callable[..., Any]) -> None:
+def _wrap(owner: Any, name: str, report: Callable[..., Any]) -> None:
     original = getattr(owner, name)
     _ORIGINAL.append((owner, name, original))
 
     @wraps(original)
     def function(*args: Any, **kwargs: Any) -> Any:
-        if not active():
+        if not active_watches():
             return original(*args, **kwargs)
-        with inside():
+        with within_call():
             result = original(*args, **kwargs)
-        with unnoticed():
-            return saw(result, *args, **kwargs)
+        with without_modes():
+            return report(result, *args, **kwargs)
 
     setattr(owner, name, function)
 
 
 def _wrap_own(kind: type[nn.Module], name: str) -> None:
-    """A method that is not torch's may attend by itself: our modes come back while it runs."""
+    """A method of the user's class may call attention itself: our modes are on while it runs."""
     owner = next(k for k in kind.__mro__ if name in vars(k))
     original = vars(owner)[name]
     wrapped = any(o is owner and n == name for o, n, _ in _ORIGINAL)
@@ -117,22 +117,22 @@ def _wrap_forward(kind: type[nn.Module]) -> None:
 
     @wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with _running(self, args, kwargs):
+        with _entered(self, args, kwargs):
             return original(self, *args, **kwargs)
 
     kind.forward = forward
 
 
 @contextmanager
-def _running(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Iterator[None]:
-    """Inside a torch.nn attention module: its name is known, and no mode of ours turns its fast path off.
+def _entered(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Iterator[None]:
+    """While a torch.nn attention module runs: it is on the stack, and our modes are off, which would end its fast path.
 
-    An nn.TransformerEncoderLayer bears no hooks, so that it tells its watches here that it runs.
+    An nn.TransformerEncoderLayer has no hooks, so its watches enter it here.
     """
     with ExitStack() as undo:
         if is_plain_layer(module):
             _enter(module, args, kwargs, undo)
-        if active():
+        if active_watches():
             stack = _stack()
             stack.append(module)
             undo.callback(stack.pop)
@@ -141,7 +141,7 @@ def _running(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Iterator[N
 
 
 def _enter(module: nn.Module, args: Any, kwargs: dict[str, Any], undo: ExitStack) -> None:
-    """Tell the watches that a module runs which bears no hooks."""
+    """Enter a module that has no hooks, in all its watches."""
     for watch in watches_of(module):
         name = watch.names[id(module)]
         undo.callback(watch.leave, name)
@@ -159,86 +159,88 @@ def _module() -> nn.Module | None:
     return _stack()[-1] if _stack() else None
 
 
-def _saw_slow(result: Any, *args: Any, **kwargs: Any) -> Any:
+def _report_slow(result: Any, *args: Any, **kwargs: Any) -> Any:
     """F.multi_head_attention_forward: [L, B, E], or [L, E] without a batch."""
     bound = _SLOW.bind(*args, **kwargs)
     bound.apply_defaults()
-    given = SimpleNamespace(**bound.arguments)
-    flat = given.query.dim() == 2
-    q, k, v, extra = _project(given, flat)
-    shape = (q.shape[0], given.num_heads, q.shape[2], k.shape[2])
-    padding_read = _read(_rows_of(given.key_padding_mask), shape, extra)
+    arguments = SimpleNamespace(**bound.arguments)
+    flat = arguments.query.dim() == 2
+    q, k, v, extra = _project(arguments, flat)
+    shape = (q.shape[0], arguments.num_heads, q.shape[2], k.shape[2])
+    padding_read = _read(_as_padding(arguments.key_padding_mask), shape, extra)
 
     def candidates(_: Forward) -> Iterator[Scores]:
-        mask = given.attn_mask
-        if mask is not None and given.is_causal:  # a hint that the function may follow instead of the mask
+        mask = arguments.attn_mask
+        if mask is not None and arguments.is_causal:  # the function may use this hint instead of the mask
             yield make_scores(q, k, *combine((causal_from_the_top(shape), None), padding_read), None)
-        yield make_scores(q, k, *combine(_read(_four(mask, shape), shape, extra), padding_read), None)
+        yield make_scores(q, k, *combine(_read(_four_axes(mask, shape), shape, extra), padding_read), None)
 
     returned = result[0].unsqueeze(1) if flat else result[0]
 
     def finish(heads: Tensor, b: Tensor, r: Tensor) -> Tensor:
-        bias = None if given.out_proj_bias is None else given.out_proj_bias.to(heads.dtype)  # under autocast another
-        return F.linear(heads.flatten(-2), given.out_proj_weight.to(heads.dtype), bias)
+        weight, bias = arguments.out_proj_weight.to(heads.dtype), arguments.out_proj_bias  # autocast has another dtype
+        return F.linear(heads.flatten(-2), weight, None if bias is None else bias.to(heads.dtype))
 
     def write(new: Tensor) -> Tensor:
         return finish(new.permute(2, 0, 1, 3), new, new).view_as(result[0])
 
     output = Output(result[0], finish, lambda b, r: returned[r, b], write)
-    dropout = float(given.dropout_p) if given.training else 0.0
-    valid = _valid(given.key_padding_mask, shape)
-    cross = given.query.shape != given.key.shape or given.query.data_ptr() != given.key.data_ptr()
-    call = seen(_module(), "torch.nn", candidates, v, output, dropout, valid=valid, cross=cross)
+    dropout = float(arguments.dropout_p) if arguments.training else 0.0
+    valid = _valid(arguments.key_padding_mask, shape)
+    cross = arguments.query.shape != arguments.key.shape or arguments.query.data_ptr() != arguments.key.data_ptr()
+    call = report_call(_module(), "torch.nn", candidates, v, output, dropout, valid=valid, cross=cross)
     return _edited(call, result)
 
 
 def _edited(call: AttentionCall, result: Any) -> Any:
-    """What the function returns: as it was, or with the output, and the weights if asked for, that an edit made."""
+    """What the function returns: unchanged, or with the output of an edit, and its weights if they were requested."""
     if call.output.raw is result[0]:
         return result
     weights = result[1]
     if isinstance(weights, Tensor) and weights.numel():
-        with invisible():
-            maps = call.matrix().dense(limit=1 << 62).to(weights.dtype)  # torch built it, too
+        with unwatched():
+            maps = call.matrix().dense(limit=1 << 62).to(weights.dtype)  # torch built this map, too
         maps = maps if maps.numel() == weights.numel() else maps.mean(1)
         weights = maps.view_as(weights)
     return call.output.raw, weights
 
 
-def _project(given: SimpleNamespace, flat: bool) -> tuple[Tensor, Tensor, Tensor, int]:
+def _project(arguments: SimpleNamespace, flat: bool) -> tuple[Tensor, Tensor, Tensor, int]:
     """Queries, keys and values [B, H, *, D] from the function's arguments, and how many keys it adds itself."""
-    if given.static_k is not None or given.static_v is not None:
-        raise UnsupportedAttention("multi_head_attention_forward was given static_k or static_v: these are not read.")
-    q, k, v = (x.unsqueeze(1) if flat else x for x in _projected(given))
+    if arguments.static_k is not None or arguments.static_v is not None:
+        raise UnsupportedAttention(
+            "multi_head_attention_forward got static_k or static_v, which are not read: pass key and value instead."
+        )
+    q, k, v = (x.unsqueeze(1) if flat else x for x in _projected(arguments))
     extra = 0
-    if given.bias_k is not None and given.bias_v is not None:
-        k, v = (torch.cat([x, b.expand(1, x.shape[1], -1)]) for x, b in ((k, given.bias_k), (v, given.bias_v)))
+    if arguments.bias_k is not None and arguments.bias_v is not None:
+        k, v = (torch.cat([x, b.expand(1, x.shape[1], -1)]) for x, b in ((k, arguments.bias_k), (v, arguments.bias_v)))
         extra += 1
-    if given.add_zero_attn:
+    if arguments.add_zero_attn:
         k, v = (torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in (k, v))
         extra += 1
-    q, k, v = (x.unflatten(-1, (given.num_heads, -1)).permute(1, 2, 0, 3) for x in autocast_operands(q, k, v))
+    q, k, v = (x.unflatten(-1, (arguments.num_heads, -1)).permute(1, 2, 0, 3) for x in autocast_operands(q, k, v))
     return q, k, v, extra
 
 
-def _projected(given: SimpleNamespace) -> Sequence[Tensor]:
+def _projected(arguments: SimpleNamespace) -> Sequence[Tensor]:
     """The three projections, packed where torch packs them: in half precision the rounding depends on that."""
-    query, key, value = given.query, given.key, given.value
-    if given.use_separate_proj_weight:
-        weights: Sequence[Tensor] = (given.q_proj_weight, given.k_proj_weight, given.v_proj_weight)
+    query, key, value = arguments.query, arguments.key, arguments.value
+    if arguments.use_separate_proj_weight:
+        weights: Sequence[Tensor] = (arguments.q_proj_weight, arguments.k_proj_weight, arguments.v_proj_weight)
     else:
-        weights = given.in_proj_weight.chunk(3)
-    biases = (None, None, None) if given.in_proj_bias is None else given.in_proj_bias.chunk(3)
-    if key is not value or given.use_separate_proj_weight:
+        weights = arguments.in_proj_weight.chunk(3)
+    biases = (None, None, None) if arguments.in_proj_bias is None else arguments.in_proj_bias.chunk(3)
+    if key is not value or arguments.use_separate_proj_weight:
         return [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
     if query is key:
-        return F.linear(query, given.in_proj_weight, given.in_proj_bias).chunk(3, -1)
+        return F.linear(query, arguments.in_proj_weight, arguments.in_proj_bias).chunk(3, -1)
     size = len(weights[0])
-    both = F.linear(key, given.in_proj_weight[size:], None if biases[0] is None else given.in_proj_bias[size:])
+    both = F.linear(key, arguments.in_proj_weight[size:], None if biases[0] is None else arguments.in_proj_bias[size:])
     return [F.linear(query, weights[0], biases[0]), *both.chunk(2, -1)]
 
 
-def _saw_native(
+def _report_native(
     result: Any,
     query: Tensor,
     key: Tensor,
@@ -260,10 +262,10 @@ def _saw_native(
         return F.linear(heads.flatten(-2), proj_weight, proj_bias)
 
     projected = (query, qkv_weight, qkv_bias, num_heads)
-    return _edited(_saw_fast(result[0], projected, (mask, mask_type), finish), result)
+    return _edited(_report_fast(result[0], projected, (mask, mask_type), finish), result)
 
 
-def _saw_layer(
+def _report_layer(
     result: Tensor,
     src: Tensor,
     embed_dim: int,
@@ -310,10 +312,10 @@ def _saw_layer(
     into = norm1(whole) if norm_first else whole
     lengths = _padded(src)[1]
     projected = (into, qkv_weight, qkv_bias, num_heads)
-    return _saw_fast(result, projected, (mask, mask_type), finish, lengths, ".self_attn").output.raw
+    return _report_fast(result, projected, (mask, mask_type), finish, lengths, ".self_attn").output.raw
 
 
-def _saw_fast(
+def _report_fast(
     returned: Tensor,
     projected: tuple[Tensor, Tensor, Tensor, int],
     masked: tuple[Tensor | None, int | None],
@@ -330,8 +332,8 @@ def _saw_fast(
 
     def candidates(_: Forward) -> Iterator[Scores]:
         mask, kind = masked
-        hidden = None if mask is None else mask.bool()  # what the op itself makes of it: any number but 0 hides
-        hidden = _rows_of(hidden) if kind == 1 else _four(hidden, shape)
+        hidden = None if mask is None else mask.bool()  # as the op reads it: any number but 0 hides
+        hidden = _as_padding(hidden) if kind == 1 else _four_axes(hidden, shape)
         read = _read(hidden, shape, 0)
         yield make_scores(q, k, *(read if lengths is None else combine(read, (padding(lengths), None))), None)
 
@@ -346,7 +348,7 @@ def _saw_fast(
     if masked[1] == 1 and masked[0] is not None:
         valid = ~masked[0].bool()
     output = Output(returned, finish, lambda b, r: outputs[b, r], write)
-    return seen(_module(), "torch.nn", candidates, v, output, suffix=suffix, valid=valid)
+    return report_call(_module(), "torch.nn", candidates, v, output, suffix=suffix, valid=valid)
 
 
 def _padded(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -357,7 +359,7 @@ def _padded(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
     return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), lengths
 
 
-def _four(mask: Tensor | None, shape: tuple[int, int, int, int]) -> Tensor | None:
+def _four_axes(mask: Tensor | None, shape: tuple[int, int, int, int]) -> Tensor | None:
     """[L, S], [1, L, S], [B·H, L, S] or 4-D as 4-D."""
     if mask is None or mask.dim() == 4:
         return mask
@@ -366,19 +368,19 @@ def _four(mask: Tensor | None, shape: tuple[int, int, int, int]) -> Tensor | Non
     return mask.view(shape[0], shape[1], *mask.shape[-2:])
 
 
-def _rows_of(mask: Tensor | None) -> Tensor | None:
+def _as_padding(mask: Tensor | None) -> Tensor | None:
     """A key padding mask [B, S] (or [S]) as [B, 1, 1, S]."""
     return None if mask is None else mask.view(-1, 1, 1, mask.shape[-1])
 
 
 def _read(mask: Tensor | None, shape: tuple[int, int, int, int], extra: int) -> Read:
-    """A torch.nn mask, bool (True: hidden) or additive; ``extra`` keys were added behind it."""
+    """A torch.nn mask, bool (True: hidden) or additive; ``extra`` keys were added after it."""
     if mask is None:
         return None, None
-    seen_or_bias = ~mask if mask.dtype == torch.bool else mask
+    visible_or_bias = ~mask if mask.dtype == torch.bool else mask
     if extra:
-        seen_or_bias = F.pad(seen_or_bias, (0, extra), value=mask.dtype == torch.bool)
-    return read_mask(seen_or_bias, shape)
+        visible_or_bias = F.pad(visible_or_bias, (0, extra), value=mask.dtype == torch.bool)
+    return read_mask(visible_or_bias, shape)
 
 
 def _valid(mask: Tensor | None, shape: tuple[int, int, int, int]) -> Tensor | None:

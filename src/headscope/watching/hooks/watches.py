@@ -1,4 +1,4 @@
-"""Who watches which model: module names, forwards, and what happens when an attention call is seen."""
+"""The watches of running models: module names, forwards, and what happens at an attention call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,16 @@ from headscope.ops.scores import Scores
 from headscope.watching.hooks.call import AttentionCall, Output
 from headscope.watching.hooks.proof import Proved, prove
 
-__all__ = ["Forward", "Watch", "active", "inside", "invisible", "running", "seen", "unnoticed"]
+__all__ = [
+    "Forward",
+    "Watch",
+    "active_watches",
+    "report_call",
+    "running_module",
+    "unwatched",
+    "within_call",
+    "without_modes",
+]
 
 
 @dataclass(eq=False)
@@ -27,14 +36,14 @@ class Forward:
     """One forward of the watched model, from its outermost module in to out."""
 
     root: str
-    valid: Tensor | None  # [B, S] bool, from the attention_mask the outermost module was given
+    valid: Tensor | None  # [B, S] bool, from the attention_mask that the outermost module got
     ran: set[str] = field(default_factory=set)
     stack: list[str] = field(default_factory=list)
-    across: set[str] = field(default_factory=set)  # modules whose last call was given another sequence to attend to
+    cross_modules: set[str] = field(default_factory=set)  # modules whose last call got another sequence to attend to
     counts: dict[str, int] = field(default_factory=dict)
     masks: dict[Any, Any] = field(default_factory=dict)  # masks already read in this forward
-    number: int = 0  # of the site whose call is handed out, in the order in which the watch saw sites first
-    failed: bool = False  # it ended by an exception
+    number: int = 0  # of the site whose call is reported, in the order of first calls
+    failed: bool = False  # it ended with an exception
     handling: BaseException | None = field(default_factory=sys.exception)  # what was being handled when it began
 
 
@@ -78,13 +87,13 @@ class Watch:
             self._handles.append(module.register_forward_hook(after, always_call=True))
 
     def detach(self) -> None:
-        """Take the hooks off again; end a forward that was left without them (KeyboardInterrupt)."""
+        """Remove the hooks; end a forward whose end they missed (KeyboardInterrupt)."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         if self.forward is not None:
             self._local.forward = None
-            ways_leave()
+            end_forward()
 
     def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -99,17 +108,17 @@ class Watch:
         """A module starts. The outermost one starts a forward."""
         if self.forward is None:
             if torch._C._current_graph_task_id() != -1:
-                return  # a backward pass computes something again: it was seen before
+                return  # a backward pass computes a layer again: its calls were reported before
             if self.edit is not None:
                 refuse_checkpointing(self.model)
-            with unnoticed():
+            with without_modes():
                 self._local.forward = Forward(name, read_valid(module, args, kwargs))
-            ways_enter()
+            begin_forward()
         forward = self.forward
         if forward is not None:
             forward.stack.append(name)
             forward.ran.add(name)
-            (forward.across.add if _has_source(kwargs) else forward.across.discard)(name)
+            (forward.cross_modules.add if _has_source(kwargs) else forward.cross_modules.discard)(name)
 
     def leave(self, name: str) -> None:
         """A module ends, also by an exception. The outermost one ends the forward."""
@@ -121,7 +130,7 @@ class Watch:
         if not forward.stack:
             self._local.forward = None
             forward.failed = sys.exception() is not forward.handling
-            ways_leave()
+            end_forward()
             if self.on_end is not None:
                 self.on_end(forward)
 
@@ -132,18 +141,17 @@ class Watch:
 
     def name_of(self, module: nn.Module | None) -> str:
         """The module's name in the watched model, or that of the innermost module running."""
-        known = self.names.get(id(module)) if module is not None else None
-        forward = self.forward
-        if known is None:
-            known = forward.stack[-1] if forward is not None and forward.stack else ""
-        return known
+        name = self.names.get(id(module)) if module is not None else None
+        if name is not None:
+            return name
+        return self.forward.stack[-1] if self.forward is not None and self.forward.stack else ""
 
 
 _WATCHES: list[Watch] = []
 _SOURCES = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 _local = threading.local()
-_ON_ENTER: list[Callable[[], None]] = []
-_ON_LEAVE: list[Callable[[], None]] = []
+_ON_BEGIN: list[Callable[[], None]] = []
+_ON_END: list[Callable[[], None]] = []
 
 
 def is_plain_layer(module: nn.Module) -> bool:
@@ -155,9 +163,9 @@ def is_plain_layer(module: nn.Module) -> bool:
     return forward is torchs or not {"super", "TransformerEncoderLayer"}.isdisjoint(called)
 
 
-def running() -> nn.Module | None:
+def running_module() -> nn.Module | None:
     """The innermost module of a watched model that runs in this thread."""
-    for watch in active():
+    for watch in active_watches():
         if watch.forward is not None and watch.forward.stack:
             return watch.model.get_submodule(watch.forward.stack[-1])
     return None
@@ -168,19 +176,19 @@ def watches_of(module: nn.Module) -> list[Watch]:
     return [watch for watch in list(_WATCHES) if id(module) in watch.names]
 
 
-def ways_enter() -> None:
-    """Switch on what must be on in a thread while a watched model runs in it."""
-    for action in _ON_ENTER:
+def begin_forward() -> None:
+    """Switch on the modes that a thread needs while a watched model runs in it."""
+    for action in _ON_BEGIN:
         action()
 
 
-def ways_leave() -> None:
-    """Switch it off again."""
-    for action in _ON_LEAVE:
+def end_forward() -> None:
+    """Switch them off again."""
+    for action in _ON_END:
         action()
 
 
-def active() -> list[Watch]:
+def active_watches() -> list[Watch]:
     """The watches whose model is running in this thread, in the order in which they began."""
     if getattr(_local, "depth", 0):
         return []
@@ -188,8 +196,8 @@ def active() -> list[Watch]:
 
 
 @contextmanager
-def inside() -> Iterator[None]:
-    """While a call that is being watched runs: what it calls further down is the same call."""
+def within_call() -> Iterator[None]:
+    """While a watched call runs: attention functions that it calls are part of it, not calls of their own."""
     _local.depth = getattr(_local, "depth", 0) + 1
     try:
         yield
@@ -198,23 +206,23 @@ def inside() -> Iterator[None]:
 
 
 @contextmanager
-def unnoticed() -> Iterator[None]:
-    """Our own computations on a call's operands: no mode of anybody's sees them."""
+def without_modes() -> Iterator[None]:
+    """For our own computations on the operands of a call: no mode sees them, the user's or ours."""
     with torch._C.DisableTorchFunction(), _disable_current_modes():
         yield
 
 
 @contextmanager
-def invisible() -> Iterator[None]:
-    """The same, without gradients, without autocast, and without seeing ourselves."""
-    with inside(), unnoticed(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+def unwatched() -> Iterator[None]:
+    """The same, without gradients and autocast, and not watched."""
+    with within_call(), without_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         yield
 
 
 def cached(forward: Forward, key: Any, keep: Any, make: Callable[[], Any]) -> Any:
-    """``make()``, once a forward for each key; ``keep`` stays alive so that ids stay its own.
+    """``make()``, computed once per forward and key; ``keep`` stays alive, so that its id is not used again.
 
-    A tensor that may have been written into since is read again.
+    A tensor that may have been written into since then is read again.
     """
     key = (key, _version(keep))
     if key not in forward.masks or key[1] is None:
@@ -222,13 +230,13 @@ def cached(forward: Forward, key: Any, keep: Any, make: Callable[[], Any]) -> An
     return forward.masks[key][0]
 
 
-def _version(kept: Any) -> int | None:
-    if not isinstance(kept, Tensor):
+def _version(value: Any) -> int | None:
+    if not isinstance(value, Tensor):
         return 0
-    return None if kept.is_inference() else kept._version
+    return None if value.is_inference() else value._version
 
 
-def seen(
+def report_call(
     module: nn.Module | None,
     way: str,
     candidates: Callable[[Forward], Iterable[Scores]],
@@ -240,7 +248,7 @@ def seen(
     logsumexp: Tensor | None = None,
     cross: bool = False,
 ) -> AttentionCall:
-    """An attention call has run: prove it, edit it, hand it to the watches. Gives the call as edited.
+    """An attention call has run: prove it, edit it, pass it to the watches. Returns the call as edited.
 
     ``logsumexp`` [B, H, L] is what its kernel gave, if it gave any; the proof is made with it. ``cross``: the keys are
     known to be another sequence's.
@@ -248,32 +256,32 @@ def seen(
     Raises:
         ProofError: no candidate reading explains the output; UnsupportedAttention: an edit under dropout.
     """
-    watches = active()
+    watches = active_watches()
     forwards = [watch.forward for watch in watches]
     first = next(f for f in forwards if f is not None)
     name = (watches[0].name_of(module) + suffix).removeprefix(".")
-    with invisible():
+    with unwatched():
         readings = list(candidates(first))
-        found = Proved(readings[0], None, None)
+        reading = Proved(readings[0], None, None)
         if not dropout_p:
             text = valid if valid is not None else first.valid
-            found = prove(name or "the model", readings, value, output, text, logsumexp)
-    cross = cross or _is_cross(module, first, found.scores)
+            reading = prove(name or "the model", readings, value, output, text, logsumexp)
+    cross = cross or _is_cross(module, first, reading.scores)
     call = AttentionCall(
         name,
         0,
         way,
-        found.scores,
+        reading.scores,
         value,
         output,
         dropout_p,
-        found.difference,
+        reading.difference,
         is_cross=cross,
-        logsumexp=found.logsumexp,
+        logsumexp=reading.logsumexp,
     )
-    with inside():
+    with within_call():
         for watch, forward in zip(watches, forwards, strict=True):
-            assert forward is not None  # active() gives only those
+            assert forward is not None  # active_watches() gives only those
             own = (watch.name_of(module) + suffix).removeprefix(".")
             occurrence = forward.counts.get(own, 0)
             forward.counts[own] = occurrence + 1
@@ -289,19 +297,19 @@ def seen(
 
 
 def _is_cross(module: nn.Module | None, forward: Forward, scores: Scores) -> bool:
-    """What a module says of itself, or was given; or keys of another number in a module that is not causal."""
-    if getattr(module, "is_cross", False) or (forward.stack and forward.stack[-1] in forward.across):
+    """Whether the module says so or got another sequence, or it is not causal and has another number of keys."""
+    if getattr(module, "is_cross", False) or (forward.stack and forward.stack[-1] in forward.cross_modules):
         return True
     return scores.shape[2] != scores.shape[3] and getattr(module, "is_causal", None) is False
 
 
 def _has_source(kwargs: dict[str, Any]) -> bool:
-    """Whether a module was given the states of another sequence, under the names that transformers uses."""
+    """Whether a module got the states of another sequence, under the names that transformers uses."""
     return any(kwargs.get(name) is not None for name in _SOURCES)
 
 
 def autocast_operands(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What the kernel receives: autocast turns float32 into its own dtype before it."""
+    """The operands as the kernel receives them: autocast converts float32 to its own dtype first."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -310,26 +318,26 @@ def autocast_operands(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def read_valid(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """Which positions are text, [B, S], if the outermost module was told in an attention_mask.
+    """Which positions are text, [B, S], from the attention_mask of the outermost module; None: it got none.
 
-    Of a 4-D one (generate() makes it for a static cache): what some query may see, without the room behind the last.
+    In a 4-D mask (generate() makes one for a static cache): the keys that some query may see, up to the last of them.
     """
     mask = kwargs.get("attention_mask")
     if mask is None and args:
-        names = inspect.signature(module.forward).parameters  # of what is wrapped, if it is wrapped
+        names = inspect.signature(module.forward).parameters  # of the wrapped function, if it is wrapped
         mask = dict(zip(names, args, strict=False)).get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask.detach().bool()
     if isinstance(mask, Tensor) and mask.dim() == 4 and not (mask.is_floating_point() and bool((mask > 0).any())):
-        seen = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
-        keys = seen.detach().flatten(1, 2).any(1)
+        visible = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
+        keys = visible.detach().flatten(1, 2).any(1)
         used = keys.any(0).nonzero()
         return keys[:, : int(used[-1]) + 1] if len(used) else None
     return None
 
 
 def refuse_compiled(model: nn.Module) -> None:
-    """A compiled model runs code in which hooks and lookups no longer exist."""
+    """Raise UnsupportedAttention for a compiled model: its code has no hooks and no lookups."""
     for name, module in model.named_modules():
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             where = f"module {name!r} of the model" if name else "the model"
@@ -341,7 +349,7 @@ def refuse_compiled(model: nn.Module) -> None:
 
 
 def refuse_checkpointing(model: nn.Module) -> None:
-    """The recomputation of a checkpoint would run after the edit has ended, without it."""
+    """Raise EditError where a checkpoint would compute layers again after the edit has ended."""
     if not torch.is_grad_enabled():
         return
     for name, module in model.named_modules():

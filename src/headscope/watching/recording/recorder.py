@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from headscope.errors import NothingSeen, RecordingError
 from headscope.ops.matrix import AttentionMatrix
 from headscope.ops.reductions import Reduction, check_reductions
-from headscope.watching.hooks import AttentionCall, Forward, invisible, watch
+from headscope.watching.hooks import AttentionCall, Forward, unwatched, watch
 from headscope.watching.recording.file import Contents, load, save
 from headscope.watching.recording.run import Answer, Call, Layers, Run, layers_of
 from headscope.watching.recording.site import Site, capture
@@ -157,17 +157,17 @@ class _Recorder:
             if self.reduce is not None:
                 self._answer(call)
             else:
-                with invisible() if self.detach else torch.enable_grad():
+                with unwatched() if self.detach else torch.enable_grad():
                     captured = capture(call, self.keep, self.detach)
                 self._pending.setdefault(id(forward), []).append(captured)
         elif self.reduce is None and not call.is_cross and id(forward) not in self._witness:
-            with invisible():
+            with unwatched():
                 self._witness[id(forward)] = capture(call, ("query", "key"), True)
         if self.on_call is not None:
             self.on_call(call)
 
     def _answer(self, call: AttentionCall) -> None:
-        with invisible():
+        with unwatched():
             if callable(self.reduce) and not isinstance(self.reduce, Reduction):
                 values = self.reduce(call)
             else:
@@ -177,7 +177,7 @@ class _Recorder:
 
     def ended(self, forward: Forward) -> None:
         """A forward is over: it continues this thread's run, or begins another. One that failed is no run."""
-        with self._lock, invisible():
+        with self._lock, unwatched():
             calls, witness = self._pending.pop(id(forward), []), self._witness.pop(id(forward), None)
             if forward.failed:
                 return

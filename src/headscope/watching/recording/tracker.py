@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from headscope.watching.hooks import AttentionCall, Forward, invisible
+from headscope.watching.hooks import AttentionCall, Forward, unwatched
 from headscope.watching.recording.continuation import follows, without_blank_cache
 
 __all__ = ["Place", "Tracker"]
@@ -37,7 +37,7 @@ class Tracker:
         otherwise the same keys are the same text once more.
         """
         site = (threading.get_ident(), call.name, call.occurrence)
-        with invisible():
+        with unwatched():
             scores = without_blank_cache(call.scores)
             _, _, rows, keys = scores.shape
             before = self._held.get(site)
