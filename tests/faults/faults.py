@@ -212,15 +212,15 @@ def a_decoder_looks_ahead(original: Any) -> Any:
 # ---------------------------------------------------------------- watching
 
 
-@fault("headscope.watching.hooks.watches:seen", "watching/test_hooks.py::test_a_nanogpt_block_is_causal")
+@fault("headscope.watching.hooks.watches:report_call", "watching/test_hooks.py::test_a_nanogpt_block_is_causal")
 def recording_changes_what_the_model_computes(original: Any) -> Any:
     from headscope.watching.hooks import with_output
 
-    def seen(*args: Any, **kwargs: Any) -> Any:
+    def report_call(*args: Any, **kwargs: Any) -> Any:
         call = original(*args, **kwargs)
         return with_output(call, call.head_outputs() * (1 + 1e-5))
 
-    return seen
+    return report_call
 
 
 @fault(
@@ -250,7 +250,7 @@ def true_means_visible_in_a_mask_of_torch_nn(original: Any) -> Any:
 
 
 @fault(
-    "headscope.watching.recording.site:SiteCalls._cut",
+    "headscope.watching.recording.site:Site._cut",
     "watching/test_generate.py::test_drafts_that_were_rejected_are_dropped",
 )
 def rows_of_rejected_drafts_stay_in_the_matrix(original: Any) -> Any:
