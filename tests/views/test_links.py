@@ -169,7 +169,7 @@ def test_a_head_that_is_not_there(recording: Recording, written: str, message: s
 
 def test_progress_counts_the_layers(smollm2: models.Loaded, tokens: Tokens) -> None:
     told: list[tuple[int, int]] = []
-    record_text(smollm2, tokens, on_layer=lambda done, of: told.append((done, of)))
+    record_text(smollm2, tokens, on_progress=lambda done, of: told.append((done, of)))
     assert told == [(i, 30) for i in range(1, 31)]
 
 
