@@ -324,7 +324,7 @@ def test_collections_that_can_give_no_role_are_said(decoder: Loaded) -> None:
     told = "small has 9 documents (5 to pick heads, 4 to confirm them): too few for roles that come from it, "
     assert told + "which take 5 of each." in notes
     assert not any(note.startswith("large has") for note in notes)
-    unclassed = "gives no parts of speech: a head with a role from it may look at any word of the right kind."
+    unclassed = "gives no parts of speech: a head with a role from it may attend to any word of the right class."
     assert f"large {unclassed}" in notes
     frames = profile(decoder, texts=documents("owl"), relations=few(), plan=plan)
     assert not any("parts of speech" in note for note in frames.measured.notes)

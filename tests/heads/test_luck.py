@@ -13,15 +13,15 @@ from headscope.heads.relations import (
     Example,
     RelationCounts,
     RelationScore,
-    count_blind,
+    count_class_baseline,
     count_controls,
     count_hits,
     scores,
-    strongest,
+    strongest_words,
 )
 from headscope.heads.relations.counts import direction_of
-from headscope.heads.relations.evaluate import questions_of
-from headscope.heads.relations.hits import numbered
+from headscope.heads.relations.evaluate import directed_pairs
+from headscope.heads.relations.hits import class_ids
 from headscope.heads.relations.score import LEAD, LEVEL
 from headscope.heads.relations.sentences.languages import load_language
 from tests.sentences import CHINESE, ENGLISH, one_a_frame
@@ -137,19 +137,19 @@ def ask(counts: RelationCounts, example: Example, word_map: Tensor, askers: Tens
     Each is A heads, [A, W] bool: one that looks so from some words, and from others at all words alike.
     """
     words = len(example.words)
-    questions = questions_of(example, [True] * words, causal=causal)
+    questions = directed_pairs(example, [True] * words, causal=causal)
     if not questions:
         return
     query, gold = (torch.tensor([getattr(q, name) for q in questions]) for name in ("query", "gold"))
     here = torch.ones(1, words, dtype=torch.bool)
-    classes, text = numbered(example)[None], torch.zeros_like(query)
+    classes, text = class_ids(example)[None], torch.zeros_like(query)
     rows, everyone = word_map[None], torch.arange(words)[None]
     by_asker = askers[:, query].T[:, :, None]  # [N, A, 1]
     hits = (count_hits(rows, query, text, query, gold, here, causal=causal)[:, None] & by_asker).flatten(1).double()
-    look = strongest(rows, everyone, here, causal=causal)[:, None]  # [1, 1, H, W]
+    look = strongest_words(rows, everyone, here, causal=causal)[:, None]  # [1, 1, H, W]
     looks = look.where(askers[:, None] | (look == -2), -1).flatten(1, 2)
     controls = count_controls(looks, everyone, text, query, gold, classes, causal=causal).double()
-    blind, contested = count_blind(rows, query, text, query, gold, here, classes, causal=causal)
+    blind, contested = count_class_baseline(rows, query, text, query, gold, here, classes, causal=causal)
     blind = (blind[:, None] * by_asker).flatten(1)
     for n, asked in enumerate(questions):
         key = (asked.relation, direction_of(asked.relation, asked.reverse), example.half)
@@ -187,7 +187,7 @@ def test_no_head_has_a_role_for_the_right_class_at_a_place(examples: list[Exampl
     found = scores(counts)
     assert len({row.direction for row in found}) >= (2 if examples is CHINESE else 12)
     lucky = [row for row in found if is_good(row, 10) and not by_nature(row, heads[row.head][2])]
-    assert [(row.direction, heads[row.head], row.accuracy, row.null, row.blind) for row in lucky] == []
+    assert [(row.direction, heads[row.head], row.accuracy, row.null, row.class_baseline) for row in lucky] == []
 
 
 def by_nature(row: RelationScore, way: str) -> bool:
@@ -204,7 +204,7 @@ def by_nature(row: RelationScore, way: str) -> bool:
 def is_good(row: RelationScore, tests: int = 1) -> bool:
     """Whether a head would have the role among so many heads and directions."""
     leads = row.accuracy >= max(row.baseline, row.control) + LEAD
-    rivals = not row.contested or row.contested_accuracy >= row.blind + LEAD
+    rivals = not row.contested or row.contested_accuracy >= row.class_baseline + LEAD
     return row.picked_p < LEVEL and row.p * tests < LEVEL and leads and rivals
 
 
@@ -237,7 +237,7 @@ def test_heads_that_ask_from_some_words_alone_are_counted_as_if_written_out(caus
         every = torch.ones(1, width, dtype=torch.bool)
         ask(written, example, (word_map * askers[:, None, :, None]).flatten(0, 1), every, causal=causal)
         for key in written.keys:
-            for name in ("hits", "controls", "contested_hits", "blind"):
+            for name in ("hits", "controls", "contested_hits", "class_baseline"):
                 both = (getattr(counts.tally(*key), name) for counts in (short, written))
                 torch.testing.assert_close(*both, msg=lambda told, name=name: f"{name}: {told}")
 
@@ -250,14 +250,14 @@ def test_one_word_of_a_class_for_another_by_hand() -> None:
     rows[0, :, 3, 1] = 0.9
     query, gold, text = torch.tensor([4, 3]), torch.tensor([0, 1]), torch.tensor([0, 0])
     here = torch.ones(1, 5, dtype=torch.bool)
-    blind, contested = count_blind(rows, query, text, query, gold, here, classes, causal=True)
+    blind, contested = count_class_baseline(rows, query, text, query, gold, here, classes, causal=True)
     assert blind[0].tolist() == [0.5, 0.5, 0]  # the right word or its rival: one of two
     assert contested.tolist() == [True, False]  # word 1 is the only one of its class
     unseen = here.clone()
     unseen[0, 2] = False  # a rival without tokens is none
-    assert not count_blind(rows, query, text, query, gold, unseen, classes, causal=True)[1].any()
+    assert not count_class_baseline(rows, query, text, query, gold, unseen, classes, causal=True)[1].any()
     none = torch.full_like(classes, -1)
-    assert not count_blind(rows, query, text, query, gold, here, none, causal=True)[1].any()
+    assert not count_class_baseline(rows, query, text, query, gold, here, none, causal=True)[1].any()
 
 
 def test_others_of_the_class_that_asks_are_the_control_by_hand() -> None:
@@ -266,7 +266,7 @@ def test_others_of_the_class_that_asks_are_the_control_by_hand() -> None:
     rows[0, 0, 1, 0], rows[0, 0, 2, 0], rows[0, 0, 3, 1], rows[0, 0, 4, 0] = 0.9, 0.9, 0.9, 0.9
     query, gold, text = torch.tensor([5]), torch.tensor([0]), torch.tensor([0])
     here, everyone = torch.ones(1, 6, dtype=torch.bool), torch.arange(6)[None]
-    looks = strongest(rows, everyone, here, causal=True)
+    looks = strongest_words(rows, everyone, here, causal=True)
     assert looks.tolist() == [[[-2, -2, 0, 1, 0, -1]]]  # word 5 looks at all alike
 
     def control(classes: list[int]) -> float:
@@ -285,7 +285,7 @@ def test_words_that_cannot_see_the_right_word_are_no_control() -> None:
     rows[0, 0, 4, 3], rows[0, 0, 2, 1] = 0.9, 0.9
     query, gold, text = torch.tensor([5]), torch.tensor([3]), torch.tensor([0])
     here, everyone = torch.ones(1, 6, dtype=torch.bool), torch.arange(6)[None]
-    looks = strongest(rows, everyone, here, causal=True)
+    looks = strongest_words(rows, everyone, here, causal=True)
     classes = torch.tensor([[-1, -1, 1, -1, -1, 1]])
     assert float(count_controls(looks, everyone, text, query, gold, classes, causal=True)) == 1
 
@@ -296,7 +296,7 @@ def test_a_head_that_looks_back_alone_is_compared_with_what_looks_back() -> None
     rows[0, 0, :3, 3], rows[0, 0, 4, 0] = 0.9, 0.9
     query, gold, text = torch.tensor([0]), torch.tensor([3]), torch.tensor([0])
     here, everyone = torch.ones(1, 5, dtype=torch.bool), torch.arange(5)[None]
-    looks = strongest(rows, everyone, here, causal=False)
+    looks = strongest_words(rows, everyone, here, causal=False)
     assert float(count_controls(looks, everyone, text, query, gold, torch.full((1, 5), -1), causal=False)) == 1
 
 
@@ -309,12 +309,12 @@ def test_among_rivals_a_head_must_be_better_than_blind() -> None:
             rivals = blind if cluster < 20 else None
             counts.add(("r", "r", half), f"{half} {cluster}", hits, -2 - cluster % 20, None, rivals)
     right, led, half_right = scores(counts)
-    assert (right.contested, right.contested_accuracy, right.blind) == (20, 1, 0.5)
+    assert (right.contested, right.contested_accuracy, right.class_baseline) == (20, 1, 0.5)
     assert right.role
     assert led.p_holm < LEVEL
     assert not led.role  # its lead is too small
-    assert half_right.accuracy == half_right.contested_accuracy == half_right.blind == 0.5
+    assert half_right.accuracy == half_right.contested_accuracy == half_right.class_baseline == 0.5
     assert not half_right.role
     assert half_right.p == 1
     assert led.null == pytest.approx(1 - LEAD / 4)  # in half of the pairs it has no rival
-    assert half_right.null == half_right.lucky == 0.5
+    assert half_right.null == half_right.class_null == 0.5

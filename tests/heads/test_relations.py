@@ -15,21 +15,21 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from headscope.errors import HeadscopeError
-from headscope.heads.examples import pair_looks
+from headscope.heads.examples import pair_examples
 from headscope.heads.relations import (
     Example,
     Pair,
     RelationCounts,
     best_heads,
+    can_read,
     count_controls,
     count_hits,
     count_relations,
     evaluate,
-    reads,
     scores,
-    strongest,
+    strongest_words,
 )
-from headscope.heads.relations.evaluate import questions_of, words_of_tokens
+from headscope.heads.relations.evaluate import directed_pairs, words_of_tokens
 from headscope.models.loading import Loaded
 from headscope.models.tokens import tokenize
 from headscope.watching.recording import record
@@ -81,11 +81,11 @@ def test_words_without_tokens_are_no_choice() -> None:
 
 def test_which_questions_are_asked() -> None:
     e = example("a b c d", (3, 0), (0, 2), (1, 0), (2, 2))
-    everything = [(q.reverse, q.query, q.gold) for q in questions_of(e, [True] * 4, causal=False)]
+    everything = [(q.reverse, q.query, q.gold) for q in directed_pairs(e, [True] * 4, causal=False)]
     assert everything == [(False, 3, 0), (True, 0, 3), (False, 0, 2), (True, 2, 0), (False, 1, 0), (True, 0, 1)]
-    back = [(q.reverse, q.query, q.gold) for q in questions_of(e, [True] * 4, causal=True)]
+    back = [(q.reverse, q.query, q.gold) for q in directed_pairs(e, [True] * 4, causal=True)]
     assert back == [(False, 3, 0), (True, 2, 0)]  # b has only a to choose from
-    gone = [(q.reverse, q.query, q.gold) for q in questions_of(e, [True, False, True, True], causal=True)]
+    gone = [(q.reverse, q.query, q.gold) for q in directed_pairs(e, [True, False, True, True], causal=True)]
     assert gone == [(False, 3, 0)]  # and now c has only a
 
 
@@ -123,7 +123,7 @@ def same(left: RelationCounts, right: RelationCounts) -> bool:
     for key in left.keys:
         one, other = left.tally(*key), right.tally(*key)
         assert one.clusters == other.clusters
-        for name in ("hits", "pairs", "offsets", "contested", "contested_hits", "controls", "blind"):
+        for name in ("hits", "pairs", "offsets", "contested", "contested_hits", "controls", "class_baseline"):
             torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=1e-5)
     return True
 
@@ -167,7 +167,7 @@ def test_hits_are_those_of_a_plain_computation(letters: Loaded, counted: Relatio
 
 def test_padding_and_batches_change_nothing(letters: Loaded, counted: RelationCounts) -> None:
     seen: list[tuple[int, int]] = []
-    alone = count_relations(letters, SOME, batch_tokens=1, on_batch=lambda done, of: seen.append((done, of)))
+    alone = count_relations(letters, SOME, batch_tokens=1, on_progress=lambda done, of: seen.append((done, of)))
     assert same(alone, counted)
     assert seen == [(i, len(SOME)) for i in range(1, len(SOME) + 1)]
 
@@ -183,7 +183,7 @@ def test_where_memory_does_not_suffice_batches_are_halved_and_it_is_said(
         return whole(loaded, batch)
 
     monkeypatch.setattr(evaluate, "_count_batch", small)
-    found = count_relations(letters, SOME, on_note=notes.append, on_batch=lambda now, of: done.append(now))
+    found = count_relations(letters, SOME, on_note=notes.append, on_progress=lambda now, of: done.append(now))
     assert same(found, counted)
     assert done == sorted(done)
     assert done[-1] == len(SOME)
@@ -252,12 +252,12 @@ def test_sentences_that_the_tokenizer_drops_are_left_out_and_said(letters: Loade
     counts = count_relations(model, [odd, example("a b c d", (3, 0))], on_note=notes.append)
     assert counts.examples == 1
     assert notes == ["Sentences of which the tokenizer keeps nothing were left out: 1."]
-    assert reads(model, ["\u200b", "a b"]) == (True, "")
+    assert can_read(model, ["\u200b", "a b"]) == (True, "")
 
 
 def test_examples_pass_over_what_the_model_cannot_read(letters: Loaded) -> None:
     short, long = example("a b c d", (3, 0)), example("a b c d e f g", (6, 0))
-    shown = pair_looks(loaded(letters.model, letters.tokenizer, context=7), [long, short], "r", 0, 0)
+    shown = pair_examples(loaded(letters.model, letters.tokenizer, context=7), [long, short], "r", 0, 0)
     assert [look.text for look in shown] == ["a b c d"]
 
 
@@ -271,7 +271,7 @@ def test_examples_are_right_where_they_were_counted_as_right(letters: Loaded, re
     assert hits.any()
     for layer in range(hits.shape[0]):
         for head in range(hits.shape[1]):
-            shown = pair_looks(letters, [*halves, odd], "r", layer, head, reverse=reverse)
+            shown = pair_examples(letters, [*halves, odd], "r", layer, head, reverse=reverse)
             assert sum(look.hit for look in shown) == hits[layer, head]
             assert all((look.chosen == look.gold) == look.hit for look in shown)
 
@@ -414,7 +414,7 @@ def test_a_head_that_was_built_for_a_relation_gets_its_role() -> None:
     """A map that puts all weight on the gold word of every coreference pair, and another that looks one back."""
     counts = RelationCounts([2])
     for e in of("coreference", 0) + of("coreference", 1):
-        for question in questions_of(e, [True] * len(e.words), causal=True):
+        for question in directed_pairs(e, [True] * len(e.words), causal=True):
             width = len(e.words)
             rows = torch.zeros(2, width)
             rows[0, question.gold] = 1
@@ -430,8 +430,8 @@ def test_a_head_that_was_built_for_a_relation_gets_its_role() -> None:
 
 
 def test_a_model_reads_what_it_has_tokens_for(letters: Loaded) -> None:
-    assert reads(letters, ["The king slept", "I saw it"]) == (True, "")
-    good, reason = reads(letters, ["The king 睡"])
+    assert can_read(letters, ["The king slept", "I saw it"]) == (True, "")
+    good, reason = can_read(letters, ["The king 睡"])
     assert not good
     assert reason == "12% of the tokens are unknown to it, more than 5%"
 
@@ -440,11 +440,11 @@ def test_chinese_in_bytes_is_not_read() -> None:
     inner = Tokenizer(token_models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model = loaded(torch.nn.Identity(), PreTrainedTokenizerFast(tokenizer_object=inner))
-    assert reads(model, ["我把苹果给了她。"]) == (
+    assert can_read(model, ["我把苹果给了她。"]) == (
         False,
-        "it needs 3.00 tokens for a Chinese character, more than 1.2",
+        "it needs 3.00 tokens per Chinese character, more than 1.2",
     )
-    assert reads(model, ["abc def"]) == (True, "")
+    assert can_read(model, ["abc def"]) == (True, "")
 
 
 def test_what_other_words_look_at_by_hand() -> None:
@@ -455,10 +455,10 @@ def test_what_other_words_look_at_by_hand() -> None:
     where = torch.arange(5)[None], torch.tensor([0]), torch.tensor([4]), torch.tensor([1])
     present = torch.ones(1, 5, dtype=torch.bool)
     none = torch.full((1, 5), -1)
-    looks = strongest(rows, where[0], present, causal=True)
+    looks = strongest_words(rows, where[0], present, causal=True)
     assert looks.tolist() == [[[-2, -2, 1, 2, 1], [-2, -2, 1, 1, 1]]]  # words 0 and 1 have nothing to choose
     assert count_controls(looks, *where, none, causal=True).tolist() == [[0.5, 1.0]]
-    looks = strongest(rows, where[0], present, causal=False)
+    looks = strongest_words(rows, where[0], present, causal=False)
     assert count_controls(looks, *where, none, causal=False)[0, 0] == pytest.approx(2 / 3)  # word 0 sees it as well
 
 

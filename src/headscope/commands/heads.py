@@ -327,7 +327,7 @@ def _frames() -> dict[str, list[Example]]:
 
 def _examples(atlas: HeadAtlas, loaded: models.Loaded, layer: int, head: int, given: Sequence[corpus.Document]) -> None:
     """Examples from the texts and sentences that the atlas was made of, as far as they are still here."""
-    from headscope.heads.examples import pair_looks, token_looks
+    from headscope.heads.examples import pair_examples, token_examples
 
     with terminal.running("reading examples") as _:
         documents = list(islice(_texts_of(atlas, given), 4))
@@ -335,12 +335,12 @@ def _examples(atlas: HeadAtlas, loaded: models.Loaded, layer: int, head: int, gi
             terminal.print_line(
                 "The atlas' texts are not here, or have changed: examples are from texts of this machine."
             )
-        best, worst = token_looks(loaded, documents or corpus.default_documents(), layer, head)
+        best, worst = token_examples(loaded, documents or corpus.default_documents(), layer, head)
     terminal_heads.print_examples(best, worst)
     scored = [row for row in atlas.relation_scores() if (row.layer, row.head) == (layer, head) and not row.too_fixed]
     for row in sorted(scored, key=lambda row: row.baseline - row.accuracy)[:1]:
         asked = [e for e in _sentences_of(atlas) if e.half == 1 and any(p.relation == row.relation for p in e.pairs)]
-        looks = pair_looks(loaded, asked[::3][:24], row.relation, layer, head, reverse=row.direction != row.relation)
+        looks = pair_examples(loaded, asked[::3][:24], row.relation, layer, head, reverse=row.direction != row.relation)
         if looks:
             terminal_heads.print_pairs(looks, with_arrow(row.direction))
 

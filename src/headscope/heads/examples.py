@@ -13,17 +13,17 @@ from headscope.heads.corpus import Batch, Document, Piece, batches, cut
 from headscope.heads.measures import Visibility
 from headscope.heads.measures.strongest import MaxAmong
 from headscope.heads.relations import Example, count_hits
-from headscope.heads.relations.evaluate import Question, questions_of, words_of_tokens
+from headscope.heads.relations.evaluate import DirectedPair, directed_pairs, words_of_tokens
 from headscope.models.loading import Loaded
 from headscope.models.tokens import tokenize
 from headscope.watching.hooks import AttentionCall
 from headscope.watching.texts import record_batch, record_text
 
-__all__ = ["PairLook", "TokenLook", "pair_looks", "token_looks"]
+__all__ = ["PairExample", "TokenExample", "pair_examples", "token_examples"]
 
 
 @dataclass(frozen=True)
-class TokenLook:
+class TokenExample:
     """One token's strongest look at another: the text before it, the token, what it looks at, and how much."""
 
     before: str
@@ -35,7 +35,7 @@ class TokenLook:
 
 
 @dataclass(frozen=True)
-class PairLook:
+class PairExample:
     """One pair of a relation: the sentence, the two words, what the head chose instead, and its weights."""
 
     text: str
@@ -46,9 +46,9 @@ class PairLook:
     hit: bool
 
 
-def token_looks(
+def token_examples(
     loaded: Loaded, documents: Sequence[Document], layer: int, head: int, *, most: int = 5, pieces: int = 4
-) -> tuple[list[TokenLook], list[TokenLook]]:
+) -> tuple[list[TokenExample], list[TokenExample]]:
     """The tokens whose strongest weight on text is largest, and those where it is smallest.
 
     Args:
@@ -60,7 +60,7 @@ def token_looks(
         pieces: How many pieces are read.
     """
     given = [piece for document in documents[:pieces] for piece in cut(loaded, document, 0, length=256, most=1)]
-    found: list[TokenLook] = []
+    found: list[TokenExample] = []
     for batch in batches(given, tokens=1024, pad=int(loaded.tokenizer.pad_token_id or 0), device=loaded.model.device):
         found += _looks(loaded, batch, layer, head)
     found.sort(key=lambda look: -look.weight)
@@ -72,7 +72,7 @@ def token_looks(
     return best[:most], found[::-1][:most]
 
 
-def _looks(loaded: Loaded, batch: Batch, layer: int, head: int) -> list[TokenLook]:
+def _looks(loaded: Loaded, batch: Batch, layer: int, head: int) -> list[TokenExample]:
     number = -1
     answers: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -93,18 +93,18 @@ def _looks(loaded: Loaded, batch: Batch, layer: int, head: int) -> list[TokenLoo
     ]
 
 
-def _look(piece: Piece, i: int, j: int, weight: float) -> TokenLook:
+def _look(piece: Piece, i: int, j: int, weight: float) -> TokenExample:
     before = "".join(_spaced(text) for text in piece.texts[max(0, i - 8) : i])
-    return TokenLook(before, piece.texts[i].strip(), piece.texts[j].strip(), j - i, weight, piece.document)
+    return TokenExample(before, piece.texts[i].strip(), piece.texts[j].strip(), j - i, weight, piece.document)
 
 
 def _spaced(text: str) -> str:
     return text if text[:1].isspace() else f" {text}" if text[:1].isalnum() else text
 
 
-def pair_looks(
+def pair_examples(
     loaded: Loaded, examples: Sequence[Example], relation: str, layer: int, head: int, *, reverse: bool = False
-) -> list[PairLook]:
+) -> list[PairExample]:
     """What a head does with the pairs of a relation, in the order of its weight on the right word.
 
     Args:
@@ -127,7 +127,7 @@ def pair_looks(
             continue
         words = words_of_tokens(tokens, example.words)
         present = [index in words for index in range(len(example.words))]
-        asked = questions_of(example, present, causal=loaded.causal)
+        asked = directed_pairs(example, present, causal=loaded.causal)
         mine = [question for question in asked if (question.relation, question.reverse) == (relation, reverse)]
         if mine:
             groups = torch.tensor(words)
@@ -138,7 +138,7 @@ def pair_looks(
     return sorted(found, key=lambda look: (-look.hit, -look.weight))
 
 
-def _pair_look(example: Example, weights: Tensor, here: Tensor, question: Question, *, causal: bool) -> PairLook:
+def _pair_look(example: Example, weights: Tensor, here: Tensor, question: DirectedPair, *, causal: bool) -> PairExample:
     """One question to one head's weights between words, [1, 1, W, W]: judged as when they are counted."""
     query, gold = question.query, question.gold
     asks, first, right_one = torch.tensor([query]), torch.tensor([0]), torch.tensor([gold])
@@ -151,4 +151,4 @@ def _pair_look(example: Example, weights: Tensor, here: Tensor, question: Questi
     if not hit:
         row[gold] = -1.0  # a tie is no hit
     chosen = gold if hit else int(row.argmax())
-    return PairLook(example.text, example.word(query), example.word(gold), example.word(chosen), right, hit)
+    return PairExample(example.text, example.word(query), example.word(gold), example.word(chosen), right, hit)

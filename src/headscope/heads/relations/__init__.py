@@ -6,8 +6,8 @@ Sentences whose pairs are known come from `english_sentences`, `chinese_sentence
 """
 
 from headscope.heads.relations.counts import RelationCounts, Tally
-from headscope.heads.relations.evaluate import count_relations, reads
-from headscope.heads.relations.hits import count_blind, count_controls, count_hits, strongest
+from headscope.heads.relations.evaluate import can_read, count_relations
+from headscope.heads.relations.hits import count_class_baseline, count_controls, count_hits, strongest_words
 from headscope.heads.relations.score import RelationScore, best_heads, scores
 from headscope.heads.relations.sentences import (
     Example,
@@ -26,14 +26,14 @@ __all__ = [
     "RelationScore",
     "Tally",
     "best_heads",
+    "can_read",
     "chinese_sentences",
     "constructed_relations",
-    "count_blind",
+    "count_class_baseline",
     "count_controls",
     "count_hits",
     "count_relations",
     "english_sentences",
-    "reads",
     "scores",
-    "strongest",
+    "strongest_words",
 ]

@@ -1,4 +1,4 @@
-"""How often each head's strongest weight fell on the right word: sums that can be merged.
+"""How often each head's strongest weight is on the right word: sums that can be merged.
 
 Counts of parts of a corpus, of ranks or machines, add up to the counts of the whole.
 """
@@ -46,13 +46,12 @@ class Tally:
         pairs: How many pairs were counted, [C].
         offsets: How many pairs are this many words apart, [C, 61]: the key is from 30 before the query to 30
             behind it.
-        contested: How many pairs have rivals: other words of the right word's class to choose from, [C].
+        contested: How many pairs have distractors: other candidates of the gold word's class, [C].
         hits: How many pairs each head hit, [C, layers, heads]; 0 for heads that a layer does not have.
-        controls: As ``hits``, but how often other words of the query's class (of any, where there are none) chose
-            the same word, on average.
+        controls: As ``hits``, but how often other words of the query's class (of any, where there are none) attend
+            most to the same word, on average.
         contested_hits: As ``hits``, of the contested pairs alone.
-        blind: As ``contested_hits``, but what the head would hit if it chose as often a word of the right class, and
-            any of them alike.
+        class_baseline: As ``contested_hits``, if the head drew uniformly from the class each time it chooses from it.
     """
 
     clusters: tuple[str, ...]
@@ -62,10 +61,10 @@ class Tally:
     hits: Tensor
     controls: Tensor
     contested_hits: Tensor
-    blind: Tensor
+    class_baseline: Tensor
 
 
-_BY_HEAD = ("hits", "controls", "contested_hits", "blind")
+_BY_HEAD = ("hits", "controls", "contested_hits", "class_baseline")
 _BY_PAIR = {"pairs": (), "offsets": (2 * MAX_OFFSET + 1,), "contested": ()}
 
 
@@ -103,7 +102,7 @@ class RelationCounts:
         hits: Tensor,
         offset: int,
         controls: Tensor | None = None,
-        blind: Tensor | None = None,
+        class_baseline: Tensor | None = None,
     ) -> None:
         """Count one pair.
 
@@ -113,17 +112,17 @@ class RelationCounts:
             hits: [layers, heads], which heads hit it.
             offset: By how many words the key follows the query.
             controls: [layers, heads], as in `Tally`; none hit if not given.
-            blind: The same; None if the pair is not contested.
+            class_baseline: The same; None if the pair is not contested.
         """
         row = self._row(key, cluster)
         row["hits"] += hits
         row["pairs"] += 1
         if controls is not None:
             row["controls"] += controls
-        if blind is not None:
+        if class_baseline is not None:
             row["contested"] += 1
             row["contested_hits"] += hits
-            row["blind"] += blind
+            row["class_baseline"] += class_baseline
         if abs(offset) <= MAX_OFFSET:
             row["offsets"][offset + MAX_OFFSET] += 1
 
@@ -167,23 +166,23 @@ class RelationCounts:
         self.skipped += other.skipped
         self.empty += other.empty
         for key, rows in other._rows.items():
-            for cluster, theirs in rows.items():
-                mine = self._row(key, cluster)
-                for name, added in theirs.items():
-                    mine[name] += added
+            for cluster, sums in rows.items():
+                row = self._row(key, cluster)
+                for name, added in sums.items():
+                    row[name] += added
 
     def without(self, clusters: Collection[str]) -> RelationCounts:
         """The counts of all other clusters; how many examples these came from is not known, and 0."""
-        rest = RelationCounts(self.heads)
+        others = RelationCounts(self.heads)
         for key, rows in self._rows.items():
-            kept = {
+            clusters_left = {
                 cluster: {name: x.clone() for name, x in sums.items()}
                 for cluster, sums in rows.items()
                 if cluster not in clusters
             }
-            if kept:
-                rest._rows[key] = kept
-        return rest
+            if clusters_left:
+                others._rows[key] = clusters_left
+        return others
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The counts as tensors, for a safetensors file, and the names that go with them, for JSON."""
@@ -194,8 +193,8 @@ class RelationCounts:
             tensors |= {f"{number}.{name}": getattr(tally, name) for name in self._shapes()}
             relation, direction, half = key
             names.append({"relation": relation, "direction": direction, "half": half, "clusters": list(tally.clusters)})
-        told: dict[str, Any] = {"heads": list(self.heads), "examples": self.examples, "skipped": self.skipped}
-        return tensors, told | {"empty": self.empty, "keys": names}
+        data: dict[str, Any] = {"heads": list(self.heads), "examples": self.examples, "skipped": self.skipped}
+        return tensors, data | {"empty": self.empty, "keys": names}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], names: Mapping[str, Any]) -> RelationCounts:
@@ -206,16 +205,16 @@ class RelationCounts:
         """
         counts = cls(names["heads"])
         counts.examples, counts.skipped, counts.empty = names["examples"], names["skipped"], names["empty"]
-        for number, told in enumerate(names["keys"]):
-            key = (told["relation"], told["direction"], told["half"])
-            clusters = told["clusters"]
+        for number, entry in enumerate(names["keys"]):
+            key = (entry["relation"], entry["direction"], entry["half"])
+            clusters = entry["clusters"]
             for name, size in counts._shapes().items():
                 wanted, stored = (len(clusters), *size), f"{number}.{name}"
-                found = tuple(tensors[stored].shape) if stored in tensors else None
-                if found != wanted:
+                shape = tuple(tensors[stored].shape) if stored in tensors else None
+                if shape != wanted:
                     raise ValueError(
-                        f"The counts of {told['direction']!r} need the tensor {stored!r} of shape {wanted}, and got "
-                        f"{'none' if found is None else found}. Give what to_tensors() returned, both parts."
+                        f"The counts of {entry['direction']!r} need the tensor {stored!r} of shape {wanted}, and got "
+                        f"{'none' if shape is None else shape}. Give what to_tensors() returned, both parts."
                     )
                 for cluster, row in zip(clusters, tensors[stored].double(), strict=True):
                     counts._row(key, cluster)[name] += row

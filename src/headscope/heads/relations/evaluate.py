@@ -1,9 +1,10 @@
-"""Run a model over examples, and count where its heads look for each pair."""
+"""Run a model over sentences with known pairs, and count which words its heads attend to."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,32 +13,38 @@ from torch import Tensor
 from headscope.errors import HeadscopeError, TextError, is_out_of_memory
 from headscope.heads.corpus import by_length
 from headscope.heads.relations.counts import RelationCounts, direction_of
-from headscope.heads.relations.hits import count_blind, count_controls, count_hits, numbered, strongest
-from headscope.heads.relations.sentences.pairs import Example
+from headscope.heads.relations.hits import (
+    class_ids,
+    count_class_baseline,
+    count_controls,
+    count_hits,
+    strongest_words,
+)
+from headscope.heads.relations.sentences import Example
 from headscope.models.loading import Loaded
 from headscope.models.tokens import Tokens, tokenize
 from headscope.ops.reductions import Pool
 from headscope.watching.hooks import AttentionCall
 from headscope.watching.texts import record_batch
 
-__all__ = ["Question", "count_relations", "questions_of", "reads", "words_of_tokens"]
+__all__ = ["DirectedPair", "can_read", "count_relations", "directed_pairs", "words_of_tokens"]
 
-_ROWS_AT_ONCE = 256  # query words of one text whose rows are held at the same time
-_MOST_UNKNOWN = 0.05
-_MOST_PER_CHARACTER = 1.2
+_ROWS_AT_ONCE = 256  # query words of one text that are pooled together
+_MAX_UNKNOWN = 0.05
+_MAX_PER_CHARACTER = 1.2
 
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """One pair in one direction: does the word `query` look at the word `gold`?
+class DirectedPair:
+    """One pair in one direction: does the word `query` attend to the word `gold`?
 
     Attributes:
         relation: The relation's name.
-        reverse: Whether the pair's target is the one that looks.
-        query: Index of the word that looks.
-        gold: Index of the word that it should look at.
+        reverse: Whether the pair's target is the query.
+        query: Index of the word that attends.
+        gold: Index of the word that it should attend to.
     """
 
     relation: str
@@ -48,7 +55,7 @@ class Question:
 
 def words_of_tokens(tokens: Tokens, words: Sequence[Span]) -> list[int]:
     """For each token the index of the word that it overlaps most, the first of equals; -1 if none or special."""
-    found, first = [], 0
+    indices, first = [], 0
     for (start, end), special in zip(tokens.offsets, tokens.special, strict=True):
         best, most = -1, 0
         while first < len(words) and words[first][1] <= start and not special:
@@ -59,50 +66,48 @@ def words_of_tokens(tokens: Tokens, words: Sequence[Span]) -> list[int]:
             shared = min(end, words[index][1]) - max(start, words[index][0])
             if shared > most:
                 best, most = index, shared
-        found.append(best)
-    return found
+        indices.append(best)
+    return indices
 
 
-def questions_of(example: Example, present: Sequence[bool], *, causal: bool) -> list[Question]:
-    """The questions that can be asked of a model: both words have tokens, and a choice of at least two words.
+def directed_pairs(example: Example, present: Sequence[bool], *, causal: bool) -> list[DirectedPair]:
+    """The pairs of which both words have tokens and the query has at least two candidates, in both directions.
 
     Args:
         example: The sentence and its pairs.
         present: For each word whether it has tokens.
         causal: Whether a word sees only those before it.
     """
-    before = [0]
-    for there in present:
-        before.append(before[-1] + there)
-    asked = []
+    before = list(accumulate(present, initial=0))  # for each word how many with tokens stand before it
+    pairs = []
     for pair in example.pairs:
         for reverse in (False, True):
             query, gold = (pair.target, pair.source) if reverse else (pair.source, pair.target)
             if query == gold or not present[query] or not present[gold] or (causal and gold > query):
                 continue
-            choice = before[query] if causal else before[-1] - 1
-            if choice >= 2:
-                asked.append(Question(pair.relation, reverse, query, gold))
-    return asked
+            candidates = before[query] if causal else before[-1] - 1
+            if candidates >= 2:
+                pairs.append(DirectedPair(pair.relation, reverse, query, gold))
+    return pairs
 
 
 @dataclass(frozen=True, slots=True)
-class _Ready:
-    """An example that is tokenized."""
+class _Tokenized:
+    """An example and its tokens."""
 
     example: Example
     ids: tuple[int, ...]
     words: list[int]
     present: list[bool]
-    questions: list[Question]
+    pairs: list[DirectedPair]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Chunk:
-    """Some of a batch's words: whose rows are pooled together."""
+    """Some of a batch's words, whose rows are pooled together."""
 
     pool_rows: Tensor  # [B, L]: which row of the map each token adds to, -1 for none
-    index: list[int]  # which of the batch's questions these are
+    index: list[int]  # which of the batch's pairs these are
     words: Tensor  # [B, R]: the word of each row, -1 for none
     row: Tensor  # [N]
     text: Tensor
@@ -115,55 +120,56 @@ def count_relations(
     examples: Sequence[Example],
     *,
     batch_tokens: int = 2048,
-    on_batch: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> RelationCounts:
     """Count for every head how often its strongest weight from a word is on the word that belongs to it.
 
-    Each pair is asked in both directions. Weights between tokens become weights between words: columns are
-    summed, rows averaged (arXiv 1906.04341). What lies on the word itself, on special tokens and on tokens of
-    no word is left out. In a decoder only pairs whose key stands before the query are asked.
+    Each pair is counted in both directions. Weights between tokens become weights between words: columns are
+    summed, rows averaged (arXiv 1906.04341). Weight on the word itself, on special tokens and on tokens of
+    no word is left out. In a decoder only pairs whose gold word stands before the query are counted.
 
     Args:
         loaded: The model.
         examples: The sentences.
-        batch_tokens: How many tokens are run at once, padding included; halved, and said, where memory does not do.
-        on_batch: Told after each batch: how many examples are done, and of how many.
-        on_note: Told what a reader of the counts should know.
+        batch_tokens: How many tokens are run at once, padding included; halved, with a note, where memory is short.
+        on_progress: Called after each batch with how many examples are done, and of how many.
+        on_note: Called with what a reader of the counts should know.
 
     Raises:
         HeadscopeError: The model's attention is not between the tokens of its text.
     """
-    ready, skipped, empty = _tokenized(loaded, examples)
+    tokenized, skipped, empty = _tokenize(loaded, examples)
     counts = RelationCounts()
     done = 0
-    work = list(by_length(ready, lambda item: len(item.ids), batch_tokens))
+    work = list(by_length(tokenized, lambda item: len(item.ids), batch_tokens))
     while work:
         batch = work.pop(0)
-        asked = [item for item in batch if item.questions]
+        with_pairs = [item for item in batch if item.pairs]
         try:
-            if asked:
-                counts.merge(_count_batch(loaded, asked))
+            if with_pairs:
+                counts.merge(_count_batch(loaded, with_pairs))
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or len(asked) == 1:
+            if not is_out_of_memory(error) or len(with_pairs) == 1:
                 raise
-            work[:0] = [asked[: len(asked) // 2], asked[len(asked) // 2 :]]
-            done += len(batch) - len(asked)
+            middle = len(with_pairs) // 2
+            work[:0] = [with_pairs[:middle], with_pairs[middle:]]
+            done += len(batch) - len(with_pairs)
             if on_note is not None:
                 on_note("Not enough memory for whole batches of sentences: smaller ones were used.")
             continue
         done += len(batch)
-        if on_batch is not None:
-            on_batch(done, len(ready))
-    counts.examples, counts.skipped, counts.empty = len(ready), skipped, empty
+        if on_progress is not None:
+            on_progress(done, len(tokenized))
+    counts.examples, counts.skipped, counts.empty = len(tokenized), skipped, empty
     if empty and on_note is not None:
         on_note(f"Sentences of which the tokenizer keeps nothing were left out: {empty}.")
     return counts
 
 
-def _tokenized(loaded: Loaded, examples: Sequence[Example]) -> tuple[list[_Ready], int, int]:
+def _tokenize(loaded: Loaded, examples: Sequence[Example]) -> tuple[list[_Tokenized], int, int]:
     """What can be run; how many are longer than the model reads, and of how many the tokenizer keeps nothing."""
-    ready, skipped, empty = [], 0, 0
+    tokenized, skipped, empty = [], 0, 0
     for example in examples:
         try:
             tokens = tokenize(example.text, loaded.tokenizer, start_token_id=loaded.start_token_id)
@@ -174,13 +180,14 @@ def _tokenized(loaded: Loaded, examples: Sequence[Example]) -> tuple[list[_Ready
             skipped += 1
             continue
         words = words_of_tokens(tokens, example.words)
-        here = set(words)
-        present = [index in here for index in range(len(example.words))]
-        ready.append(_Ready(example, tokens.ids, words, present, questions_of(example, present, causal=loaded.causal)))
-    return ready, skipped, empty
+        with_tokens = set(words)
+        present = [index in with_tokens for index in range(len(example.words))]
+        pairs = directed_pairs(example, present, causal=loaded.causal)
+        tokenized.append(_Tokenized(example, tokens.ids, words, present, pairs))
+    return tokenized, skipped, empty
 
 
-def _count_batch(loaded: Loaded, batch: list[_Ready]) -> RelationCounts:
+def _count_batch(loaded: Loaded, batch: list[_Tokenized]) -> RelationCounts:
     length = max(len(item.ids) for item in batch)
     ids = torch.full((len(batch), length), _padding(loaded.tokenizer))
     mask = torch.zeros(len(batch), length, dtype=torch.long)
@@ -192,49 +199,48 @@ def _count_batch(loaded: Loaded, batch: list[_Ready]) -> RelationCounts:
         mask[i, : len(item.ids)] = 1
         columns[i, : len(item.ids)] = torch.tensor(item.words)
         present[i, : len(item.present)] = torch.tensor(item.present)
-        classes[i, : len(item.present)] = numbered(item.example)
-    chunks = list(_chunks(batch, columns))
-    total = sum(len(item.questions) for item in batch)
-    questions = _asked(batch)
+        classes[i, : len(item.present)] = class_ids(item.example)
     used = int(columns.max()) + 1  # words behind the last one with tokens have no column
+    present, classes = present[:, :used], classes[:, :used]
+    chunks, pair_words = list(_chunks(batch, columns)), _pair_words(batch)
+    total, causal = len(pair_words[0]), loaded.causal
 
-    def hits_of(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def count(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if tuple(call.shape[-2:]) != (length, length) or call.shape[0] != len(batch):
             raise HeadscopeError(
                 f"{loaded.name} has attention of shape {tuple(call.shape)}, but was given {len(batch)} texts of "
                 f"{length} tokens: its positions are not those of the text, so no words can be put on them."
             )
         hits = torch.zeros(total, call.shape[1], dtype=torch.bool)
-        blind, contested = torch.zeros(total, call.shape[1]), torch.zeros(total, 1, dtype=torch.bool)
-        kinds, causal, looks = classes[:, :used], loaded.causal, []
+        baseline, contested = torch.zeros(total, call.shape[1]), torch.zeros(total, 1, dtype=torch.bool)
+        chosen = []
         for chunk in chunks:
             (pooled,) = call.matrix().reduce(Pool(chunk.pool_rows, columns, "mass"))
-            words = pooled.cpu()
-            looks.append(strongest(words, chunk.words, present[:, :used], causal=causal))
-            asked = (chunk.text, chunk.query, chunk.gold, present[:, :used])
-            hits[chunk.index] = count_hits(words, chunk.row, *asked, causal=causal)
-            blind[chunk.index], contested[chunk.index, 0] = count_blind(words, chunk.row, *asked, kinds, causal=causal)
-        everyone = torch.cat(looks, -1), torch.cat([chunk.words for chunk in chunks], -1)
-        return hits, count_controls(*everyone, *questions, kinds, causal=causal), blind, contested
+            word_map = pooled.cpu()
+            chosen.append(strongest_words(word_map, chunk.words, present, causal=causal))
+            rows = (word_map, chunk.row, chunk.text, chunk.query, chunk.gold, present)
+            hits[chunk.index] = count_hits(*rows, causal=causal)
+            baseline[chunk.index], contested[chunk.index, 0] = count_class_baseline(*rows, classes, causal=causal)
+        every_row = torch.cat(chosen, -1), torch.cat([chunk.words for chunk in chunks], -1)
+        return hits, count_controls(*every_row, *pair_words, classes, causal=causal), baseline, contested
 
-    layers = [answer.values for answer in record_batch(loaded, ids, mask, reduce=hits_of).answers]
+    layers = [answer.values for answer in record_batch(loaded, ids, mask, reduce=count).answers]
     counts = RelationCounts([layer[0].shape[1] for layer in layers])
-    hits, controls, blind = (_side_by_side([layer[which] for layer in layers]) for which in range(3))
+    hits, controls, baseline = (_side_by_side([layer[which] for layer in layers]) for which in range(3))
     contested = layers[0][3]
-    everyone = [(item, question) for item in batch for question in item.questions]
-    for number, (item, question) in enumerate(everyone):
-        direction = direction_of(question.relation, question.reverse)
-        key = (question.relation, direction, item.example.half)
-        rivals = blind[number] if contested[number] else None
-        offset = question.gold - question.query
-        counts.add(key, item.example.cluster, hits[number], offset, controls[number], rivals)
+    pairs = [(item.example, pair) for item in batch for pair in item.pairs]
+    for number, (example, pair) in enumerate(pairs):
+        key = (pair.relation, direction_of(pair.relation, pair.reverse), example.half)
+        class_baseline = baseline[number] if contested[number] else None
+        offset = pair.gold - pair.query
+        counts.add(key, example.cluster, hits[number], offset, controls[number], class_baseline)
     return counts
 
 
-def _asked(batch: list[_Ready]) -> tuple[Tensor, Tensor, Tensor]:
-    """For each question of a batch its text, the word that looks, the word that it should look at: [N] each."""
-    listed = [(i, question.query, question.gold) for i, item in enumerate(batch) for question in item.questions]
-    text, query, gold = torch.tensor(listed).unbind(1)
+def _pair_words(batch: list[_Tokenized]) -> tuple[Tensor, Tensor, Tensor]:
+    """For each pair of a batch its text, its query and its gold word: [N] each."""
+    rows = [(i, pair.query, pair.gold) for i, item in enumerate(batch) for pair in item.pairs]
+    text, query, gold = torch.tensor(rows).unbind(1)
     return text, query, gold
 
 
@@ -244,13 +250,13 @@ def _side_by_side(layers: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.nn.functional.pad(x, (0, widest - x.shape[1])) for x in layers], 1).double()
 
 
-def _chunks(batch: list[_Ready], columns: Tensor) -> Iterator[_Chunk]:
+def _chunks(batch: list[_Tokenized], columns: Tensor) -> Iterator[_Chunk]:
     """The words of each text, at most 256 of a text at a time."""
     queries = [sorted({word for word in item.words if word >= 0}) for item in batch]
     for start in range(0, max(map(len, queries)), _ROWS_AT_ONCE):
         pool_rows = torch.full_like(columns, -1)
         words = torch.full((len(batch), min(_ROWS_AT_ONCE, max(map(len, queries)) - start)), -1)
-        index, places, number = [], [], 0
+        index, pairs, number = [], [], 0
         for i, item in enumerate(batch):
             row_of = {word: row for row, word in enumerate(queries[i][start : start + _ROWS_AT_ONCE])}
             if row_of:
@@ -258,25 +264,25 @@ def _chunks(batch: list[_Ready], columns: Tensor) -> Iterator[_Chunk]:
                 table[list(row_of)] = torch.tensor(list(row_of.values()))
                 pool_rows[i] = table[columns[i]]
                 words[i, : len(row_of)] = torch.tensor(list(row_of))
-            for question in item.questions:
-                if question.query in row_of:
+            for pair in item.pairs:
+                if pair.query in row_of:
                     index.append(number)
-                    places.append((row_of[question.query], i, question.query, question.gold))
+                    pairs.append((row_of[pair.query], i, pair.query, pair.gold))
                 number += 1
-        yield _Chunk(pool_rows, index, words, *torch.tensor(places, dtype=torch.long).reshape(-1, 4).unbind(1))
+        yield _Chunk(pool_rows, index, words, *torch.tensor(pairs, dtype=torch.long).reshape(-1, 4).unbind(1))
 
 
 def _padding(tokenizer: Any) -> int:
-    found = getattr(tokenizer, "pad_token_id", None)
-    return 0 if found is None else int(found)
+    padding = getattr(tokenizer, "pad_token_id", None)
+    return 0 if padding is None else int(padding)
 
 
-def reads(loaded: Loaded, texts: Sequence[str]) -> tuple[bool, str]:
-    """Whether the model reads a language, judged by its tokens of these texts; if not, the reason; else a doubt, or "".
+def can_read(loaded: Loaded, texts: Sequence[str]) -> tuple[bool, str]:
+    """Whether the model reads a language, judged by its tokens of these texts; and the reason, a doubt, or "".
 
-    It does with at most 5 % unknown tokens and, where most letters are Chinese, at most 1.2 tokens a
-    character: a model that sees characters only as bytes has not learned their words. In other scripts more tokens than
-    that are a doubt: a model may have learned from bytes.
+    It does with at most 5 % unknown tokens and, where most letters are Chinese, at most 1.2 tokens per character: a
+    model that sees characters only as bytes has not learned their words. In other scripts more tokens per character
+    are only a doubt: a model may have learned from bytes.
     """
     tokens = unknown = letters = characters = chinese = 0
     for text in texts:
@@ -289,12 +295,12 @@ def reads(loaded: Loaded, texts: Sequence[str]) -> tuple[bool, str]:
         letters += len(text)
         characters += sum(not c.isspace() for c in text)
         chinese += sum("\u3400" <= c <= "\u9fff" for c in text)
-    if unknown > _MOST_UNKNOWN * tokens:
-        return False, f"{unknown / tokens:.0%} of the tokens are unknown to it, more than {_MOST_UNKNOWN:.0%}"
-    if chinese > characters / 2 and tokens > _MOST_PER_CHARACTER * characters:
+    if unknown > _MAX_UNKNOWN * tokens:
+        return False, f"{unknown / tokens:.0%} of the tokens are unknown to it, more than {_MAX_UNKNOWN:.0%}"
+    if chinese > characters / 2 and tokens > _MAX_PER_CHARACTER * characters:
         return False, (
-            f"it needs {tokens / characters:.2f} tokens for a Chinese character, more than {_MOST_PER_CHARACTER}"
+            f"it needs {tokens / characters:.2f} tokens per Chinese character, more than {_MAX_PER_CHARACTER}"
         )
-    if tokens > _MOST_PER_CHARACTER * letters:
-        return True, f"it needs {tokens / letters:.2f} tokens for a character, and may know the words as bytes only"
+    if tokens > _MAX_PER_CHARACTER * letters:
+        return True, f"it needs {tokens / letters:.2f} tokens per character, and may know the words as bytes only"
     return True, ""

@@ -1,43 +1,43 @@
-"""Which word each head looks at hardest: whether that is the right one, and by what luck it would be."""
+"""Which word each head attends to most, whether that is the right one, and what two null models would hit."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from headscope.heads.relations.sentences.pairs import Example
+from headscope.heads.relations.sentences import Example
 
-__all__ = ["count_blind", "count_controls", "count_hits", "numbered", "strongest"]
+__all__ = ["class_ids", "count_class_baseline", "count_controls", "count_hits", "strongest_words"]
 
 
-def numbered(example: Example) -> Tensor:
+def class_ids(example: Example) -> Tensor:
     """Each word's class as a number, [W]; -1 for none."""
-    known = {name: number for number, name in enumerate(sorted(set(example.classes) - {""}))}
-    return torch.tensor([known.get(example.class_of(i), -1) for i in range(len(example.words))])
+    ids = {name: number for number, name in enumerate(sorted(set(example.classes) - {""}))}
+    return torch.tensor([ids.get(example.class_of(i), -1) for i in range(len(example.words))])
 
 
 def count_hits(
     word_map: Tensor, row: Tensor, text: Tensor, query: Tensor, gold: Tensor, present: Tensor, *, causal: bool
 ) -> Tensor:
-    """Whether each head's strongest weight, of those a question chooses from, is on the gold word: [N, H] bool.
+    """Whether each head's strongest weight on a candidate is on the gold word: [N, H] bool.
 
-    The word itself is left out, and in a decoder every word behind it. A tie with the gold word is no hit, so
-    a head that gives every word the same, or none anything, never hits.
+    Candidates are all words but the query itself, and in a decoder only those before it. A tie with the gold word is
+    no hit, so a head that gives every word the same weight, or none any, never hits.
 
     Args:
         word_map: [B, H, R, W], the weights of some words' rows on all words.
-        row: [N], the row of each question's query in its text's map.
+        row: [N], the row of each pair's query in its text's map.
         text: [N], its text in the batch.
-        query: [N], the word that looks.
-        gold: [N], the word that it should look at.
+        query: [N], the word that attends.
+        gold: [N], the word that it should attend to.
         present: [B, W] bool, the words that have tokens.
         causal: Whether a word sees only those before it.
     """
     right = torch.arange(word_map.shape[-1], device=word_map.device) == gold[:, None]
-    return _strongest_in(right, word_map[text, :, row], _choice(text, query, present, causal))
+    return _strongest_is_among(right, word_map[text, :, row], _candidates(text, query, present, causal))
 
 
-def count_blind(
+def count_class_baseline(
     word_map: Tensor,
     row: Tensor,
     text: Tensor,
@@ -48,9 +48,10 @@ def count_blind(
     *,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What each head would hit if it took any word of the gold word's class alike: [N, H]; and which have rivals, [N].
+    """What each head would hit if it drew uniformly from the gold word's class: [N, H]; which pairs are contested, [N].
 
-    A head that looks at a noun, and not at which one, is right for one pair in two where there are two.
+    A pair is contested if it has distractors, other candidates of the gold word's class. A head that attends to a
+    noun, whichever it is, is right for one pair in two where there are two.
 
     Args:
         word_map: As in `count_hits`, and so are the arguments that follow it.
@@ -62,16 +63,16 @@ def count_blind(
         classes: [B, W], a number for each class of words, -1 for none.
         causal: Whether a word sees only those before it.
     """
-    choice = _choice(text, query, present, causal)
-    its = classes[text].gather(1, gold[:, None])
-    alike = choice & (classes[text] == its) & (its >= 0)  # the gold word among them
-    found = _strongest_in(alike, word_map[text, :, row], choice)
-    number = alike.sum(-1)
-    return found / number.clamp(min=1)[:, None], number > 1
+    candidates = _candidates(text, query, present, causal)
+    gold_class = classes[text].gather(1, gold[:, None])
+    of_class = candidates & (classes[text] == gold_class) & (gold_class >= 0)  # the gold word among them
+    in_class = _strongest_is_among(of_class, word_map[text, :, row], candidates)
+    number = of_class.sum(-1)
+    return in_class / number.clamp(min=1)[:, None], number > 1
 
 
-def strongest(word_map: Tensor, words: Tensor, present: Tensor, *, causal: bool) -> Tensor:
-    """Which word each word of some rows looks at hardest, [B, H, R]; -1 for a tie, -2 where there is no choice of two.
+def strongest_words(word_map: Tensor, words: Tensor, present: Tensor, *, causal: bool) -> Tensor:
+    """Which candidate each row attends to most, [B, H, R]; -1 for a tie, -2 where there are fewer than two candidates.
 
     Args:
         word_map: [B, H, R, W], as in `count_hits`.
@@ -80,46 +81,42 @@ def strongest(word_map: Tensor, words: Tensor, present: Tensor, *, causal: bool)
         causal: Whether a word sees only those before it.
     """
     columns = torch.arange(word_map.shape[-1], device=word_map.device)
-    asks = words[..., None]
-    choice = present[:, None] & (columns < asks if causal else columns != asks)  # [B, R, W]
-    weights = word_map.masked_fill(~choice[:, None], -1.0)
+    queries = words[..., None]
+    candidates = present[:, None] & (columns < queries if causal else columns != queries)  # [B, R, W]
+    weights = word_map.masked_fill(~candidates[:, None], -1.0)
     best = weights.amax(-1, keepdim=True)
-    found = torch.where((weights == best).sum(-1) == 1, weights.argmax(-1), -1)
-    return found.masked_fill((choice.sum(-1) < 2)[:, None], -2)
+    chosen = torch.where((weights == best).sum(-1) == 1, weights.argmax(-1), -1)
+    return chosen.masked_fill((candidates.sum(-1) < 2)[:, None], -2)
 
 
 def count_controls(
     chosen: Tensor, words: Tensor, text: Tensor, query: Tensor, gold: Tensor, classes: Tensor, *, causal: bool
 ) -> Tensor:
-    """How often other words that may see the gold word look at it hardest, in each head: [N, H], 0 to 1.
+    """How often other words that may see the gold word attend to it most, in each head: [N, H], 0 to 1.
 
-    A head that likes the gold word whoever asks has not found a relation. The others are the words of the query's
+    A head whose words all attend to the gold word has not found a relation. The other words are those of the query's
     class; where there are none, all. In an encoder it is the share among those on the query's side of the gold word
-    if that is larger: a head may look back alone.
+    if that is larger: a head may attend backwards alone.
 
     Args:
-        chosen: [B, H, R], as `strongest` gives it.
+        chosen: [B, H, R], as `strongest_words` gives it.
         words: [B, R], the word of each row, -1 for none.
-        text: [N], each question's text in the batch.
-        query: [N], the word that looks.
-        gold: [N], the word that it should look at.
+        text: [N], each pair's text in the batch.
+        query: [N], the word that attends.
+        gold: [N], the word that it should attend to.
         classes: [B, W], a number for each class of words, -1 for none.
         causal: Whether a word sees only those before it.
     """
-    asking = words[text]  # [N, R]
-    others = (asking >= 0) & (chosen[:, 0] > -2)[text] & (asking != query[:, None]) & (asking != gold[:, None])
+    rows = words[text]  # [N, R]
+    others = (rows >= 0) & (chosen[:, 0] > -2)[text] & (rows != query[:, None]) & (rows != gold[:, None])
     if causal:
-        others &= asking > gold[:, None]
-    theirs, its = classes.gather(1, words.clamp(min=0))[text], classes[text].gather(1, query[:, None])
-    others = _or_all(others & (theirs == its) & (its >= 0), others)
-    here = others & ((asking > gold[:, None]) == (query > gold)[:, None])
+        others &= rows > gold[:, None]
+    row_class, query_class = classes.gather(1, words.clamp(min=0))[text], classes[text].gather(1, query[:, None])
+    of_class = others & (row_class == query_class) & (query_class >= 0)
+    others = torch.where(of_class.any(-1, keepdim=True), of_class, others)
+    same_side = others & ((rows > gold[:, None]) == (query > gold)[:, None])
     hits = chosen[text] == gold[:, None, None]
-    return torch.maximum(_share(hits, others), _share(hits, here))
-
-
-def _or_all(some: Tensor, others: Tensor) -> Tensor:
-    """Some of each row's [N, R]; all where there are none."""
-    return torch.where(some.any(-1, keepdim=True), some, others)
+    return torch.maximum(_share(hits, others), _share(hits, same_side))
 
 
 def _share(hits: Tensor, among: Tensor) -> Tensor:
@@ -127,13 +124,13 @@ def _share(hits: Tensor, among: Tensor) -> Tensor:
     return (hits & among[:, None]).sum(-1) / among.sum(-1).clamp(min=1)[:, None]
 
 
-def _choice(text: Tensor, query: Tensor, present: Tensor, causal: bool) -> Tensor:
-    """Which words a question chooses from, [N, W]."""
+def _candidates(text: Tensor, query: Tensor, present: Tensor, causal: bool) -> Tensor:
+    """The words that each query may choose from, [N, W]."""
     columns = torch.arange(present.shape[-1], device=present.device)
     return present[text] & (columns < query[:, None] if causal else columns != query[:, None])
 
 
-def _strongest_in(right: Tensor, weights: Tensor, choice: Tensor) -> Tensor:
-    """Whether the strongest of a choice [N, W] is among the right ones, by weights [N, H, W]; a tie is not: [N, H]."""
-    inside = weights.masked_fill(~(choice & right)[:, None], -1.0).amax(-1)
-    return inside > weights.masked_fill(~(choice & ~right)[:, None], -1.0).amax(-1)
+def _strongest_is_among(right: Tensor, weights: Tensor, candidates: Tensor) -> Tensor:
+    """Whether the strongest candidate [N, W] is a right one, by weights [N, H, W]; a tie is not: [N, H]."""
+    best_right = weights.masked_fill(~(candidates & right)[:, None], -1.0).amax(-1)
+    return best_right > weights.masked_fill(~(candidates & ~right)[:, None], -1.0).amax(-1)

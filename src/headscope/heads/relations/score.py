@@ -1,10 +1,10 @@
-"""How well each head finds the words that belong to each other, against three ways of being right by luck.
+"""How well each head finds the words that belong to each other, against three nulls, and which heads get a role.
 
-A head may look the same number of words away always; it may like the right word whoever asks; it may look at any word
-of the right word's class. Heads are picked on one half of the sentences and reported on the other. A head has a
-relation's role if on both halves it is better than each of the three: on the first, which picks, by itself; on the
-second by a lead, and after Holm's correction over all heads and directions that were picked. Clusters of sentences
-are the cases.
+The nulls: the best fixed offset; the control, other words that attend to the same word; the class baseline, a uniform
+draw from the gold word's class. Heads are picked on one half of the sentences and reported on the other. A head has a
+relation's role if it is better than each null on both halves: on the picking half in each test by itself; on the
+reported half by a lead, and after Holm's correction over all heads and directions that were picked. Clusters of
+sentences are the cases.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from headscope.heads.statistics import cluster_bootstrap, cluster_score_test, ho
 __all__ = ["LEAD", "LEVEL", "RelationScore", "best_heads", "scores"]
 
 LEVEL = 0.05  # of a role, on either half
-LEAD = 0.1  # how far a role's accuracy is above what luck reaches at least
-_MOST_FIXED = 0.5  # a baseline above it says that the sentences hardly vary
+LEAD = 0.1  # how far a role's accuracy is above each null at least
+_MAX_BASELINE = 0.5  # a baseline above it says that the sentences hardly vary
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,24 +30,24 @@ class RelationScore:
 
     Attributes:
         relation: The relation's name.
-        direction: The same, with " (reverse)" if the pair's target is the one that looks.
+        direction: The same, with " (reverse)" if the pair's target is the query.
         layer: The layer, from 0.
         head: The head in it, from 0.
         accuracy: The share of pairs whose gold word has the head's strongest weight.
         baseline: The same for the best fixed offset.
         baseline_offset: That offset in words; -1 is the word before.
-        control: How often other words of the query's class (of any, where there are none), on average, chose the
-            same word in this head.
-        contested: How many pairs have rivals: other words of the right word's class to choose from.
+        control: How often other words of the query's class (of any, where there are none) attend most to the same
+            word in this head, on average.
+        contested: How many pairs have distractors: other candidates of the gold word's class.
         contested_accuracy: The accuracy in these; NaN if there are none.
-        blind: What it would be there if the head chose as often a word of the right class, and any of them alike.
-        low: The lower end of the accuracy's 95 % interval, clusters drawn again.
+        class_baseline: The accuracy in these if the head drew uniformly from the class each time it chooses from it.
+        low: The lower end of the accuracy's 95 % interval, from a bootstrap of clusters.
         high: Its upper end.
-        p: One-sided p that the head hits more than the best fixed offset, more than its control, and among rivals more
-            than blind.
+        p: One-sided p that the head hits more than the best fixed offset, more than its control, and in contested
+            pairs more than the class baseline: the largest of the three.
         p_holm: The same after Holm's correction over the heads and directions of the relation that the other half
             picked; 1 for those that it did not.
-        pairs: How many pairs were asked.
+        pairs: How many pairs were counted.
         clusters: From how many frames or documents.
         picked_accuracy: The accuracy on the other half, on which heads are picked; NaN if it has no pairs.
         picked_p: As `p`, on that other half and against its own best offset; 1 if it has no pairs.
@@ -64,7 +64,7 @@ class RelationScore:
     control: float
     contested: int
     contested_accuracy: float
-    blind: float
+    class_baseline: float
     low: float
     high: float
     p: float
@@ -76,21 +76,21 @@ class RelationScore:
     too_fixed: bool
 
     @property
-    def lucky(self) -> float:
-        """The accuracy if the head were blind among rivals: NaN if no pair has any."""
-        return self.accuracy - (self.contested_accuracy - self.blind) * self.contested / self.pairs
+    def class_null(self) -> float:
+        """The accuracy in all pairs if that in contested ones were the class baseline; NaN if none is contested."""
+        return self.accuracy - (self.contested_accuracy - self.class_baseline) * self.contested / self.pairs
 
     @property
     def null(self) -> float:
-        """The most that luck reaches: the best fixed offset, the control, or, where there are rivals, being blind."""
-        return max(self.baseline, self.control, self.lucky if self.contested else 0.0)
+        """The largest null: the best fixed offset, the control or, where pairs are contested, the class."""
+        return max(self.baseline, self.control, self.class_null if self.contested else 0.0)
 
     @property
     def role(self) -> bool:
         """Whether the head has this relation's role."""
         good = self.picked_p < LEVEL and self.p_holm < LEVEL and not self.too_fixed
         leads = self.accuracy >= max(self.baseline, self.control) + LEAD
-        return good and leads and (not self.contested or self.contested_accuracy >= self.blind + LEAD)
+        return good and leads and (not self.contested or self.contested_accuracy >= self.class_baseline + LEAD)
 
 
 def scores(counts: RelationCounts, *, half: int = 1) -> list[RelationScore]:
@@ -105,44 +105,46 @@ def scores(counts: RelationCounts, *, half: int = 1) -> list[RelationScore]:
     """
     if half not in (0, 1):
         raise ValueError(f"scores got half={half}: wanted 0 or 1.")
-    found: list[RelationScore] = []
+    rows: list[RelationScore] = []
     for relation in counts.relations:
-        parts = []
+        directions = []
         for direction in (direction_of(relation, False), direction_of(relation, True)):
             tally = counts.tally(relation, direction, half)
             if tally.clusters:
-                parts.append(_Part(counts, tally, relation, direction, half))
-        tested = [(part, i) for part in parts for i, p in enumerate(part.picked_p) if p < LEVEL]
-        for (part, i), p in zip(tested, holm([part.p[i] for part, i in tested]), strict=True):
-            part.p_holm[i] = p
-        for part in parts:
-            found += part.scores()
-    return found
+                directions.append(_Direction(counts, tally, relation, direction, half))
+        tested = [(one, i) for one in directions for i, p in enumerate(one.picked_p) if p < LEVEL]
+        for (one, i), p in zip(tested, holm([one.p[i] for one, i in tested]), strict=True):
+            one.p_holm[i] = p
+        for one in directions:
+            rows += one.scores()
+    return rows
 
 
-class _Part:
+class _Direction:
     """One relation in one direction, all heads."""
 
     def __init__(self, counts: RelationCounts, tally: Tally, relation: str, direction: str, half: int) -> None:
         self.relation, self.direction = relation, direction
-        self.there = _there(counts)
+        self.is_head = _is_head(counts)
         self.tally = tally
-        self.hits = tally.hits[:, self.there].T  # [heads of all layers, C]
+        self.hits = tally.hits[:, self.is_head].T  # [heads of all layers, C]
         self.best = _best_offset(tally)
         self.total = float(tally.pairs.sum())
         self.baseline = float(tally.offsets[:, self.best].sum()) / self.total
-        self.p: list[float] = _p(tally, self.there)
+        self.p: list[float] = _p(tally, self.is_head)
         picks = counts.tally(relation, direction, 1 - half)
-        self.picked, self.picked_p = _accuracy(picks, self.there), _p(picks, self.there)
+        self.picked, self.picked_p = _accuracy(picks, self.is_head), _p(picks, self.is_head)
         self.p_holm = [1.0] * len(self.p)  # of those that were not picked
 
     def scores(self) -> list[RelationScore]:
         """One row for each head."""
         low, high = cluster_bootstrap(self.hits, self.tally.pairs)
         accuracy = (self.hits.sum(-1) / self.total).tolist()
-        control = (self.tally.controls[:, self.there].sum(0) / self.total).tolist()
+        control = (self.tally.controls[:, self.is_head].sum(0) / self.total).tolist()
         contested = self.tally.contested.sum()  # no pair: 0 ÷ 0 is NaN
-        hit, blind = (x[:, self.there].sum(0) / contested for x in (self.tally.contested_hits, self.tally.blind))
+        hits, baseline = (
+            x[:, self.is_head].sum(0) / contested for x in (self.tally.contested_hits, self.tally.class_baseline)
+        )
         return [
             RelationScore(
                 relation=self.relation,
@@ -154,8 +156,8 @@ class _Part:
                 baseline_offset=self.best - MAX_OFFSET,
                 control=control[i],
                 contested=int(contested),
-                contested_accuracy=float(hit[i]),
-                blind=float(blind[i]),
+                contested_accuracy=float(hits[i]),
+                class_baseline=float(baseline[i]),
                 low=float(low[i]),
                 high=float(high[i]),
                 p=self.p[i],
@@ -164,14 +166,14 @@ class _Part:
                 clusters=len(self.tally.clusters),
                 picked_accuracy=float(self.picked[i]),
                 picked_p=self.picked_p[i],
-                too_fixed=self.baseline > _MOST_FIXED,
+                too_fixed=self.baseline > _MAX_BASELINE,
             )
-            for i, (layer, head) in enumerate(self.there.nonzero().tolist())
+            for i, (layer, head) in enumerate(self.is_head.nonzero().tolist())
         ]
 
 
-def _there(counts: RelationCounts) -> Tensor:
-    """The heads that there are, [layers, heads] bool: layers may have different numbers."""
+def _is_head(counts: RelationCounts) -> Tensor:
+    """The heads that exist, [layers, heads] bool: layers may have different numbers."""
     heads = torch.tensor(counts.heads).reshape(-1, 1)
     return torch.arange(max(counts.heads, default=0)) < heads
 
@@ -181,21 +183,21 @@ def _best_offset(tally: Tally) -> int:
     return int(tally.offsets.sum(0).argmax())
 
 
-def _p(tally: Tally, there: Tensor) -> list[float]:
-    """For each head the p that it hits more than each of the three kinds of luck.
+def _p(tally: Tally, is_head: Tensor) -> list[float]:
+    """For each head the largest p against the nulls: it must beat all of them (an intersection-union test).
 
-    It must do all, so the largest counts (an intersection-union test). Where no pair has rivals, there are two kinds.
+    Where no pair is contested, there are two nulls.
     """
-    hits = tally.hits[:, there].T
-    legs = [hits - tally.offsets[:, _best_offset(tally)], hits - tally.controls[:, there].T]
+    hits = tally.hits[:, is_head].T
+    differences = [hits - tally.offsets[:, _best_offset(tally)], hits - tally.controls[:, is_head].T]
     if tally.contested.sum() > 0:
-        legs.append((tally.contested_hits - tally.blind)[:, there].T)
-    found: list[float] = torch.stack([cluster_score_test(leg) for leg in legs]).amax(0).tolist()
-    return found
+        differences.append((tally.contested_hits - tally.class_baseline)[:, is_head].T)
+    p: list[float] = torch.stack([cluster_score_test(d) for d in differences]).amax(0).tolist()
+    return p
 
 
-def _accuracy(tally: Tally, there: Tensor) -> Tensor:
-    return tally.hits[:, there].sum(0) / tally.pairs.sum()
+def _accuracy(tally: Tally, is_head: Tensor) -> Tensor:
+    return tally.hits[:, is_head].sum(0) / tally.pairs.sum()
 
 
 def best_heads(
@@ -220,8 +222,8 @@ def best_heads(
             f"best_heads got the relation {relation!r} in the direction {direction!r}, for which half {half} has no "
             f"pairs. It has: {counted}."
         )
-    there = _there(counts)
-    accuracy = _accuracy(tally, there).tolist()
-    places = there.nonzero().tolist()
+    is_head = _is_head(counts)
+    accuracy = _accuracy(tally, is_head).tolist()
+    places = is_head.nonzero().tolist()
     ranked = sorted(zip(places, accuracy, strict=True), key=lambda item: (-item[1], item[0]))
     return [(layer, head, share) for (layer, head), share in ranked]

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from headscope.heads.atlas.atlas import HeadAtlas
-from headscope.heads.examples import PairLook, TokenLook
+from headscope.heads.examples import PairExample, TokenExample
 from headscope.heads.relations.counts import with_arrow
 from headscope.heads.relations.score import RelationScore
 from headscope.heads.roles import ROLES, Evidence
@@ -225,7 +225,7 @@ def _named(roles: Sequence[Evidence]) -> str:
     return "; ".join(named) or "no role."
 
 
-def print_examples(best: Sequence[TokenLook], worst: Sequence[TokenLook]) -> None:
+def print_examples(best: Sequence[TokenExample], worst: Sequence[TokenExample]) -> None:
     """Where the head looks hardest, and where it spreads what it has."""
     for title, looks in (("Looks hardest", best), ("Looks least", worst)):
         print_renderable(Text(title, style="bold"))
@@ -236,7 +236,7 @@ def print_examples(best: Sequence[TokenLook], worst: Sequence[TokenLook]) -> Non
             print_renderable(text.append(f"  ({look.distance:+d} tokens; {look.document})", style="dim"))
 
 
-def print_pairs(looks: Sequence[PairLook], relation: str, most: int = 4) -> None:
+def print_pairs(looks: Sequence[PairExample], relation: str, most: int = 4) -> None:
     """The sentences in which a head is surest of the right word, and those in which it chose another."""
     hits, misses = [look for look in looks if look.hit], [look for look in looks if not look.hit]
     print_renderable(Text(f"{relation}: {len(hits)} of {len(looks)} pairs shown to it are right", style="bold"))
