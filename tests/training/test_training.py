@@ -24,7 +24,17 @@ from headscope.commands import app as cli
 from headscope.commands import train as commands
 from headscope.distributed import Processes, joined
 from headscope.errors import HeadscopeError
-from headscope.training import TASKS, Step, Stopped, TrainConfig, TrainResult, checkpoint, make_task, signals, train
+from headscope.training import (
+    TASKS,
+    Stopped,
+    TrainConfig,
+    TrainingStep,
+    TrainResult,
+    checkpoint,
+    make_task,
+    signals,
+    train,
+)
 from headscope.training.tasks import IGNORED
 
 ROOT = Path(__file__).parent.parent.parent
@@ -129,7 +139,7 @@ def test_it_learns_what_it_has_never_seen(task: str, steps: int, rows: int, rate
     model = make_task(task, 5).model_config(embed_dim=32, num_heads=4, num_layers=1, ff_dim=64)
     config = TrainConfig(task, steps=steps, batch_size=rows, length=5, model=model, learning_rate=rate, seed=2)
     losses: list[float] = []
-    result = train(config, on_step=lambda step: losses.append(step.loss))
+    result = train(config, on_progress=lambda step: losses.append(step.loss))
     assert losses[0] > 2.5
     assert result.held_out.exact is not None
     assert result.held_out.exact > 0.99
@@ -138,9 +148,9 @@ def test_it_learns_what_it_has_never_seen(task: str, steps: int, rows: int, rate
 
 
 def test_the_same_seed_gives_the_same_run_and_another_one_another() -> None:
-    steps: list[Step] = []
+    steps: list[TrainingStep] = []
     torch.manual_seed(1)
-    first = train(small(), on_step=steps.append)
+    first = train(small(), on_progress=steps.append)
     torch.manual_seed(2)
     before = torch.get_rng_state()
     assert same(first, train(small()))
@@ -183,11 +193,11 @@ def test_a_clipped_gradient_moves_little() -> None:
 
 
 def test_a_process_takes_its_part_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from headscope.training.loop import _Run
+    from headscope.training.loop import _TrainingRun
     from headscope.training.signals import StopFlag
 
     read: list[torch.Tensor] = []
-    run = _Run(small(), Processes(1, 3, torch.device("cpu")), None)
+    run = _TrainingRun(small(), Processes(1, 3, torch.device("cpu")), None)
     run.model.register_forward_pre_hook(lambda module, given: read.append(given[1]))
     monkeypatch.setattr(Processes, "total", lambda me, *values: [me.count * value for value in values])
     run._one(run.model, 0.1, None, StopFlag())
@@ -244,12 +254,12 @@ def test_a_run_goes_on_to_the_same_bit(tmp_path: Path) -> None:
     class PowerCut(Exception):
         pass
 
-    def cut(step: Step) -> None:
+    def cut(step: TrainingStep) -> None:
         if step.done == 7:
             raise PowerCut
 
     with pytest.raises(PowerCut):
-        train(config, folder=tmp_path, save_every=2, on_step=cut)
+        train(config, folder=tmp_path, save_every=2, on_progress=cut)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "step-00000004.safetensors",
         "step-00000006.safetensors",
@@ -346,13 +356,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
 
 
 def test_stopping_between_two_steps() -> None:
-    def stop(step: Step) -> None:
+    def stop(step: TrainingStep) -> None:
         if step.done == 2:
             signal.raise_signal(signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Stopped) as stopped:
-        train(small(), on_step=stop)
+        train(small(), on_progress=stop)
     assert (stopped.value.step, stopped.value.path) == (3, None)
     assert isinstance(stopped.value, KeyboardInterrupt)
     assert signal.getsignal(signal.SIGINT) is before
@@ -544,9 +554,9 @@ def test_under_torchrun_an_error_is_told_once(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_a_file_is_told_before_the_first_step(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    done: list[Step] = []
+    done: list[TrainingStep] = []
     with pytest.raises(HeadscopeError, match=r"file is a file: checkpoints need a folder of their own"):
-        train(small(), folder=tmp_path / "file", on_step=done.append)
+        train(small(), folder=tmp_path / "file", on_progress=done.append)
     assert not done
     run = CliRunner().invoke(cli.app, ["train", "copy", *SMALL, "--steps", "2", "--out", str(tmp_path / "file")])
     assert run.exit_code == 1

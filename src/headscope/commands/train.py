@@ -14,8 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from headscope.distributed import rank
-from headscope.training import TASKS, Step, Stopped, TrainConfig, TrainResult, make_task, train
-from headscope.training import one_or_many as experiments
+from headscope.training import TASKS, Stopped, TrainConfig, TrainingStep, TrainResult, head_counts, make_task, train
 from headscope.training.logs import has_tensorboard, tensorboard
 from headscope.views.terminal import console as terminal
 from headscope.views.terminal.training import print_head_stats
@@ -170,7 +169,7 @@ def _train(config: TrainConfig, folder: Path, save_every: int, device: str, as_j
     with ExitStack() as stack:
         tell = stack.enter_context(terminal.running(f"training {config.task}", shown=is_main))
 
-        def on_step(step: Step) -> None:
+        def on_progress(step: TrainingStep) -> None:
             tell(step.done, step.of, f"loss {step.loss:.4f}")
 
         log = None
@@ -182,7 +181,7 @@ def _train(config: TrainConfig, folder: Path, save_every: int, device: str, as_j
                 folder=folder,
                 save_every=save_every,
                 device=device,
-                on_step=on_step,
+                on_progress=on_progress,
                 on_note=lambda note: terminal.print_line(note, error=True),
                 log=log,
             )
@@ -207,7 +206,7 @@ def _tell_result(config: TrainConfig, result: TrainResult, as_json: bool) -> Non
             "seconds": round(result.seconds, 1),
             "precision": result.precision,
             "checkpoint": str(result.checkpoint),
-            "heads": heads and {"step": heads.step, "table": experiments.plain(heads.table())},
+            "heads": heads and {"step": heads.step, "table": head_counts.plain(heads.table())},
         }
         sys.stdout.write(json.dumps(data, allow_nan=False, indent=1) + "\n")
         return
@@ -232,8 +231,8 @@ def _tell_result(config: TrainConfig, result: TrainResult, as_json: bool) -> Non
 def _one_or_many(quick: bool, folder: Path) -> None:
     with terminal.running("one or many") as tell:
         try:
-            plan = experiments.QUICK if quick else experiments.FULL
-            report = experiments.one_or_many(folder, plan, on_step=tell)
+            plan = head_counts.QUICK if quick else head_counts.FULL
+            report = head_counts.compare_head_counts(folder, plan, on_progress=tell)
         except Stopped:
             terminal.print_line(
                 f"Stopped. Finished runs are in {folder / 'runs'}; the same command goes on.", error=True

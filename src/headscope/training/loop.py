@@ -20,16 +20,16 @@ from headscope.nn.transformer import Transformer
 from headscope.training import checkpoint
 from headscope.training.config import TrainConfig
 from headscope.training.signals import StopFlag, Stopped, stop_signals
-from headscope.training.tasks import IGNORED, Batch, generator
+from headscope.training.tasks import IGNORED, TrainingBatch, generator
 from headscope.watching.monitoring import HeadStats, Monitor, monitor
 
-__all__ = ["HeldOut", "Step", "TrainResult", "train"]
+__all__ = ["HeldOut", "TrainResult", "TrainingStep", "train"]
 
 Log = Callable[[str, float, int], None]
 
 
 @dataclass(frozen=True)
-class Step:
+class TrainingStep:
     """A step that was done.
 
     Attributes:
@@ -97,7 +97,7 @@ def train(
     save_every: int = 100,
     watch_every: int = 50,
     device: str = "auto",
-    on_step: Callable[[Step], None] | None = None,
+    on_progress: Callable[[TrainingStep], None] | None = None,
     on_note: Callable[[str], None] | None = None,
     log: Log | None = None,
 ) -> TrainResult:
@@ -113,7 +113,7 @@ def train(
         save_every: Steps between them.
         watch_every: Steps between looks at the heads, see :func:`headscope.watching.monitoring`.
         device: "auto", "cpu" or "cuda".
-        on_step: Told of each step, in the main process.
+        on_progress: Told of each step, in the main process.
         on_note: Told of things to know, in the main process: a damaged checkpoint, a head that needs a look. Without
             it, heads are warned of by Python's ``warnings``.
         log: Told of (name, value, step), in the main process: the loss, the learning rate, and what the heads do.
@@ -135,15 +135,15 @@ def train(
         raise ValueError(f"save_every {save_every}, watch_every {watch_every}: both are at least 1.")
     began = time.monotonic()
     with joined(device) as processes, _own_randomness(processes.device), stop_signals() as flag:
-        run = _Run(config, processes, None if folder is None else Path(folder))
+        run = _TrainingRun(config, processes, None if folder is None else Path(folder))
         run.resume(on_note or (lambda note: None))
         first = run.step
         watch = None
         if processes.is_main:
             watch = monitor(run.model, every=watch_every, log=log, warn=on_note)
         else:
-            on_step = log = None
-        run.go(save_every, watch, flag, on_step, log)
+            on_progress = log = None
+        run.go(save_every, watch, flag, on_progress, log)
         held_out = run.held_out()
         if log is not None:
             log("held_out/loss", held_out.loss, run.step)
@@ -152,7 +152,7 @@ def train(
         return TrainResult(run.model.eval(), run.loss, held_out, first, seconds, run.path, heads, precision)
 
 
-class _Run:
+class _TrainingRun:
     """A run's state: the weights, the optimizer, the steps done."""
 
     def __init__(self, config: TrainConfig, processes: Processes, folder: Path | None) -> None:
@@ -199,7 +199,7 @@ class _Run:
         save_every: int,
         watch: Monitor | None,
         flag: StopFlag,
-        on_step: Callable[[Step], None] | None,
+        on_progress: Callable[[TrainingStep], None] | None,
         log: Log | None,
     ) -> None:
         """All steps that are left."""
@@ -210,8 +210,8 @@ class _Run:
         while self.step < config.steps:
             rate = config.rate(self.step)
             stop = self._one(shared, rate, watch, flag)
-            if on_step is not None:
-                on_step(Step(self.step, config.steps, self.loss, rate))
+            if on_progress is not None:
+                on_progress(TrainingStep(self.step, config.steps, self.loss, rate))
             if log is not None:
                 log("train/loss", self.loss, self.step)
                 log("train/learning_rate", rate, self.step)
@@ -260,7 +260,7 @@ class _Run:
         self.step += 1
         return stop > 0
 
-    def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def _loss(self, model: nn.Module, batch: TrainingBatch) -> Tensor:
         with torch.autocast(self.processes.device.type, dtype=torch.bfloat16, enabled=self.halves):
             logits = model(batch.tokens, batch.source)
         return F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED)
@@ -304,9 +304,9 @@ class _Run:
         return {"step": torch.tensor(float(self.step)), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
 
 
-def _rows(batch: Batch, start: int, stop: int) -> Batch:
+def _rows(batch: TrainingBatch, start: int, stop: int) -> TrainingBatch:
     source = None if batch.source is None else batch.source[start:stop]
-    return Batch(batch.tokens[start:stop], batch.targets[start:stop], source)
+    return TrainingBatch(batch.tokens[start:stop], batch.targets[start:stop], source)
 
 
 @contextmanager

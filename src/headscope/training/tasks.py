@@ -16,14 +16,14 @@ from torch import Tensor
 
 from headscope.nn.transformer import Transformer, TransformerConfig
 
-__all__ = ["IGNORED", "TASKS", "Batch", "Task", "generator", "make_task"]
+__all__ = ["IGNORED", "TASKS", "Task", "TrainingBatch", "generator", "make_task"]
 
 IGNORED = -100  # a target that is not asked for
 _HELD_OUT_SHARE = 8  # one in so many sequences is never trained on
 
 
 @dataclass(frozen=True)
-class Batch:
+class TrainingBatch:
     """Rows to learn from.
 
     Attributes:
@@ -36,16 +36,16 @@ class Batch:
     targets: Int[Tensor, "B L"]
     source: Int[Tensor, "B S"] | None = None
 
-    def part(self, which: int, of: int) -> Batch:
+    def part(self, which: int, of: int) -> TrainingBatch:
         """One of ``of`` parts of the rows, of the same size; together they are the batch."""
         size = len(self.tokens) // of
         rows = slice(which * size, (which + 1) * size)
-        return Batch(self.tokens[rows], self.targets[rows], None if self.source is None else self.source[rows])
+        return TrainingBatch(self.tokens[rows], self.targets[rows], None if self.source is None else self.source[rows])
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> TrainingBatch:
         """The same on a device."""
         source = None if self.source is None else self.source.to(device)
-        return Batch(self.tokens.to(device), self.targets.to(device), source)
+        return TrainingBatch(self.tokens.to(device), self.targets.to(device), source)
 
 
 def generator(*what: object) -> torch.Generator:
@@ -97,14 +97,14 @@ class Task(ABC):
         return f"{self.name} 1"
 
     @abstractmethod
-    def batch(self, seed: int, step: int, size: int) -> Batch:
+    def batch(self, seed: int, step: int, size: int) -> TrainingBatch:
         """The batch of a step: the same for the same arguments, whatever came before."""
 
     @abstractmethod
-    def held_out(self, size: int) -> Batch:
+    def held_out(self, size: int) -> TrainingBatch:
         """Rows that no batch contains, the same in every run."""
 
-    def exact(self, model: Transformer, batch: Batch) -> Bool[Tensor, " B"] | None:
+    def exact(self, model: Transformer, batch: TrainingBatch) -> Bool[Tensor, " B"] | None:
         """Which rows the model writes without a mistake, token after token; None where that is no fair question."""
         return None
 
@@ -118,15 +118,15 @@ class _Sequences(Task):
     vocab_size = symbols + 1  # and the token that an answer starts with
     sizes: ClassVar = {"embed_dim": 64, "num_heads": 4, "num_layers": 2, "ff_dim": 256, "dropout_p": 0.0}
 
-    def batch(self, seed: int, step: int, size: int) -> Batch:
+    def batch(self, seed: int, step: int, size: int) -> TrainingBatch:
         """The batch of a step."""
         return self._answered(self._draw(size, generator(seed, self.name, "batch", step), held_out=False))
 
-    def held_out(self, size: int) -> Batch:
+    def held_out(self, size: int) -> TrainingBatch:
         """Rows that no batch contains."""
         return self._answered(self._draw(size, generator(self.name, "held out"), held_out=True))
 
-    def exact(self, model: Transformer, batch: Batch) -> Bool[Tensor, " B"] | None:
+    def exact(self, model: Transformer, batch: TrainingBatch) -> Bool[Tensor, " B"] | None:
         """Which sequences the model writes without a mistake."""
         start = torch.full_like(batch.targets[:, :1], self.symbols)
         written = model.generate(start, batch.source, max_new_tokens=self.length)
@@ -151,10 +151,10 @@ class _Sequences(Task):
             found = torch.cat((found, drawn[self.is_held_out(drawn) == held_out]))
         return found[:size]
 
-    def _answered(self, source: Tensor) -> Batch:
+    def _answered(self, source: Tensor) -> TrainingBatch:
         targets = self.answer(source)
         start = torch.full_like(targets[:, :1], self.symbols)
-        return Batch(torch.cat((start, targets[:, :-1]), 1), targets, source)
+        return TrainingBatch(torch.cat((start, targets[:, :-1]), 1), targets, source)
 
 
 class Copy(_Sequences):
@@ -206,18 +206,18 @@ class Lookups(_Sequences):
         "position": "rotary",
     }
 
-    def exact(self, model: Transformer, batch: Batch) -> Bool[Tensor, " B"] | None:
+    def exact(self, model: Transformer, batch: TrainingBatch) -> Bool[Tensor, " B"] | None:
         """None: the answers are not a text that the model writes on."""
         return None
 
-    def _answered(self, source: Tensor) -> Batch:
+    def _answered(self, source: Tensor) -> TrainingBatch:
         targets = torch.full_like(source, IGNORED)
         first = max(self.places)
         found = torch.zeros_like(source[:, first:])
         for place in self.places:
             found = found * self.symbols + source[:, first - place : self.length - place]
         targets[:, first:] = self.symbols + found
-        return Batch(source, targets)
+        return TrainingBatch(source, targets)
 
 
 class Bytes(Task):
@@ -243,13 +243,13 @@ class Bytes(Task):
         """The library changes from one Python to the next, and with it the task."""
         return f"bytes 1 {self._checked_library().digest}"
 
-    def batch(self, seed: int, step: int, size: int) -> Batch:
+    def batch(self, seed: int, step: int, size: int) -> TrainingBatch:
         """Windows that begin anywhere in the training files."""
         data = self._checked_library().train
         random = generator(seed, self.name, "batch", step)
         return self._windows(data, torch.randint(len(data) - self.length, (size,), generator=random))
 
-    def held_out(self, size: int) -> Batch:
+    def held_out(self, size: int) -> TrainingBatch:
         """Windows spread evenly over the held-out files."""
         data = self._checked_library().held_out
         return self._windows(data, torch.arange(size) * (len(data) - self.length - 1) // size)
@@ -262,9 +262,9 @@ class Bytes(Task):
             )
         return library
 
-    def _windows(self, data: Tensor, starts: Tensor) -> Batch:
+    def _windows(self, data: Tensor, starts: Tensor) -> TrainingBatch:
         rows = data[starts[:, None] + torch.arange(self.length + 1)].long()
-        return Batch(rows[:, :-1], rows[:, 1:])
+        return TrainingBatch(rows[:, :-1], rows[:, 1:])
 
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Copy, Sort, Lookups, Bytes)}

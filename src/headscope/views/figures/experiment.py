@@ -10,14 +10,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from headscope.files import whole_file
-from headscope.training.one_or_many import Mean, Report
+from headscope.training.head_counts import ExperimentReport, SeedMean
 
 __all__ = ["draw_report"]
 
 _DOT, _MEAN = "#9ecae1", "#08519c"
 
 
-def draw_report(report: Report, path: Path) -> Path:
+def draw_report(report: ExperimentReport, path: Path) -> Path:
     """For each task the held-out loss, and how different the heads are, by the number of heads.
 
     Args:
@@ -56,12 +56,12 @@ def draw_report(report: Report, path: Path) -> Path:
     return path
 
 
-def _draw_means(axes: Any, means: list[Mean]) -> None:
+def _draw_means(axes: Any, means: list[SeedMean]) -> None:
     known = [(x, mean) for x, mean in enumerate(means) if not math.isnan(mean.mean)]
     axes.errorbar(
         [x for x, _ in known],
         [mean.mean for _, mean in known],
-        yerr=[0.0 if math.isnan(mean.half) else mean.half for _, mean in known],
+        yerr=[0.0 if math.isnan(mean.half_width) else mean.half_width for _, mean in known],
         fmt="_",
         color=_MEAN,
         markersize=14,

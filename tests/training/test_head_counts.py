@@ -15,36 +15,34 @@ from typer.testing import CliRunner
 from headscope.commands import app as cli
 from headscope.errors import HeadscopeError
 from headscope.nn.transformer import Transformer
-from headscope.training import TrainConfig, make_task
-from headscope.training import one_or_many as experiments
-from headscope.training.one_or_many import (
+from headscope.training import TrainConfig, head_counts, make_task
+from headscope.training.head_counts import (
     FULL,
     QUICK,
-    Mean,
-    Outcome,
-    Plan,
-    head_distance,
-    jensen_shannon,
+    ExperimentPlan,
+    RunOutcome,
+    SeedMean,
+    compare_head_counts,
     mean_of,
-    one_or_many,
 )
+from headscope.training.head_distances import head_distance, jensen_shannon
 from headscope.watching.recording import record
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-def tiny(steps: int = 3) -> Plan:
+def tiny(steps: int = 3) -> ExperimentPlan:
     model = make_task("bytes", 24).model_config(embed_dim=16, num_layers=2, ff_dim=16)
     lookups = make_task("lookups", 16).model_config(embed_dim=16, ff_dim=16)
     configs = (
         TrainConfig("lookups", steps=steps, length=16, batch_size=4, model=lookups),
         TrainConfig("bytes", steps=steps, length=24, batch_size=4, model=model),
     )
-    return Plan(configs, heads=(1, 2), seeds=(0, 1))
+    return ExperimentPlan(configs, heads=(1, 2), seeds=(0, 1))
 
 
-def outcome(heads: int, seed: int, loss: float, distance: float = math.nan) -> Outcome:
-    return Outcome("lookups", heads, seed, loss, distance, 1000, 1.0)
+def outcome(heads: int, seed: int, loss: float, distance: float = math.nan) -> RunOutcome:
+    return RunOutcome("lookups", heads, seed, loss, distance, 1000, 1.0)
 
 
 def test_the_distance_of_two_heads() -> None:
@@ -80,18 +78,18 @@ def test_heads_with_the_same_weights_have_no_distance() -> None:
 
 def test_intervals() -> None:
     found = mean_of([1.0, 2.0, 4.0, 5.0, 8.0])  # s² = 7.5, t(4) = 2.776
-    assert (found.mean, found.half) == (4.0, pytest.approx(2.776 * math.sqrt(7.5 / 5), rel=1e-6))
-    assert (found.low, found.high) == (found.mean - found.half, found.mean + found.half)
+    assert (found.mean, found.half_width) == (4.0, pytest.approx(2.776 * math.sqrt(7.5 / 5), rel=1e-6))
+    assert (found.low, found.high) == (found.mean - found.half_width, found.mean + found.half_width)
     assert str(found) == "4.000 ± 3.400"
     assert str(mean_of([1.5])) == "1.500"
     assert str(mean_of([])) == "–"
-    assert mean_of([0.0, 1.0] * 40).half == pytest.approx(1.96 * math.sqrt(80 / 4 / 79 / 80), rel=1e-3)
+    assert mean_of([0.0, 1.0] * 40).half_width == pytest.approx(1.96 * math.sqrt(80 / 4 / 79 / 80), rel=1e-3)
 
 
 def test_what_is_said_is_what_came_out() -> None:
-    plan = Plan((TrainConfig("lookups"),), heads=(1, 2, 4, 8), seeds=(0, 1, 2))
+    plan = ExperimentPlan((TrainConfig("lookups"),), heads=(1, 2, 4, 8), seeds=(0, 1, 2))
     losses = {1: (3.0, 3.2, 3.1), 2: (2.0, 2.2, 2.15), 4: (2.5, 2.7, 2.6), 8: (2.4, 2.9, 2.56)}
-    report = experiments._report(plan, [outcome(h, s, losses[h][s]) for h in losses for s in range(3)])
+    report = head_counts._report(plan, [outcome(h, s, losses[h][s]) for h in losses for s in range(3)])
     better, worse, neither = report.verdicts
     assert better.startswith(
         "lookups: 2 heads do better than one head; the loss is lower by 0.983 nats (95 %: 0.912 to"
@@ -102,15 +100,17 @@ def test_what_is_said_is_what_came_out() -> None:
     assert report.rows[3].gain.mean == pytest.approx(0.48)
     assert math.isnan(report.rows[0].gain.mean)
     assert all(verdict in report.markdown() for verdict in report.verdicts)
-    assert experiments._verdict("bytes", 2, 1, Mean(0.5, math.nan), 1) == (
+    assert head_counts._verdict("bytes", 2, 1, SeedMean(0.5, math.nan), 1) == (
         "bytes: one seed cannot say whether 2 heads do better than one head."
     )
 
 
 def test_the_experiment_end_to_end(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    told: list[Outcome] = []
-    report = one_or_many(tmp_path, tiny(), on_step=lambda done, of, run: seen.append((done, of)), on_run=told.append)
+    told: list[RunOutcome] = []
+    report = compare_head_counts(
+        tmp_path, tiny(), on_progress=lambda done, of, run: seen.append((done, of)), on_outcome=told.append
+    )
     assert seen == [(i, 24) for i in range(1, 25)]
     assert told == report.outcomes
     assert len(told) == 8
@@ -124,7 +124,7 @@ def test_the_experiment_end_to_end(tmp_path: Path) -> None:
     table = (tmp_path / "one-or-many.md").read_text("utf-8")
     assert f"| 2 | 8 | {row.loss} | {row.gain} | {row.distance} |" in table
     data = json.loads((tmp_path / "one-or-many.json").read_text("utf-8"))
-    assert data["rows"][0]["distance"] == {"mean": None, "half": None}
+    assert data["rows"][0]["distance"] == {"mean": None, "half_width": None}
     assert [run["loss"] for run in data["runs"]] == [run.loss for run in told]
     lines = (tmp_path / "one-or-many.csv").read_text("utf-8").splitlines()
     assert lines[0] == "task,heads,seed,loss,distance,parameters,seconds"
@@ -133,7 +133,7 @@ def test_the_experiment_end_to_end(tmp_path: Path) -> None:
 
 
 def test_the_quick_experiment_at_its_real_size(tmp_path: Path) -> None:
-    report = one_or_many(tmp_path, QUICK)
+    report = compare_head_counts(tmp_path, QUICK)
     rows = {(row.task, row.heads): row for row in report.rows}
     assert set(rows) == {(task, heads) for task in ("lookups", "bytes") for heads in (1, 4)}
     assert rows["lookups", 4].gain.mean > 0.5  # four places cannot be looked at by one head
@@ -143,32 +143,32 @@ def test_the_quick_experiment_at_its_real_size(tmp_path: Path) -> None:
 
 
 def test_a_stopped_experiment_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first: list[Outcome] = []
+    first: list[RunOutcome] = []
 
-    def stop(run: Outcome) -> None:
+    def stop(run: RunOutcome) -> None:
         first.append(run)
         if len(first) == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        one_or_many(tmp_path, tiny(), on_run=stop)
+        compare_head_counts(tmp_path, tiny(), on_outcome=stop)
     damaged = tmp_path / "runs" / "lookups-1-heads-seed-0.json"
     damaged.write_text(damaged.read_text("utf-8")[:-20], "utf-8")
     trained: list[int] = []
-    real = vars(experiments)["train"]
-    monkeypatch.setattr(experiments, "train", lambda config, **how: trained.append(1) or real(config, **how))
-    report = one_or_many(tmp_path, tiny())
+    real = vars(head_counts)["train"]
+    monkeypatch.setattr(head_counts, "train", lambda config, **how: trained.append(1) or real(config, **how))
+    report = compare_head_counts(tmp_path, tiny())
     assert len(trained) == 8 - 4 + 1
     assert report.outcomes[2:4] == first[2:4]  # read from their files, the seconds too
     assert [run.loss for run in report.outcomes[:4]] == [run.loss for run in first]
     with pytest.raises(HeadscopeError, match=r"lookups-1-heads-seed-0.json is of another experiment \(steps 3, now 5"):
-        one_or_many(tmp_path, tiny(steps=5))
+        compare_head_counts(tmp_path, tiny(steps=5))
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(HeadscopeError, match=r"Cannot write into .*file/runs: "):
-        one_or_many(tmp_path / "file", tiny())
+        compare_head_counts(tmp_path / "file", tiny())
 
 
 def test_the_plans() -> None:
@@ -184,7 +184,7 @@ def test_the_plans() -> None:
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(experiments, "QUICK", tiny())
+    monkeypatch.setattr(head_counts, "QUICK", tiny())
     done = CliRunner().invoke(cli.app, ["experiment", "one-or-many", "--quick"])
     assert done.exit_code == 0, done.output
     assert "# One head or many" in done.stdout
