@@ -9,7 +9,9 @@ export TEXT
 
 PYTHON = .venv/bin/python
 HEADSCOPE = .venv/bin/headscope
-INSTALL = $(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# The versions that were tested; `make … CONSTRAINTS=` takes the newest ones instead.
+CONSTRAINTS = constraints.txt
+INSTALL = $(PYTHON) -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=-c %)
 
 PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal --durations=10
 
