@@ -21,7 +21,7 @@ from torch import Tensor
 
 from headscope import ablate, edit, head_effects, tokenize
 from headscope.heads.atlas.measuring import measure
-from headscope.heads.corpus import Batch, Piece, batches
+from headscope.heads.corpus import Piece, TextBatch, batches
 from headscope.heads.effects import HeadEffects, agreement, next_token_loss
 from headscope.heads.measures import Measure, standard
 from headscope.heads.relations import count_relations, english_sentences
@@ -48,7 +48,7 @@ def pattern_measures() -> list[Measure]:
 
 
 def from_maps(
-    attentions: tuple[Tensor, ...], values: list[Tensor], weights: list[Tensor], batch: Batch
+    attentions: tuple[Tensor, ...], values: list[Tensor], weights: list[Tensor], batch: TextBatch
 ) -> list[Tensor]:
     """The same measures by plain tensor operations on each layer's map, which is let go afterwards."""
     found = []

@@ -69,7 +69,7 @@ def test_what_cannot_be_is_said_before_anything_is_measured(
 def test_examples_are_of_the_model_that_was_measured(atlas: HeadAtlas, folder: Path, tmp_path: Path) -> None:  # noqa: F811
     other = HeadAtlas(
         atlas.info | {"model": atlas.info["model"] | {"weights": "0" * 64}},
-        atlas.measured,
+        atlas.measurements,
         atlas.relations,
         atlas.worth,
     )
@@ -193,8 +193,8 @@ def test_two_treebanks_on_the_same_texts_merge(decoder: object) -> None:  # noqa
         for name, part in (("one", given[:5]), ("two", given[5:]))
     )
     both = first.merge(second)
-    for name, sums in first.measured.sums.values.items():
-        torch.testing.assert_close(both.measured.sums.values[name], sums)
+    for name, sums in first.measurements.sums.values.items():
+        torch.testing.assert_close(both.measurements.sums.values[name], sums)
     assert both.worth.documents == first.worth.documents
     assert both.relations.examples == first.relations.examples + second.relations.examples
     assert both.info["merged"] == [{name: part.info[name] for name in ("plan", "versions")} for part in (first, second)]

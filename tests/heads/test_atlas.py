@@ -31,7 +31,7 @@ from headscope.heads.atlas.measuring import measure
 from headscope.heads.atlas.profiler import Plan, profile
 from headscope.heads.corpus import Document
 from headscope.heads.measures import Ratio, standard
-from headscope.heads.measures.sums import Sums
+from headscope.heads.measures.sums import MeasureSums
 from headscope.heads.relations import Example, Pair, english_sentences
 from headscope.heads.relations.sentences.treebank import read_conllu
 from headscope.models.loading import Loaded
@@ -237,9 +237,9 @@ def test_two_corpora_merge_into_one(decoder: Loaded, atlas: HeadAtlas) -> None:
     whole = profile(decoder, texts=documents(*names[:4]), relations=few(), plan=replace(PLAN, worth=4))
     for name in ("entropy", "sink", "induction", "relation:coreference", "ablation_zero"):
         torch.testing.assert_close(both.value(name), whole.value(name), atol=1e-9, rtol=1e-9, equal_nan=True)
-    for name, sums in whole.measured.sums.values.items():  # a ratio would not tell what counts twice
-        torch.testing.assert_close(both.measured.sums.values[name], sums, atol=1e-9, rtol=1e-9)
-    assert both.measured.sums.documents == whole.measured.sums.documents
+    for name, sums in whole.measurements.sums.values.items():  # a ratio would not tell what counts twice
+        torch.testing.assert_close(both.measurements.sums.values[name], sums, atol=1e-9, rtol=1e-9)
+    assert both.measurements.sums.documents == whole.measurements.sums.documents
     assert both.info["documents"] == whole.info["documents"]
     assert first.relations.examples == both.relations.examples > 0
     with pytest.raises(AtlasError, match="both atlases hold 'owl'"):
@@ -320,14 +320,14 @@ def test_collections_that_can_give_no_role_are_said(decoder: Loaded) -> None:
     }
     long = Example("word " * 40, ((0, 4), (5, 9), (10, 14)), words, "long", 0, "en")
     found = profile(decoder, texts=documents("owl", "sea", "bus", "pie"), relations=given | {"long": [long]}, plan=plan)
-    notes = found.measured.notes
+    notes = found.measurements.notes
     told = "small has 9 documents (5 to pick heads, 4 to confirm them): too few for roles that come from it, "
     assert told + "which take 5 of each." in notes
     assert not any(note.startswith("large has") for note in notes)
     unclassed = "gives no parts of speech: a head with a role from it may attend to any word of the right class."
     assert f"large {unclassed}" in notes
     frames = profile(decoder, texts=documents("owl"), relations=few(), plan=plan)
-    assert not any("parts of speech" in note for note in frames.measured.notes)
+    assert not any("parts of speech" in note for note in frames.measurements.notes)
     assert "long: 1 of 1 sentences are longer than the model reads, and were left out." in notes
     assert found.info["examples"]["large"]["read"] == found.info["examples"]["long"]["too_long"] + 9 == 10
     assert found.relations.examples == 19
@@ -442,7 +442,7 @@ def test_layers_with_other_heads_are_ablated_to_zero(decoder: Loaded) -> None:
     assert found.heads == (6, 4)
     assert set(found.worth.values) == {"ablation_zero", "gradient"}
     assert found.value("ablation_zero").isfinite().tolist() == [[True] * 6, [True] * 4 + [False] * 2]
-    assert any(note.startswith("Ablation to the mean is left out") for note in found.measured.notes)
+    assert any(note.startswith("Ablation to the mean is left out") for note in found.measurements.notes)
 
 
 def test_files_that_are_no_atlas(atlas: HeadAtlas, tmp_path: Path) -> None:
@@ -472,7 +472,7 @@ def test_files_that_are_no_atlas(atlas: HeadAtlas, tmp_path: Path) -> None:
         with pytest.raises(AtlasError, match=match):
             HeadAtlas.load(other)
     with pytest.raises(AtlasError, match="no column 'entropie'; it has: offset"):
-        HeadAtlas(atlas.info | {"columns": {"offset_hits-1": {}}}, atlas.measured).value("entropie")
+        HeadAtlas(atlas.info | {"columns": {"offset_hits-1": {}}}, atlas.measurements).value("entropie")
 
 
 @pytest.mark.parametrize("by", ["roles", "worth", "entropy"])
@@ -505,7 +505,7 @@ def test_texts_longer_than_the_context_are_cut_and_it_is_said(decoder: Loaded) -
     assert sum(len(piece.ids) - 1 for piece in pieces) == 1000
     assert [piece.offset for piece in pieces[:3]] == [0, 63, 126]
     found = profile(decoder, texts=[long], plan=Plan(length=64, pieces=0, repeats=0, worth=0))
-    assert "Texts longer than 64 tokens are read in pieces, each after a start token." in found.measured.notes
+    assert "Texts longer than 64 tokens are read in pieces, each after a start token." in found.measurements.notes
 
 
 def test_texts_that_cannot_be_read(tmp_path: Path, decoder: Loaded) -> None:
@@ -553,7 +553,7 @@ def test_a_language_that_the_model_does_not_read_is_said(decoder: Loaded) -> Non
     )
     assert found.relations.examples == 0
     told = "Chinese frames: not profiled, the model does not read it: "
-    assert any(note.startswith(told) for note in found.measured.notes)
+    assert any(note.startswith(told) for note in found.measurements.notes)
 
 
 def test_a_model_that_reads_chinese_is_profiled_in_chinese() -> None:
@@ -571,7 +571,7 @@ def test_a_model_that_reads_chinese_is_profiled_in_chinese() -> None:
     found = profile(
         loaded, texts=documents("owl"), relations={"Chinese frames": chinese_sentences()}, plan=Plan(repeats=0, worth=0)
     )
-    assert not any("Chinese" in note for note in found.measured.notes)
+    assert not any("Chinese" in note for note in found.measurements.notes)
     assert found.relations.examples == len(chinese_sentences())
     assert {row.relation for row in found.relation_scores()} == {"coreference-zh", "giver-receiver-zh"}
     assert not any(row.role for row in found.relation_scores())  # its weights are random
@@ -790,7 +790,7 @@ def test_one_head_beside_its_own_nulls(monkeypatch: pytest.MonkeyPatch, capsys: 
     better = sum(r.accuracy > row.accuracy for r in held.relation_scores() if r.direction == "coreference")
     assert shown["coreference"][1:4] == [f"{row.accuracy:.3f}", f"{row.null:.3f}", f"{better + 1}/72"]
     assert shown["entropy"][1] == f"{float(held.value('entropy')[3, 1]):.3f}"
-    assert shown["entropy"][2] == f"{float(held.measured.null.value('entropy')[3, 0]):.3f}"
+    assert shown["entropy"][2] == f"{float(held.measurements.null.value('entropy')[3, 0]):.3f}"
 
 
 def test_too_few_texts_give_no_roles_and_it_is_said(decoder: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -818,8 +818,8 @@ def test_too_few_texts_give_no_roles_and_it_is_said(decoder: Loaded, monkeypatch
 def test_texts_of_which_only_the_beginning_is_read_are_said(decoder: Loaded) -> None:
     plan = replace(PLAN, repeats=0, worth=0)
     told = "Of longer texts only the beginning was read, 24 tokens at most; --pieces 0 reads all."
-    assert told in profile(decoder, texts=documents(), plan=plan).measured.notes
-    assert told not in profile(decoder, texts=documents(), plan=replace(plan, pieces=0)).measured.notes
+    assert told in profile(decoder, texts=documents(), plan=plan).measurements.notes
+    assert told not in profile(decoder, texts=documents(), plan=replace(plan, pieces=0)).measurements.notes
 
 
 def test_a_text_that_changed_since_its_part_was_finished_is_refused(decoder: Loaded, tmp_path: Path) -> None:
@@ -831,7 +831,7 @@ def test_a_text_that_changed_since_its_part_was_finished_is_refused(decoder: Loa
 
 
 def test_more_layers_than_the_config_says() -> None:
-    sums, one = Sums(), torch.ones(1, 3)
+    sums, one = MeasureSums(), torch.ones(1, 3)
     for layer, layers in ((0, 1), (1, 2), (2, 3)):
         sums.add({"a": Ratio(one * layer, one)}, layer, layers, torch.ones(2, 1))
     assert sums.value("a").tolist() == [[0.0] * 3, [1.0] * 3, [2.0] * 3]

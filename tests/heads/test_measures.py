@@ -8,10 +8,10 @@ from torch import Tensor
 
 from headscope import AttentionMatrix, masks
 from headscope.heads.atlas.measuring import _rule, columns_of
-from headscope.heads.corpus import Batch, Piece, batches
-from headscope.heads.measures import Column, Measure, Page, Ratio, Visibility, standard, take
+from headscope.heads.corpus import Piece, TextBatch, batches
+from headscope.heads.measures import AttentionBatch, Column, Measure, Ratio, Visibility, standard, take
 from headscope.heads.measures.products import Distance
-from headscope.heads.measures.sums import Sums, document_weights, weights_of
+from headscope.heads.measures.sums import MeasureSums, document_weights, weights_of
 from headscope.heads.roles import ROLES, find_roles
 from headscope.ops.kernels import tiles as strips
 from headscope.ops.reductions import Block, Reduction
@@ -27,17 +27,17 @@ def piece(length: int, *, end: bool, name: str = "a", half: int = 0, period: int
     return Piece(tuple(range(length)), sinks, delimiters, name, half, period=period)
 
 
-def batch_of(*lengths: int, end: bool = False) -> Batch:
+def batch_of(*lengths: int, end: bool = False) -> TextBatch:
     (batch,) = batches([piece(n, end=end, name=f"doc {n}") for n in lengths], tokens=1 << 30)
     return batch
 
 
-def page_of(batch: Batch, mask: masks.Mask | None, seed: int = 0) -> Page:
+def attention_of(batch: TextBatch, mask: masks.Mask | None, seed: int = 0) -> AttentionBatch:
     random = torch.Generator().manual_seed(seed)
     rows, length = batch.ids.shape
     query, key, value = (torch.randn(rows, n, length, SIZE, generator=random) for n in (HEADS, 3, 3))
     weight = torch.randn(11, HEADS * SIZE, generator=random)
-    return Page(AttentionMatrix(2 * query, key, mask=mask), Visibility(batch, mask, HEADS), value, weight)
+    return AttentionBatch(AttentionMatrix(2 * query, key, mask=mask), Visibility(batch, mask, HEADS), value, weight)
 
 
 def values(found: dict[str, Ratio]) -> dict[str, Tensor]:
@@ -45,18 +45,18 @@ def values(found: dict[str, Ratio]) -> dict[str, Tensor]:
     return {name: ratio.numerator.sum(0) / ratio.denominator.sum(0) for name, ratio in found.items()}
 
 
-def by_definition(page: Page) -> dict[str, Tensor]:
+def by_definition(attention: AttentionBatch) -> dict[str, Tensor]:
     """Every pattern measure from the dense matrix, cell by cell where that is clearest."""
-    p = page.matrix.dense().double()
+    p = attention.matrix.dense().double()
     rows, heads, length, _ = p.shape
-    text = page.batch.valid & ~page.batch.sinks
-    seen = Visibility(page.batch, page.seen.mask, HEADS).uniform.dense()[:, 0] > 0  # [B, L, S]
+    text = attention.texts.valid & ~attention.texts.sinks
+    seen = Visibility(attention.texts, attention.visibility.mask, HEADS).uniform.dense()[:, 0] > 0  # [B, L, S]
     index = torch.arange(length)
     sums: dict[str, Tensor] = {}
     norms = []
-    weight = page.out_weight.double().unflatten(1, (HEADS, SIZE))
+    weight = attention.out_weight.double().unflatten(1, (HEADS, SIZE))
     for h in range(heads):
-        norms.append((page.value.double()[:, h // 2] @ weight[:, h].T).norm(dim=-1))
+        norms.append((attention.value.double()[:, h // 2] @ weight[:, h].T).norm(dim=-1))
     norm = torch.stack(norms, 1)
 
     def add(name: str, value: Tensor | float) -> None:
@@ -64,7 +64,7 @@ def by_definition(page: Page) -> dict[str, Tensor]:
 
     for b in range(rows):
         received = torch.zeros(heads, length, dtype=torch.float64)
-        lookers = torch.zeros(length, dtype=torch.float64)
+        queries_per_key = torch.zeros(length, dtype=torch.float64)
         for i in range(length):
             if not text[b, i] or int((seen[b, i] & text[b]).sum()) < 2:
                 continue
@@ -79,14 +79,14 @@ def by_definition(page: Page) -> dict[str, Tensor]:
             add("distance", (kept * (index - i).abs()).sum(-1))
             add("distance_raw", (a * (index - i).abs()).sum(-1))
             add("text", (a * text[b]).sum(-1))
-            add("sink", (a * (page.batch.sinks & page.batch.valid)[b]).sum(-1))
+            add("sink", (a * (attention.texts.sinks & attention.texts.valid)[b]).sum(-1))
             add("first", a[:, 0])
-            add("delimiter", (a * page.batch.delimiters[b]).sum(-1))
+            add("delimiter", (a * attention.texts.delimiters[b]).sum(-1))
             carried = a * norm[b]
             carried = carried / carried.sum(-1, keepdim=True)
-            add("norm_sink", (carried * page.batch.sinks[b]).sum(-1))
+            add("norm_sink", (carried * attention.texts.sinks[b]).sum(-1))
             add("norm_first", carried[:, 0])
-            add("norm_delimiter", (carried * page.batch.delimiters[b]).sum(-1))
+            add("norm_delimiter", (carried * attention.texts.delimiters[b]).sum(-1))
             for d in range(-8, 9):
                 if 0 <= i + d < length:
                     add(f"offset_mass{d:+d}", kept[:, i + d])
@@ -95,8 +95,8 @@ def by_definition(page: Page) -> dict[str, Tensor]:
                     if abs(d) < 2:
                         add(f"norm_offset{d:+d}", carried[:, i + d])
             received += a
-            lookers += seen[b, i]
-        shares = torch.where(text[b], received / lookers.clamp(min=1), 0)
+            queries_per_key += seen[b, i]
+        shares = torch.where(text[b], received / queries_per_key.clamp(min=1), 0)
         tenth = math.ceil(0.1 * int(text[b].sum()) - 1e-9)
         add("received_top", shares.sort(-1, descending=True).values[:, :tenth].sum(-1))
         add("received", shares.sum(-1))
@@ -121,8 +121,8 @@ def test_every_measure_is_its_definition(kind: str, blocks: str, monkeypatch: py
     mask = {"decoder": mask & masks.causal(), "encoder": mask, "window": mask & masks.sliding_window(6)}.get(
         kind, masks.causal()
     )
-    page = page_of(batch, mask)
-    found, wanted = values(take(standard(), page)), by_definition(page)
+    attention = attention_of(batch, mask)
+    found, wanted = values(take(standard(), attention)), by_definition(attention)
     assert set(wanted) == {column.name for column in columns_of(standard())} - {"induction", "duplicate"}
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, atol=2e-5, rtol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
@@ -149,11 +149,11 @@ def test_layers_share_what_their_masks_let_be_seen_and_no_more() -> None:
 
 def test_padding_and_neighbours_change_nothing() -> None:
     batch = batch_of(23, 17, end=True)
-    page = page_of(batch, masks.padding([23, 17]))
+    attention = attention_of(batch, masks.padding([23, 17]))
     alone = batch_of(17, end=True)
-    cut = AttentionMatrix(page.matrix._scores.query[1:, :, :17], page.matrix._scores.key[1:, :, :17])
-    single = Page(cut, Visibility(alone, None, HEADS), page.value[1:, :, :17], page.out_weight)
-    both, one = take(standard(), page), take(standard(), single)
+    cut = AttentionMatrix(attention.matrix._scores.query[1:, :, :17], attention.matrix._scores.key[1:, :, :17])
+    single = AttentionBatch(cut, Visibility(alone, None, HEADS), attention.value[1:, :, :17], attention.out_weight)
+    both, one = take(standard(), attention), take(standard(), single)
     for name, ratio in one.items():
         torch.testing.assert_close(both[name].numerator[1:], ratio.numerator, atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(both[name].denominator[1:], ratio.denominator, atol=1e-4, rtol=1e-5)
@@ -171,18 +171,18 @@ def made(positions: list[list[int]], length: int, strength: float = 30.0) -> Att
 
 
 def roles_of(
-    matrix: AttentionMatrix, plain: Batch, repeated: AttentionMatrix, twice: Batch, *, causal: bool = True
+    matrix: AttentionMatrix, plain: TextBatch, repeated: AttentionMatrix, twice: TextBatch, *, causal: bool = True
 ) -> list[set[str]]:
     """The roles of heads made by hand, by the same way as a model's."""
-    sums, null = Sums(), Sums()
+    sums, null = MeasureSums(), MeasureSums()
     count = matrix.shape[1]
     for number in range(6):
         for weights, batch in ((matrix, plain), (repeated, twice)):
             seen = Visibility(batch, masks.causal() if causal else None, count)
             asked = [measure for measure in standard() if measure.reads(batch)]
             given = weights_of([(f"{'repeat:' if batch is twice else ''}{number}", number % 2)])
-            for into, page in ((sums, Page(weights, seen)), (null, Page(seen.uniform, seen))):
-                into.add(take(asked, page), 0, 1, given)
+            for into, attention in ((sums, AttentionBatch(weights, seen)), (null, AttentionBatch(seen.uniform, seen))):
+                into.add(take(asked, attention), 0, 1, given)
     found = find_roles(sums, null)
     return [{row.role for row in found if row.head == head} for head in range(count)]
 
@@ -240,7 +240,7 @@ def test_a_head_with_a_learned_sink_has_no_role_from_its_little_weight_on_text()
         (twice,) = batches([piece(41, end=False, period=20)])
         assert roles_of(matrix, batch_of(length), matrix, twice) == [wanted]
         seen = Visibility(batch_of(length), masks.causal(), 1)
-        found = values(take(standard(), Page(matrix, seen)))
+        found = values(take(standard(), AttentionBatch(matrix, seen)))
         assert float(found["text"]) == pytest.approx(0.04 if sink > 0 else 1, abs=1e-5)
 
 
@@ -250,20 +250,20 @@ def test_evidence_says_how_many_rows_could_choose() -> None:
     (twice,) = batches([piece(length, end=False, period=period)])
     before = made([[max(0, i - 1) for i in range(length)]], length)
     again = made([[i - period + 1 if i > period else 0 for i in range(length)]], length)
-    sums, null = Sums(), Sums()
+    sums, null = MeasureSums(), MeasureSums()
     for number in range(6):
         for weights, batch in ((before, batch_of(length)), (again, twice)):
             seen = Visibility(batch, masks.causal(), 1)
             asked = [measure for measure in standard() if measure.reads(batch)]
             given = weights_of([(f"{number}", number % 2)])
-            for into, page in ((sums, Page(weights, seen)), (null, Page(seen.uniform, seen))):
-                into.add(take(asked, page), 0, 1, given)
+            for into, attention in ((sums, AttentionBatch(weights, seen)), (null, AttentionBatch(seen.uniform, seen))):
+                into.add(take(asked, attention), 0, 1, given)
     assert {row.role: row.examples for row in find_roles(sums, null)} == {"previous token": 3 * 39, "induction": 3 * 20}
 
 
 def test_a_head_is_reported_on_the_half_that_did_not_pick_it() -> None:
     """Strong where it was picked, weak elsewhere: no role; strong on both: the score is the other half's."""
-    sums, null = Sums(), Sums()
+    sums, null = MeasureSums(), MeasureSums()
     for number in range(8):
         half = number % 2
         found = torch.tensor([[0.9, 0.9 - 0.2 * half]]) if half == 0 else torch.tensor([[0.1, 0.7]])
@@ -278,7 +278,7 @@ def test_a_head_is_reported_on_the_half_that_did_not_pick_it() -> None:
 def test_null_values_are_those_of_an_even_head() -> None:
     batch = batch_of(30)
     seen = Visibility(batch, masks.causal(), HEADS)
-    found = values(take(standard(), Page(seen.uniform, seen)))
+    found = values(take(standard(), AttentionBatch(seen.uniform, seen)))
     visible = torch.arange(2, 30, dtype=torch.float64) + 1  # row 1 sees one text key only and does not count
     torch.testing.assert_close(found["entropy"], visible.log().mean()[None], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found["entropy_share"], torch.ones(1).double(), atol=1e-5, rtol=1e-5)
@@ -287,14 +287,14 @@ def test_null_values_are_those_of_an_even_head() -> None:
 
 
 def test_sums_add_up_in_any_order_and_intervals_hold_the_value() -> None:
-    whole, parts = Sums(), [Sums(), Sums()]
+    whole, parts = MeasureSums(), [MeasureSums(), MeasureSums()]
     for number in range(12):
         numerator = torch.full((1, 2), 1.0 + number % 5)
         weights = weights_of([(f"doc {number}", number % 2)])
         for into in (whole, parts[number % 3 == 0]):
             into.add({"x": Ratio(numerator, torch.full((1, 2), 4.0))}, 1, 3, weights)
             into.documents[f"doc {number}"] = 4
-    merged = Sums()
+    merged = MeasureSums()
     for part in reversed(parts):
         merged.merge(part)
     torch.testing.assert_close(merged.values["x"], whole.values["x"])
@@ -307,7 +307,7 @@ def test_sums_add_up_in_any_order_and_intervals_hold_the_value() -> None:
     assert document_weights("a", 0)[:2].tolist() == [1, 0]
     assert not document_weights("a", 0)[2:].any()
     assert document_weights("a", 1)[2:].mean() == pytest.approx(1, abs=0.3)
-    other = Sums({"x": torch.zeros(2, 2, 5, 5)})
+    other = MeasureSums({"x": torch.zeros(2, 2, 5, 5)})
     with pytest.raises(ValueError, match=r"x has sums \(102, 2, 3, 2\) here and \(2, 2, 5, 5\) there"):
         whole.merge(other)
     with pytest.raises(ValueError, match="no replicates are kept for 'x'"):
@@ -325,7 +325,7 @@ class FarMass(Reduction):
 def test_sums_of_several_layers_at_once() -> None:
     """Layers that have the same sums may be added together."""
     ratio = Ratio(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.ones(2, 2))
-    at_once, one_by_one = Sums(), Sums()
+    at_once, one_by_one = MeasureSums(), MeasureSums()
     at_once.add({"x": ratio}, [0, 2], 3, torch.ones(2, 2, dtype=torch.float64))
     for layer in (0, 2):
         one_by_one.add({"x": ratio}, layer, 3, torch.ones(2, 2, dtype=torch.float64))
@@ -336,9 +336,9 @@ def test_sums_of_several_layers_at_once() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.bfloat16, torch.float32, torch.float64])
 def test_rows_are_counted_exactly_whatever_a_measure_gives(dtype: torch.dtype) -> None:
-    page = page_of(batch_of(301), masks.causal())
-    ones = torch.ones(page.matrix.shape[:3], dtype=dtype)
-    found = page.over_rows(ones)
+    attention = attention_of(batch_of(301), masks.causal())
+    ones = torch.ones(attention.matrix.shape[:3], dtype=dtype)
+    found = attention.over_rows(ones)
     assert found.dtype == torch.float64
     assert found.tolist() == [[299.0] * HEADS]  # which bfloat16 does not have
 
@@ -346,25 +346,25 @@ def test_rows_are_counted_exactly_whatever_a_measure_gives(dtype: torch.dtype) -
 class Far(Measure):
     columns = (Column("far", "weight on keys more than 4 tokens back"),)
 
-    def questions(self, page: Page) -> dict[str, Reduction]:
+    def reductions(self, batch: AttentionBatch) -> dict[str, Reduction]:
         return {"far": FarMass()}
 
-    def sums(self, page: Page) -> dict[str, Ratio]:
-        return {"far": Ratio(page.over_rows(page.answers["far"]), page.count)}
+    def sums(self, batch: AttentionBatch) -> dict[str, Ratio]:
+        return {"far": Ratio(batch.over_rows(batch.results["far"]), batch.row_count)}
 
 
 def test_a_measure_of_ones_own() -> None:
-    page = page_of(batch_of(23), masks.causal())
-    p, index = page.matrix.dense().double(), torch.arange(23)
+    attention = attention_of(batch_of(23), masks.causal())
+    p, index = attention.matrix.dense().double(), torch.arange(23)
     wanted = (p * (index[:, None] - index > 4)).sum(-1)[:, :, 2:].mean((0, 2))
-    torch.testing.assert_close(values(take([*standard(), Far()], page))["far"], wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(values(take([*standard(), Far()], attention))["far"], wanted, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="two measures have a column 'far'"):
         columns_of([Far(), Far()])
 
 
 def test_unknown_projections_give_no_norms_rather_than_wrong_ones() -> None:
-    page = page_of(batch_of(23), masks.causal())
-    found = values(take(standard(), Page(page.matrix, page.seen, page.value, None)))
+    attention = attention_of(batch_of(23), masks.causal())
+    found = values(take(standard(), AttentionBatch(attention.matrix, attention.visibility, attention.value, None)))
     assert found["norm_sink"].isnan().all()
     assert not found["sink"].isnan().any()
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from headscope import AttentionMatrix, masks
 from headscope.heads.measures import products as measure_products
-from headscope.heads.measures.products import Distance, Product, Together
+from headscope.heads.measures.products import Distance, Product, SharedProduct
 from headscope.heads.measures.strongest import MaxAmong, Strongest
 from headscope.ops.kernels import tiles as strips
 from headscope.ops.masks import Mask
@@ -25,7 +25,7 @@ RADIUS = 3
 
 
 def matrix_of(mask: Mask | None, size: int = 37, rows: int = 37) -> AttentionMatrix:
-    """Batch 2, 6 heads on 3, of a few different scores: many are near, many far. The last ``rows`` rows."""
+    """TextBatch 2, 6 heads on 3, of a few different scores: many are near, many far. The last ``rows`` rows."""
     random = torch.Generator().manual_seed(3)
     query, key = torch.randn(2, 6, size, 8, generator=random), torch.randn(2, 3, size, 8, generator=random)
     return AttentionMatrix(2 * query[:, :, -rows:], key, mask=mask)
@@ -128,7 +128,7 @@ def test_one_product_for_several_questions(name: str, few: int, monkeypatch: pyt
     x[:, :, :3, 1] = x[:, :, 7:, 1] = x[..., 2] = 0  # columns of four keys, and of none
     matrix, among = matrix_of(MASKS[name]), some_keys()
     far = Distance(torch.stack([among, ~among], -1))
-    found = matrix.reduce(Together([Product(x), far, Product(own)]))[0]
+    found = matrix.reduce(SharedProduct([Product(x), far, Product(own)]))[0]
     shared = len(products)
     alone: list[Reduction] = [Product(x), far, Product(own)]
     for one, question in zip(found, alone, strict=True):

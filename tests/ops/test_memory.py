@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from headscope import AttentionMatrix, attention, masks
-from headscope.heads.measures.products import Distance, Product, Together
+from headscope.heads.measures.products import Distance, Product, SharedProduct
 from headscope.heads.measures.strongest import Strongest
 from headscope.ops.reductions import Entropy, Groups, Mass, Max, Offsets, Pool, Received, TopK, TransposedProduct
 
@@ -101,7 +101,7 @@ IDS = torch.arange(LENGTH) // 30
 REDUCTIONS = [Entropy(), Max(), TopK(5), Received(mean=True), Offsets(8), Groups(IDS), Mass()]
 REDUCTIONS += [Pool(IDS, IDS, "mass"), Pool(64, 64, "mean"), Pool(64, 64, "max"), TransposedProduct(tensor())]
 TEXT = torch.arange(LENGTH)[None] > 0  # all but a start token
-MEASURES = [Strongest(TEXT, 8), Together([Distance(TEXT[..., None]), Product(torch.rand(1, HEADS, LENGTH, 4))])]
+MEASURES = [Strongest(TEXT, 8), SharedProduct([Distance(TEXT[..., None]), Product(torch.rand(1, HEADS, LENGTH, 4))])]
 CASES: dict[str, Callable[[], None]] = {
     "no mask": attend(),
     "causal": attend(mask=masks.causal()),

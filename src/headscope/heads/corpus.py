@@ -22,9 +22,9 @@ from headscope.models.loading import Loaded
 from headscope.models.tokens import special_tokens
 
 __all__ = [
-    "Batch",
     "Document",
     "Piece",
+    "TextBatch",
     "batches",
     "by_length",
     "check_different",
@@ -123,7 +123,7 @@ class Piece:
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class TextBatch:
     """Pieces side by side, padded on the right: ``ids``, ``valid``, ``sinks`` and ``delimiters`` are [B, L]."""
 
     pieces: tuple[Piece, ...]
@@ -335,7 +335,7 @@ def repeats(loaded: Loaded, *, count: int = 16, period: int = 50, seed: int = 0)
     return pieces
 
 
-def batches(pieces: Iterable[Piece], *, tokens: int = 2048, pad: int = 0, device: Any = None) -> Iterator[Batch]:
+def batches(pieces: Iterable[Piece], *, tokens: int = 2048, pad: int = 0, device: Any = None) -> Iterator[TextBatch]:
     """Put pieces together, the longest first, so that little is padding; at most ``tokens`` in a batch of several.
 
     Args:
@@ -366,13 +366,13 @@ def by_length(items: Iterable[Item], length: Callable[[Item], int], tokens: int)
         yield waiting
 
 
-def _batch(pieces: Sequence[Piece], pad: int, device: Any) -> Batch:
+def _batch(pieces: Sequence[Piece], pad: int, device: Any) -> TextBatch:
     length = max(len(piece.ids) for piece in pieces)
 
     def padded(rows: Iterable[Sequence[Any]], fill: Any) -> Tensor:
         return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], device=device)
 
-    return Batch(
+    return TextBatch(
         pieces=tuple(pieces),
         ids=padded((piece.ids for piece in pieces), pad),
         valid=padded(([True] * len(piece.ids) for piece in pieces), False),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headscope.errors import TextError
-from headscope.heads.corpus import Batch, Document, Piece, batches, cut
+from headscope.heads.corpus import Document, Piece, TextBatch, batches, cut
 from headscope.heads.measures import Visibility
 from headscope.heads.measures.strongest import MaxAmong
 from headscope.heads.relations import Example, count_hits
@@ -72,7 +72,7 @@ def token_examples(
     return best[:most], found[::-1][:most]
 
 
-def _looks(loaded: Loaded, batch: Batch, layer: int, head: int) -> list[TokenExample]:
+def _looks(loaded: Loaded, batch: TextBatch, layer: int, head: int) -> list[TokenExample]:
     number = -1
     answers: list[tuple[Tensor, Tensor, Tensor]] = []
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from headscope.heads.measures import REPEATED
-from headscope.heads.measures.sums import Sums
+from headscope.heads.measures.sums import MeasureSums
 from headscope.heads.relations import RelationCounts
 from headscope.heads.relations.counts import with_arrow
 from headscope.heads.relations.score import LEVEL, RelationScore
@@ -109,7 +109,7 @@ class Evidence:
 
 
 def find_roles(
-    sums: Sums, null: Sums, relations: Sequence[RelationScore] = (), halves: dict[str, int] | None = None
+    sums: MeasureSums, null: MeasureSums, relations: Sequence[RelationScore] = (), halves: dict[str, int] | None = None
 ) -> list[Evidence]:
     """All roles, in the order of ``ROLES`` and then of relations, the highest score first.
 
@@ -131,7 +131,7 @@ def find_roles(
 
 
 def _from_column(
-    role: Role, sums: Sums, null: Sums, text_weight: Tensor | None, halves: dict[str, int]
+    role: Role, sums: MeasureSums, null: MeasureSums, text_weight: Tensor | None, halves: dict[str, int]
 ) -> list[Evidence]:
     picked, score = sums.value(role.column, 0), sums.value(role.column, 1)
     uniform = null.value(role.column, 1)

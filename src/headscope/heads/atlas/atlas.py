@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headscope.errors import AtlasError
 from headscope.heads.atlas import file as atlas_file
-from headscope.heads.atlas.measuring import Measured
+from headscope.heads.atlas.measuring import Measurements
 from headscope.heads.effects import HeadEffects, agreement
 from headscope.heads.measures import REPEATED
 from headscope.heads.relations.counts import RelationCounts
@@ -91,12 +91,12 @@ class HeadAtlas:
     def __init__(
         self,
         info: Mapping[str, Any] | None = None,
-        measured: Measured | None = None,
+        measured: Measurements | None = None,
         relations: RelationCounts | None = None,
         worth: Worth | None = None,
     ) -> None:
         self.info: dict[str, Any] = dict(info or {})
-        self.measured = measured or Measured()
+        self.measurements = measured or Measurements()
         self.relations = relations or RelationCounts()
         self.worth = worth or Worth()
         self._scores: list[RelationScore] | None = None
@@ -118,7 +118,7 @@ class HeadAtlas:
     def roles(self) -> list[Evidence]:
         """All roles that hold, with their evidence. A head may have several, or none."""
         return find_roles(
-            self.measured.sums, self.measured.null, self.relation_scores(), self.info.get("documents", {})
+            self.measurements.sums, self.measurements.null, self.relation_scores(), self.info.get("documents", {})
         )
 
     def value(self, column: str) -> Tensor:
@@ -137,8 +137,8 @@ class HeadAtlas:
         shape = len(self.heads), max(self.heads, default=0)
         found: dict[str, Tensor] = {}
         for column in self.info.get("columns", {}):
-            if column in self.measured.sums.values:
-                found[column] = _padded(self.measured.sums.value(column), shape)
+            if column in self.measurements.sums.values:
+                found[column] = _padded(self.measurements.sums.value(column), shape)
         for row in self.relation_scores():
             name = f"relation:{row.direction}"
             found.setdefault(name, torch.full(shape, torch.nan, dtype=torch.float64))[row.layer, row.head] = (
@@ -198,7 +198,7 @@ class HeadAtlas:
     def to_parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that an atlas holds, as tensors and as JSON data."""
         tensors: dict[str, Tensor] = {}
-        for name, sums in (("sums", self.measured.sums), ("null", self.measured.null)):
+        for name, sums in (("sums", self.measurements.sums), ("null", self.measurements.null)):
             tensors |= {f"{name}/{column}": value.contiguous() for column, value in sums.values.items()}
         counts, told = self.relations.to_tensors()
         tensors |= {f"relations/{name}": value.contiguous() for name, value in counts.items()}
@@ -208,8 +208,8 @@ class HeadAtlas:
             "format": atlas_file.FORMAT,
             "info": self.info,
             "relations": told,
-            "rows": self.measured.sums.documents,
-            "notes": self.measured.notes,
+            "rows": self.measurements.sums.documents,
+            "notes": self.measurements.notes,
             "worth": {"documents": self.worth.documents, "unit": self.worth.unit},
         }
         return tensors, data
@@ -219,7 +219,7 @@ class HeadAtlas:
         """The atlas that :meth:`to_parts` took apart. Raises AtlasError when it was another version's."""
         atlas_file.check_format(data, where)
         try:
-            measured = Measured()
+            measured = Measurements()
             for name, sums in (("sums", measured.sums), ("null", measured.null)):
                 sums.values = _under(tensors, f"{name}/")
             measured.sums.documents = dict(data["rows"])
@@ -272,11 +272,13 @@ class HeadAtlas:
         if both and not same:
             raise AtlasError(f"both atlases hold {both[0]!r} and {len(both) - 1} more: they would be counted twice.")
         merged = HeadAtlas(self.info)
-        merged.measured.merge(self.measured)
+        merged.measurements.merge(self.measurements)
         if same:
-            merged.measured.notes += [note for note in other.measured.notes if note not in merged.measured.notes]
+            merged.measurements.notes += [
+                note for note in other.measurements.notes if note not in merged.measurements.notes
+            ]
         else:
-            merged.measured.merge(self._new_in(other))
+            merged.measurements.merge(self._new_in(other))
         merged.relations.merge(self.relations)
         merged.relations.merge(self._new_relations(other))
         for part in (self, other):
@@ -290,7 +292,7 @@ class HeadAtlas:
     @property
     def notes(self) -> list[str]:
         """What happened on the way, and what is too little for a role."""
-        return [*self.measured.notes, *missing_evidence(self.info["documents"], self.relations)]
+        return [*self.measurements.notes, *missing_evidence(self.info["documents"], self.relations)]
 
     def _sources(self) -> list[dict[str, Any]]:
         """The plans and the versions behind this atlas: one, or those of all that were merged."""
@@ -299,18 +301,18 @@ class HeadAtlas:
         ]
         return found
 
-    def _new_in(self, other: HeadAtlas) -> Measured:
+    def _new_in(self, other: HeadAtlas) -> Measurements:
         """What another atlas measured that this one did not: repeated random tokens that both read count once."""
         ours, theirs = ({n for n in a.info["documents"] if n.startswith("repeat:")} for a in (self, other))
         if not ours & theirs:
-            return other.measured
+            return other.measurements
         if ours != theirs:
             raise AtlasError("both atlases read some of the same random tokens, but not all: use one seed, or two.")
-        new = Measured()
-        for held, given in ((new.sums, other.measured.sums), (new.null, other.measured.null)):
+        new = Measurements()
+        for held, given in ((new.sums, other.measurements.sums), (new.null, other.measurements.null)):
             held.values = {name: value for name, value in given.values.items() if name not in REPEATED}
-        new.sums.documents = {n: rows for n, rows in other.measured.sums.documents.items() if n not in ours}
-        new.notes, new.outputs = other.measured.notes, other.measured.outputs
+        new.sums.documents = {n: rows for n, rows in other.measurements.sums.documents.items() if n not in ours}
+        new.notes, new.outputs = other.measurements.notes, other.measurements.outputs
         return new
 
     def _new_relations(self, other: HeadAtlas) -> RelationCounts:

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from headscope.errors import is_out_of_memory
-from headscope.heads.corpus import Batch, Piece, batches
+from headscope.heads.corpus import Piece, TextBatch, batches
 from headscope.heads.effects import output_sum
-from headscope.heads.measures import Column, Measure, Page, Ratio, Visibility, take
-from headscope.heads.measures.sums import Sums, weights_of
+from headscope.heads.measures import AttentionBatch, Column, Measure, Ratio, Visibility, take
+from headscope.heads.measures.sums import MeasureSums, weights_of
 from headscope.models.loading import Loaded, reader
 from headscope.ops.masks import Mask
 from headscope.ops.masks.codec import encode
 from headscope.watching.hooks import AttentionCall
 from headscope.watching.texts import record_batch
 
-__all__ = ["Measured", "columns_of", "measure", "output_weight"]
+__all__ = ["Measurements", "columns_of", "measure", "output_weight"]
 
 _PROJECTIONS = (
     "o_proj",
@@ -41,16 +41,16 @@ _PROJECTIONS = (
 _OUTSIDE = ("output.dense", "output.o_proj", "out_proj")
 
 
-class Measured:
+class Measurements:
     """The sums of every head, and of a head that is even over all it may see."""
 
     def __init__(self) -> None:
-        self.sums = Sums()
-        self.null = Sums()
+        self.sums = MeasureSums()
+        self.null = MeasureSums()
         self.notes: list[str] = []
         self.outputs: dict[str, Tensor] = {}  # "sum" [layers, H, Dv] of head outputs, "count" of positions
 
-    def merge(self, other: Measured) -> None:
+    def merge(self, other: Measurements) -> None:
         """Add another part of the same work."""
         self.sums.merge(other.sums)
         self.null.merge(other.null)
@@ -81,7 +81,7 @@ def measure(
     *,
     tokens: int = 2048,
     on_layer: Callable[[int, int], None] | None = None,
-) -> Measured:
+) -> Measurements:
     """Run a model over pieces of text and add up all measures.
 
     Args:
@@ -91,7 +91,7 @@ def measure(
         tokens: Tokens in a batch of several texts; halved, and said, where memory does not suffice.
         on_layer: Told after each layer: layers done, and of how many.
     """
-    done = Measured()
+    done = Measurements()
     work = _in_batches(pieces, tokens, loaded)
     layers = int(getattr(loaded.model.config.get_text_config(), "num_hidden_layers", 1))
     finished = 0
@@ -115,14 +115,14 @@ def measure(
     return done
 
 
-def _in_batches(pieces: Sequence[Piece], tokens: int, loaded: Loaded) -> list[Batch]:
+def _in_batches(pieces: Sequence[Piece], tokens: int, loaded: Loaded) -> list[TextBatch]:
     device = loaded.model.device
     kinds = [[p for p in pieces if not p.period], [p for p in pieces if p.period]]
     pad = int(loaded.tokenizer.pad_token_id or 0)
     return [batch for kind in kinds for batch in batches(kind, tokens=tokens, pad=pad, device=device)]
 
 
-def _measure_batch(loaded: Loaded, batch: Batch, measures: Sequence[Measure], layers: int) -> Measured:
+def _measure_batch(loaded: Loaded, batch: TextBatch, measures: Sequence[Measure], layers: int) -> Measurements:
     asked = [taken for taken in measures if taken.reads(batch)]
     modules = dict(reader(loaded.model)[0].named_modules())
     weights = weights_of((piece.document, piece.half) for piece in batch.pieces)
@@ -130,7 +130,7 @@ def _measure_batch(loaded: Loaded, batch: Batch, measures: Sequence[Measure], la
     nulls: dict[tuple[object, int], dict[str, Ratio]] = {}
     alike: dict[tuple[object, int], list[int]] = {}  # layers that see the like
     evidence = {column.name for column in columns_of(asked) if column.evidence}
-    done = Measured()
+    done = Measurements()
     number = -1
     outputs: list[Tensor] = []
 
@@ -141,9 +141,9 @@ def _measure_batch(loaded: Loaded, batch: Batch, measures: Sequence[Measure], la
         key = (_rule(call.scores.mask), call.shape[1])
         if key not in seen:
             seen[key] = Visibility(batch, call.scores.mask, call.shape[1])
-            nulls[key], alike[key] = take(asked, Page(seen[key].uniform, seen[key])), []
+            nulls[key], alike[key] = take(asked, AttentionBatch(seen[key].uniform, seen[key])), []
         alike[key].append(number)
-        page = Page(call.matrix(), seen[key], call.value, output_weight(modules, call))
+        page = AttentionBatch(call.matrix(), seen[key], call.value, output_weight(modules, call))
         outputs.append(output_sum(call, batch.valid))
         found = take(asked, page)
         strong = {name: ratio for name, ratio in found.items() if name in evidence}

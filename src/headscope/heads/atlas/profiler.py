@@ -111,10 +111,10 @@ class _Survey:
             part.info["documents"][document.name] = half
             part.info["texts"][document.name] = corpus.digest(document)
             if sum(len(piece.ids) for piece in held) >= _HELD:
-                part.measured.merge(measure(self.loaded, held, self.measures, tokens=self.plan.tokens))
+                part.measurements.merge(measure(self.loaded, held, self.measures, tokens=self.plan.tokens))
                 held = []
-        part.measured.merge(measure(self.loaded, held, self.measures, tokens=self.plan.tokens))
-        part.measured.notes = list(dict.fromkeys(notes + part.measured.notes))
+        part.measurements.merge(measure(self.loaded, held, self.measures, tokens=self.plan.tokens))
+        part.measurements.notes = list(dict.fromkeys(notes + part.measurements.notes))
         return part
 
     def _pieces(self, document: Document, half: int, notes: list[str]) -> list[Piece]:
@@ -136,12 +136,12 @@ class _Survey:
         pieces = corpus.repeats(self.loaded, count=plan.repeats, period=plan.period, seed=plan.seed)
         documents = {piece.document: piece.half for piece in pieces}
         part = HeadAtlas(self.info | {"documents": documents, "texts": {}, "examples": {}})
-        part.measured = measure(self.loaded, pieces, self.measures, tokens=plan.tokens)
+        part.measurements = measure(self.loaded, pieces, self.measures, tokens=plan.tokens)
         return part
 
     def _relations(self, name: str, examples: Sequence[Example]) -> HeadAtlas:
         part = HeadAtlas(self.info | {"documents": {}, "texts": {}, "examples": {}})
-        note = part.measured.notes.append
+        note = part.measurements.notes.append
         part.relations = count_relations(self.loaded, examples, batch_tokens=self.plan.tokens, on_note=note)
         part.info["examples"][name] = {"read": part.relations.examples, "too_long": part.relations.skipped}
         return part
@@ -162,14 +162,14 @@ class _Survey:
         made = {"ablation_zero": zero}
         if self.means is None:
             told = "Ablation to the mean is left out: the heads' outputs are not of one shape in all layers."
-            part.measured.notes.append(told)
+            part.measurements.notes.append(told)
         else:
             made["ablation_mean"] = head_effects(entry, ids, to=self.means)
         if zero.unit != "1 - cosine":  # whose derivative is zero at the clean run
             made["gradient"] = head_effects(entry, ids, method="gradient")
         values = {name: effects.per_example.double() for name, effects in made.items()}
         for effects in made.values():
-            part.measured.notes += [f"What heads are worth: {note}." for note in effects.notes]
+            part.measurements.notes += [f"What heads are worth: {note}." for note in effects.notes]
         part.worth = Worth(values, zero.clean.double(), [document.name], zero.unit)
         return part
 
@@ -229,10 +229,10 @@ def profile(
     works = Parts(parts, told, given, on_part)
     atlas = HeadAtlas(survey.info | {"documents": {}, "texts": {}, "examples": collections})
     _add(atlas, works.run(survey.first(), len(survey.second())))
-    survey.means = _means(atlas.measured.outputs)
+    survey.means = _means(atlas.measurements.outputs)
     _add(atlas, works.run(survey.second(), 0))
     atlas.worth, notes = atlas.worth.sorted(), notes + notes_on(atlas.info["examples"], chosen)
-    atlas.measured.notes = list(dict.fromkeys(atlas.measured.notes + notes))
+    atlas.measurements.notes = list(dict.fromkeys(atlas.measurements.notes + notes))
     return atlas
 
 
@@ -269,7 +269,7 @@ def _number(document: Document) -> int:
 def _add(atlas: HeadAtlas, parts: Iterable[HeadAtlas]) -> None:
     """Add up parts in the order given; one is held at a time."""
     for part in parts:
-        atlas.measured.merge(part.measured)
+        atlas.measurements.merge(part.measurements)
         atlas.relations.merge(part.relations)
         atlas.worth.merge(part.worth)
         for name in ("documents", "texts"):

@@ -115,7 +115,7 @@ class Parts:
 
     def _save(self, name: str, part: HeadAtlas) -> None:
         tensors, data = part.to_parts()
-        tensors |= {f"outputs/{key}": value for key, value in part.measured.outputs.items()}
+        tensors |= {f"outputs/{key}": value for key, value in part.measurements.outputs.items()}
         scratch = self._path(name).with_suffix(f".{self.rank}-{os.getpid()}.tmp")
         try:
             save_file(tensors, scratch, metadata={"headscope": json.dumps(data)})
@@ -136,5 +136,7 @@ class Parts:
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
             raise AtlasError(f"{path} is damaged ({error}): remove it, and give the same command again.") from None
         part = HeadAtlas.from_parts(tensors, data, str(path))
-        part.measured.outputs = {n.removeprefix("outputs/"): t for n, t in tensors.items() if n.startswith("outputs/")}
+        part.measurements.outputs = {
+            n.removeprefix("outputs/"): t for n, t in tensors.items() if n.startswith("outputs/")
+        }
         return part

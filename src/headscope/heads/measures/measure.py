@@ -1,7 +1,7 @@
-"""What a measure of a head is, and the page that it reads: one attention call over a batch of texts.
+"""What a measure of a head is, and the attention of one call over a batch of texts, which it reads.
 
-Every measure is a ratio of two sums over text rows. Sums add up over texts, machines and days, and a text's padding
-or neighbours don't change them; means of ratios would do neither.
+Every measure is a ratio of two sums over rows of text. Sums of texts, machines and days add up, and padding or other
+texts in the batch don't change them. Means of ratios would not add up.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from headscope.heads.corpus import Batch
-from headscope.heads.measures.products import Linear, Product, Together
+from headscope.heads.corpus import TextBatch
+from headscope.heads.measures.products import Product, ProductReduction, SharedProduct
 from headscope.ops.masks import Mask
 from headscope.ops.matrix import AttentionMatrix
 from headscope.ops.reductions import Reduction, TransposedProduct
 
-__all__ = ["Column", "Measure", "Page", "Ratio", "Visibility", "take"]
+__all__ = ["AttentionBatch", "Column", "Measure", "Ratio", "Visibility", "take"]
 
-Made = TypeVar("Made")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Column:
-    """What a column of the atlas means.
+    """A column of the atlas.
 
     Attributes:
         name: Its name in the table.
         about: Its definition, in a sentence.
-        unit: Of its values.
+        unit: The unit of its values.
         source: Where the definition comes from (arXiv id), or "ours".
-        evidence: Whether intervals are kept for it: roles rest on it.
-        over_text: Whether sinks are left out of it (written ° in the documentation).
+        evidence: Whether its sums have replicates, for intervals; roles need them.
+        over_text: Whether sinks are left out (written ° in the documentation).
     """
 
     name: str
@@ -57,24 +57,24 @@ class Column:
 
 @dataclass(frozen=True, eq=False)
 class Visibility:
-    """What may be seen in a batch under one mask; shared by all layers that have it."""
+    """Which keys each query of a batch sees under one mask; shared by all layers with that mask."""
 
-    batch: Batch
+    batch: TextBatch
     mask: Mask | None
     heads: int
-    made: dict[str, Any] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict)
 
-    def once(self, name: str, make: Callable[[], Made]) -> Made:
-        """What follows from the batch and the mask alone, such as a question: made once for all layers."""
-        if name not in self.made:
-            self.made[name] = make()
-        return self.made[name]
+    def cached(self, name: str, compute: Callable[[], Value]) -> Value:
+        """A value that depends on the batch and the mask alone, such as a reduction: computed once for all layers."""
+        if name not in self.cache:
+            self.cache[name] = compute()
+        return self.cache[name]
 
     @cached_property
     def uniform(self) -> AttentionMatrix:
-        """A head that is even over all that it may see: what a measure gives when a head does nothing."""
+        """Uniform attention over all visible keys: the null of every measure."""
         rows, length = self.batch.ids.shape
-        for count in (1, self.heads):  # a mask may tell heads apart
+        for count in (1, self.heads):  # a mask may differ between heads
             zeros = torch.zeros(rows, count, length, 8, device=self.batch.ids.device)
             try:
                 return AttentionMatrix(zeros, zeros, mask=self.mask)
@@ -89,62 +89,62 @@ class Visibility:
         return self.batch.valid & ~self.batch.sinks
 
     @cached_property
-    def keys(self) -> Tensor:
-        """How many keys each query may see, [B, L] float64."""
+    def keys_per_query(self) -> Tensor:
+        """How many keys each query sees, [B, L] float64."""
         return self.uniform.logsumexp[:, 0].double().exp().round()
 
     @cached_property
-    def text_keys(self) -> Tensor:
-        """How many of these are text, [B, L] float64."""
+    def text_keys_per_query(self) -> Tensor:
+        """How many text keys each query sees, [B, L] float64."""
         share = self.uniform.reduce(Product(self.text[:, None, :, None].float()))[0]
-        return (share[:, 0, :, 0].double() * self.keys).round()
+        return (share[:, 0, :, 0].double() * self.keys_per_query).round()
 
     @cached_property
-    def lookers(self) -> Tensor:
-        """How many of the rows that count may see each key, [B, S] float64."""
-        counted = (self.rows * self.keys)[:, None, :, None].float()
+    def queries_per_key(self) -> Tensor:
+        """How many of the counted rows see each key, [B, S] float64."""
+        counts = (self.rows * self.keys_per_query)[:, None, :, None].float()
         heads = self.uniform.shape[1]
-        seen = self.uniform.reduce(TransposedProduct(counted.expand(-1, heads, -1, -1)))[0]
-        return seen[:, 0, :, 0].double().round()
+        queries = self.uniform.reduce(TransposedProduct(counts.expand(-1, heads, -1, -1)))[0]
+        return queries[:, 0, :, 0].double().round()
 
     @cached_property
     def rows(self) -> Tensor:
-        """Which queries count: text that may see at least two keys that are text. [B, L] bool."""
-        return self.text & (self.text_keys >= 2)
+        """Which rows count: queries that are text and see at least two text keys. [B, L] bool."""
+        return self.text & (self.text_keys_per_query >= 2)
 
 
 @dataclass(frozen=True, eq=False)
-class Page:
-    """One attention call over a batch: its weights, and what is known of its positions.
+class AttentionBatch:
+    """The attention of one call over a batch of texts.
 
     Attributes:
         matrix: The weights, [B, H, L, S].
-        seen: The batch, and what its mask lets be seen.
-        value: [B, G, S, Dv], or None for the uniform head.
-        out_weight: The output projection's weight, [E, H·Dv], or None where it is not known.
-        answers: What was asked of the weights, by the names that ``questions`` gave.
+        visibility: The texts, and which keys each query sees.
+        value: [B, G, S, Dv], or None for uniform attention.
+        out_weight: The output projection's weight, [E, H·Dv], or None where it is unknown.
+        results: The results of the measures' reductions, by name.
     """
 
     matrix: AttentionMatrix
-    seen: Visibility
+    visibility: Visibility
     value: Tensor | None = None
     out_weight: Tensor | None = None
-    answers: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def batch(self) -> Batch:
+    def texts(self) -> TextBatch:
         """The texts."""
-        return self.seen.batch
+        return self.visibility.batch
 
     @property
     def text(self) -> Tensor:
         """Which positions are text, neither padding nor sinks: [B, S] bool."""
-        return self.seen.text
+        return self.visibility.text
 
     @property
     def rows(self) -> Tensor:
-        """Which queries count: text that may see at least two keys that are text. [B, L] bool."""
-        return self.seen.rows
+        """Which rows count: queries that are text and see at least two text keys. [B, L] bool."""
+        return self.visibility.rows
 
     @cached_property
     def norms(self) -> Tensor | None:
@@ -164,20 +164,20 @@ class Page:
     def over_rows(self, values: Tensor) -> Tensor:
         """Sum of [B, H, L, …] over the rows that count: [B, H, …], as float64.
 
-        Float32 is added up as such: torch does so in a tree, which is as good and takes half of the time.
+        Float32 is summed in float32: torch sums in a tree, which is as exact and takes half of the time.
         """
         values = values if values.dtype in (torch.float32, torch.float64) else values.double()
-        rows = self.seen.rows.to(values.dtype).view(len(values), 1, -1, *[1] * (values.dim() - 3))
+        rows = self.rows.to(values.dtype).view(len(values), 1, -1, *[1] * (values.dim() - 3))
         return (values * rows).sum(2).double()
 
     @cached_property
-    def count(self) -> Tensor:
+    def row_count(self) -> Tensor:
         """How many rows count, [B, H]."""
         return self.rows.sum(-1).double().unsqueeze(1).expand(-1, self.matrix.shape[1])
 
 
 class Measure(ABC):
-    """A score of heads. Write your own by giving its columns, what it asks of the weights, and its sums.
+    """A score of heads. For your own, write its columns, the reductions of the weights that it needs, and its sums.
 
     Example:
         >>> from headscope.heads.measures import Column, Measure, Ratio
@@ -185,11 +185,11 @@ class Measure(ABC):
         >>> class Far(Measure):
         ...     columns = (Column("far", "weight on keys more than 20 tokens back"),)
         ...
-        ...     def questions(self, page):
+        ...     def reductions(self, batch):
         ...         return {"far": FarMass()}
         ...
-        ...     def sums(self, page):
-        ...         return {"far": Ratio(page.over_rows(page.answers["far"]), page.count)}
+        ...     def sums(self, batch):
+        ...         return {"far": Ratio(batch.over_rows(batch.results["far"]), batch.row_count)}
         >>> class FarMass(Reduction):
         ...     def start(self, shape, like):
         ...         return like.new_zeros(shape[:3])
@@ -200,45 +200,40 @@ class Measure(ABC):
 
     columns: tuple[Column, ...] = ()
 
-    def reads(self, batch: Batch) -> bool:
-        """Whether this measure is for such texts: most are for all that are not made of repeats."""
-        return not any(piece.period for piece in batch.pieces)
+    def reads(self, texts: TextBatch) -> bool:
+        """Whether this measure is for such texts: by default for all but repeated random tokens."""
+        return not any(piece.period for piece in texts.pieces)
 
     @abstractmethod
-    def questions(self, page: Page) -> dict[str, Reduction]:
-        """What to ask of the weights, by name; measures that use the same name share the question and its answer."""
+    def reductions(self, batch: AttentionBatch) -> dict[str, Reduction]:
+        """The reductions that the sums need, by name; measures that use the same name share a reduction."""
 
     @abstractmethod
-    def sums(self, page: Page) -> dict[str, Ratio]:
-        """The sums of each column, from ``page.answers``."""
+    def sums(self, batch: AttentionBatch) -> dict[str, Ratio]:
+        """The sums of each column, from ``batch.results``."""
 
 
-def take(measures: Iterable[Measure], page: Page) -> dict[str, Ratio]:
-    """All measures of one page, by one pass over its weights.
+def take(measures: Iterable[Measure], batch: AttentionBatch) -> dict[str, Ratio]:
+    """The sums of all measures, by one pass over the weights.
 
     Args:
-        measures: What to take; questions of the same name are asked once.
-        page: One attention call; its ``answers`` are filled here.
+        measures: The measures; reductions of the same name are computed once.
+        batch: One attention call; its ``results`` are filled here.
     """
-    asked = tuple(measures)
-    questions: dict[str, Reduction] = {}
-    for taken in asked:
-        for name, question in taken.questions(page).items():
-            questions.setdefault(name, question)
-    page.answers.update(_answers(page.matrix, questions))
-    return {name: ratio for taken in asked for name, ratio in taken.sums(page).items()}
+    measures = tuple(measures)
+    reductions: dict[str, Reduction] = {}
+    for measure in measures:
+        for name, reduction in measure.reductions(batch).items():
+            reductions.setdefault(name, reduction)
+    batch.results.update(_reduce(batch.matrix, reductions))
+    return {name: ratio for measure in measures for name, ratio in measure.sums(batch).items()}
 
 
-def _answers(matrix: AttentionMatrix, questions: dict[str, Reduction]) -> dict[str, Any]:
-    """What the weights say to all questions, by one pass in which all that a product answers share one."""
-    linear = {name: question for name, question in questions.items() if isinstance(question, Linear)}
-    others = [name for name in questions if name not in linear]
-    asked = [questions[name] for name in others]
-    if linear:
-        asked.append(Together(list(linear.values())))
-    if not asked:
-        return {}
-    found = matrix.reduce(*asked)
-    if linear:
-        others, found = [*others, *linear], (*found[:-1], *found[-1])
-    return dict(zip(others, found, strict=True))
+def _reduce(matrix: AttentionMatrix, reductions: dict[str, Reduction]) -> dict[str, Any]:
+    """The results of all reductions, by one pass in which those that are products share one product."""
+    products = {name: reduction for name, reduction in reductions.items() if isinstance(reduction, ProductReduction)}
+    others = {name: reduction for name, reduction in reductions.items() if name not in products}
+    if not products:
+        return dict(zip(others, matrix.reduce(*others.values()), strict=True)) if others else {}
+    *results, shared = matrix.reduce(*others.values(), SharedProduct(list(products.values())))
+    return dict(zip([*others, *products], [*results, *shared], strict=True))

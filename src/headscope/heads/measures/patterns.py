@@ -1,20 +1,20 @@
-"""The measures that every atlas holds; docs/heads.md says what each is for."""
+"""The standard measures of every atlas; docs/heads.md says what each is for."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from headscope.heads.corpus import Batch
-from headscope.heads.measures.measure import Column, Measure, Page, Ratio
+from headscope.heads.corpus import TextBatch
+from headscope.heads.measures.measure import AttentionBatch, Column, Measure, Ratio
 from headscope.heads.measures.products import Distance, Product
 from headscope.heads.measures.strongest import Strongest
 from headscope.ops.reductions import Entropy, Reduction, TransposedProduct
 
 __all__ = ["RADIUS", "REPEATED", "standard"]
 
-REPEATED = ("induction", "duplicate")  # the columns that repeated random tokens give
-RADIUS = 8  # offsets from −8 to +8
+REPEATED = ("induction", "duplicate")  # columns measured on repeated random tokens
+RADIUS = 8  # offsets go from −8 to +8
 _CLARK, _VOITA, _VIG, _GU = "arXiv 1906.04341", "arXiv 1905.09418", "arXiv 1906.04284", "arXiv 2410.10781"
 _H2O, _KOBAYASHI, _OLSSON = "arXiv 2306.14048", "arXiv 2004.10102", "arXiv 2209.11895"
 _DELTAS = range(-RADIUS, RADIUS + 1)
@@ -22,68 +22,81 @@ _DELTAS = range(-RADIUS, RADIUS + 1)
 
 def standard() -> tuple[Measure, ...]:
     """Entropy, confidence, distance, offsets, sinks, received, norm-weighted mass, induction and duplicates."""
-    return (Spread(), Confidence(), MeanDistance(), OffsetMass(), OffsetHits(), Sinks(), Heavy(), Norms(), Repeats())
+    return (
+        Spread(),
+        Confidence(),
+        MeanDistance(),
+        OffsetMass(),
+        OffsetHits(),
+        Sinks(),
+        HeavyHitters(),
+        Norms(),
+        Repeats(),
+    )
 
 
 class Spread(Measure):
-    """How evenly a head looks."""
+    """How uniform a head's attention is."""
 
     columns = (
         Column("entropy", "−Σ a ln a, mean over rows", "nats", _CLARK),
         Column("entropy_share", "Σ entropy ÷ Σ ln n, n the number of visible keys", "share", _CLARK, evidence=True),
     )
 
-    def questions(self, page: Page) -> dict[str, Reduction]:
-        """The entropy of every row."""
+    def reductions(self, batch: AttentionBatch) -> dict[str, Reduction]:
+        """The entropy of each row."""
         return {"entropy": Entropy()}
 
-    def sums(self, page: Page) -> dict[str, Ratio]:
-        """Rows that may see one key only cannot choose, and do not count."""
-        total = page.over_rows(page.answers["entropy"])
-        possible = page.over_rows(page.seen.keys.clamp(min=1).log().unsqueeze(1)).expand_as(total)
-        return {"entropy": Ratio(total, page.count), "entropy_share": Ratio(total, possible)}
+    def sums(self, batch: AttentionBatch) -> dict[str, Ratio]:
+        """Entropy per row, and over the largest entropy possible."""
+        total = batch.over_rows(batch.results["entropy"])
+        possible = batch.over_rows(batch.visibility.keys_per_query.clamp(min=1).log().unsqueeze(1)).expand_as(total)
+        return {"entropy": Ratio(total, batch.row_count), "entropy_share": Ratio(total, possible)}
 
 
 class Confidence(Measure):
-    """How much the strongest key gets."""
+    """How much weight the strongest key gets."""
 
     columns = (
         Column("confidence", "largest weight on text ÷ weight on text", "share", _VOITA, over_text=True),
         Column("confidence_raw", "largest weight, sinks included", "share", _VOITA),
     )
 
-    def questions(self, page: Page) -> dict[str, Reduction]:
-        """The largest weights, with sinks and without."""
-        return {"strongest": _strongest(page), "mass": _mass(page)}
+    def reductions(self, batch: AttentionBatch) -> dict[str, Reduction]:
+        """The largest weights on text and on all other keys."""
+        return {"strongest": _strongest(batch), "mass": _mass(batch)}
 
-    def sums(self, page: Page) -> dict[str, Ratio]:
-        """Over the weight on text, and over rows."""
-        text, _, others, _ = page.answers["strongest"]
-        raw = page.over_rows(torch.maximum(text, others))
-        return {"confidence": Ratio(page.over_rows(text), _on_text(page)), "confidence_raw": Ratio(raw, page.count)}
+    def sums(self, batch: AttentionBatch) -> dict[str, Ratio]:
+        """The largest weight on text over the weight on text; the largest of all over rows."""
+        text, _, others, _ = batch.results["strongest"]
+        raw = batch.over_rows(torch.maximum(text, others))
+        return {
+            "confidence": Ratio(batch.over_rows(text), _on_text(batch)),
+            "confidence_raw": Ratio(raw, batch.row_count),
+        }
 
 
 class MeanDistance(Measure):
-    """How far a head looks."""
+    """How far away the attended keys are."""
 
     columns = (
         Column("distance", "Σ a·|i − j| over text ÷ weight on text", "tokens", _VIG, over_text=True),
         Column("distance_raw", "Σ a·|i − j|, sinks included", "tokens", _VIG),
     )
 
-    def questions(self, page: Page) -> dict[str, Reduction]:
-        """Mean distances, with sinks and without."""
-        among = torch.stack([page.text, page.batch.sinks], -1)
-        return {"distance": page.seen.once("distance", lambda: Distance(among)), "mass": _mass(page)}
+    def reductions(self, batch: AttentionBatch) -> dict[str, Reduction]:
+        """Mean distances to text and to sinks."""
+        among = torch.stack([batch.text, batch.texts.sinks], -1)
+        return {"distance": batch.visibility.cached("distance", lambda: Distance(among)), "mass": _mass(batch)}
 
-    def sums(self, page: Page) -> dict[str, Ratio]:
-        """The raw one adds what lies on sinks."""
-        text, sinks = page.over_rows(page.answers["distance"]).unbind(-1)
-        return {"distance": Ratio(text, _on_text(page)), "distance_raw": Ratio(text + sinks, page.count)}
+    def sums(self, batch: AttentionBatch) -> dict[str, Ratio]:
+        """On text over the weight on text; on text and sinks over rows."""
+        text, sinks = batch.over_rows(batch.results["distance"]).unbind(-1)
+        return {"distance": Ratio(text, _on_text(batch)), "distance_raw": Ratio(text + sinks, batch.row_count)}
 
 
 class OffsetMass(Measure):
-    """The weight at fixed distances: −1 is the token before."""
+    """The weight at fixed offsets: −1 is the token before."""
 
     columns = (
         *(
@@ -93,42 +106,44 @@ class OffsetMass(Measure):
         *(Column(f"offset_mass{d:+d}_raw", f"a[i, i{d:+d}], sinks included", "share", _CLARK) for d in _DELTAS),
     )
 
-    def questions(self, page: Page) -> dict[str, Reduction]:
-        """The diagonals, which the search for the strongest key reads."""
-        return {"strongest": _strongest(page), "mass": _mass(page)}
+    def reductions(self, batch: AttentionBatch) -> dict[str, Reduction]:
+        """The weights on near keys, which the search for the strongest key gives."""
+        return {"strongest": _strongest(batch), "mass": _mass(batch)}
 
-    def sums(self, page: Page) -> dict[str, Ratio]:
-        """Each diagonal, with what lies on sinks and without."""
-        offsets, on_text = page.answers["strongest"].near, _on_text(page)
-        kept = page.seen.once("text at offsets", lambda: _at_offsets(page.text.to(offsets.dtype))[:, None])
-        raw, text = page.over_rows(offsets).unbind(-1), page.over_rows(offsets * kept).unbind(-1)
-        found = {f"offset_mass{d:+d}": Ratio(part, on_text) for d, part in zip(_DELTAS, text, strict=True)}
-        return found | {f"offset_mass{d:+d}_raw": Ratio(part, page.count) for d, part in zip(_DELTAS, raw, strict=True)}
+    def sums(self, batch: AttentionBatch) -> dict[str, Ratio]:
+        """Each offset, without sinks and with them."""
+        offsets, on_text = batch.results["strongest"].near, _on_text(batch)
+        on_keys = batch.visibility.cached("text at offsets", lambda: _at_offsets(batch.text.to(offsets.dtype))[:, None])
+        raw, text = batch.over_rows(offsets).unbind(-1), batch.over_rows(offsets * on_keys).unbind(-1)
+        sums = {f"offset_mass{d:+d}": Ratio(part, on_text) for d, part in zip(_DELTAS, text, strict=True)}
+        return sums | {
+            f"offset_mass{d:+d}_raw": Ratio(part, batch.row_count) for d, part in zip(_DELTAS, raw, strict=True)
+        }
 
 
 class OffsetHits(Measure):
-    """How often the strongest key stands at a fixed distance."""
+    """How often the strongest key is at a fixed offset."""
 
     columns = tuple(
         Column(f"offset_hits{d:+d}", f"rows whose strongest text key is at {d:+d}", "share", _VOITA, abs(d) < 2, True)
         for d in _DELTAS
     )
 
-    def questions(self, page: Page) -> dict[str, Reduction]:
-        """The strongest key that is text, if it is near; where two share the largest weight there is none."""
-        return {"strongest": _strongest(page)}
+    def reductions(self, batch: AttentionBatch) -> dict[str, Reduction]:
+        """The offset of the strongest text key, if it is near and no other key has its weight."""
+        return {"strongest": _strongest(batch)}
 
-    def sums(self, page: Page) -> dict[str, Ratio]:
-        """Rows, not weights, are counted: a hit is a hit."""
-        apart = page.answers["strongest"].offsets
-        hits = torch.zeros(*apart.shape[:2], 2 * RADIUS + 2, dtype=torch.float64, device=apart.device)  # the last: far
-        rows = page.rows.double().unsqueeze(1).expand(apart.shape)
-        hits.scatter_add_(-1, (apart + RADIUS).clamp(max=2 * RADIUS + 1), rows)
-        return {f"offset_hits{d:+d}": Ratio(hits[..., d + RADIUS], page.count) for d in _DELTAS}
+    def sums(self, batch: AttentionBatch) -> dict[str, Ratio]:
+        """Count rows, not weights."""
+        offsets = batch.results["strongest"].offsets
+        hits = torch.zeros(*offsets.shape[:2], 2 * RADIUS + 2, dtype=torch.float64, device=offsets.device)  # last: far
+        rows = batch.rows.double().unsqueeze(1).expand(offsets.shape)
+        hits.scatter_add_(-1, (offsets + RADIUS).clamp(max=2 * RADIUS + 1), rows)
+        return {f"offset_hits{d:+d}": Ratio(hits[..., d + RADIUS], batch.row_count) for d in _DELTAS}
 
 
 class Sinks(Measure):
-    """What rests on positions that mean nothing, or little."""
+    """The weight on sinks, on the first position, on delimiters and on text."""
 
     columns = (
         Column("text", "weight on text, without special tokens and learned sinks", "share", _GU),
@@ -138,24 +153,24 @@ class Sinks(Measure):
         Column("delimiter_raw", "weight on punctuation and line ends", "share", _CLARK),
     )
 
-    def questions(self, page: Page) -> dict[str, Reduction]:
-        """Masses on groups of keys."""
-        return {"mass": _mass(page)}
+    def reductions(self, batch: AttentionBatch) -> dict[str, Reduction]:
+        """The masses on these groups of keys."""
+        return {"mass": _mass(batch)}
 
-    def sums(self, page: Page) -> dict[str, Ratio]:
-        """Each mass over rows; delimiters also over the weight on text."""
-        _, sink, first, delimiter = page.over_rows(page.answers["mass"]).unbind(-1)
+    def sums(self, batch: AttentionBatch) -> dict[str, Ratio]:
+        """Each mass over rows, that on delimiters also over the weight on text."""
+        _, sink, first, delimiter = batch.over_rows(batch.results["mass"]).unbind(-1)
         return {
-            "text": Ratio(_on_text(page), page.count),
-            "sink": Ratio(sink, page.count),
-            "first": Ratio(first, page.count),
-            "delimiter": Ratio(delimiter, _on_text(page)),
-            "delimiter_raw": Ratio(delimiter, page.count),
+            "text": Ratio(_on_text(batch), batch.row_count),
+            "sink": Ratio(sink, batch.row_count),
+            "first": Ratio(first, batch.row_count),
+            "delimiter": Ratio(delimiter, _on_text(batch)),
+            "delimiter_raw": Ratio(delimiter, batch.row_count),
         }
 
 
-class Heavy(Measure):
-    """Whether few keys get most of what is given."""
+class HeavyHitters(Measure):
+    """How much of the weight on text few keys get."""
 
     columns = (
         Column(
@@ -166,23 +181,25 @@ class Heavy(Measure):
         ),
     )
 
-    def questions(self, page: Page) -> dict[str, Reduction]:
-        """What each key gets from the rows that count."""
-        rows = page.rows[:, None, :, None].float().expand(-1, page.matrix.shape[1], -1, -1)
+    def reductions(self, batch: AttentionBatch) -> dict[str, Reduction]:
+        """The weight that each key receives from the rows that count."""
+        rows = batch.rows[:, None, :, None].float().expand(-1, batch.matrix.shape[1], -1, -1)
         return {"received": TransposedProduct(rows)}
 
-    def sums(self, page: Page) -> dict[str, Ratio]:
-        """The mean over the queries that may see a key makes early and late keys equal."""
-        received = page.answers["received"][..., 0].double() / page.seen.lookers.clamp(min=1).unsqueeze(1)
-        received = received * page.text.unsqueeze(1)
-        tenth = (page.text.sum(-1) * 0.1).ceil().long()
+    def sums(self, batch: AttentionBatch) -> dict[str, Ratio]:
+        """Received weight is divided by the queries that see the key: early keys have more of them."""
+        received = batch.results["received"][..., 0].double() / batch.visibility.queries_per_key.clamp(min=1).unsqueeze(
+            1
+        )
+        received = received * batch.text.unsqueeze(1)
+        tenth = (batch.text.sum(-1) * 0.1).ceil().long()
         ordered = received.topk(int(tenth.max()), -1).values
         among = torch.arange(ordered.shape[-1], device=ordered.device) < tenth[:, None]
         return {"received_top": Ratio((ordered * among.unsqueeze(1)).sum(-1), received.sum(-1))}
 
 
 class Norms(Measure):
-    """What a weight carries: a[i, j]·‖v_j W_O‖, normalised over each row, beside the raw masses."""
+    """Norm-weighted attention: a[i, j]·‖v_j W_O‖, normalised over each row."""
 
     _SHOWN = (-1, 0, 1)
     columns = (
@@ -202,98 +219,98 @@ class Norms(Measure):
         ),
     )
 
-    def questions(self, page: Page) -> dict[str, Reduction]:
-        """Products with the norms of the keys' values."""
-        norms = _norms(page)
-        groups = torch.stack([page.batch.valid, page.batch.sinks, _first(page), page.batch.delimiters], -2)
+    def reductions(self, batch: AttentionBatch) -> dict[str, Reduction]:
+        """The masses on groups of keys, times the norms of the keys' values."""
+        norms = _norms(batch)
+        groups = torch.stack([batch.texts.valid, batch.texts.sinks, _first(batch), batch.texts.delimiters], -2)
         norms = norms.unsqueeze(-2) * groups.unsqueeze(1)  # [B, H, 4, S]
-        return {"norms": Product(norms.transpose(-1, -2)), "strongest": _strongest(page)}
+        return {"norms": Product(norms.transpose(-1, -2)), "strongest": _strongest(batch)}
 
-    def sums(self, page: Page) -> dict[str, Ratio]:
-        """Row by row a share; then the mean over rows."""
-        whole, sink, first, delimiter = page.answers["norms"].unbind(-1)
-        scale = 1 / whole.clamp(min=1e-30)
-        norms = _norms(page).expand(-1, whole.shape[1], -1)
-        offsets = page.answers["strongest"].near
-        found = {"norm_sink": sink, "norm_first": first, "norm_delimiter": delimiter}
-        found |= {f"norm_offset{d:+d}": offsets[..., d + RADIUS] * _shifted(norms, d) for d in self._SHOWN}
-        return {name: Ratio(page.over_rows(part * scale), page.count) for name, part in found.items()}
+    def sums(self, batch: AttentionBatch) -> dict[str, Ratio]:
+        """A share of each row; then the mean over rows."""
+        total, sink, first, delimiter = batch.results["norms"].unbind(-1)
+        scale = 1 / total.clamp(min=1e-30)
+        norms = _norms(batch).expand(-1, total.shape[1], -1)
+        offsets = batch.results["strongest"].near
+        parts = {"norm_sink": sink, "norm_first": first, "norm_delimiter": delimiter}
+        parts |= {f"norm_offset{d:+d}": offsets[..., d + RADIUS] * _shifted(norms, d) for d in self._SHOWN}
+        return {name: Ratio(batch.over_rows(part * scale), batch.row_count) for name, part in parts.items()}
 
 
 class Repeats(Measure):
-    """On random tokens that come twice: does a head find what came after the first, or the first itself?"""
+    """On repeated random tokens: the weight on the token's first copy, and on the token after that."""
 
     columns = (
         Column("induction", "second copy: weight on the token after the same token", "share", _OLSSON, evidence=True),
         Column("duplicate", "second copy: weight on the same token", "share", "as in TransformerLens", evidence=True),
     )
 
-    def reads(self, batch: Batch) -> bool:
-        """Repeated texts alone."""
-        return all(piece.period for piece in batch.pieces)
+    def reads(self, texts: TextBatch) -> bool:
+        """Only repeated random tokens."""
+        return all(piece.period for piece in texts.pieces)
 
-    def questions(self, page: Page) -> dict[str, Reduction]:
-        """Nothing in the pass: the few cells are read one by one."""
+    def reductions(self, batch: AttentionBatch) -> dict[str, Reduction]:
+        """None: the few cells are indexed."""
         return {}
 
-    def sums(self, page: Page) -> dict[str, Ratio]:
+    def sums(self, batch: AttentionBatch) -> dict[str, Ratio]:
         """a[i, i − (S − 1)] and a[i, i − S] for the i of the second copy."""
-        found: dict[str, list[Tensor]] = {"induction": [], "duplicate": []}
-        heads = page.matrix.shape[1]
-        for number, piece in enumerate(page.batch.pieces):
+        sums: dict[str, list[Tensor]] = {name: [] for name in REPEATED}
+        heads = batch.matrix.shape[1]
+        for number, piece in enumerate(batch.texts.pieces):
             start = piece.sinks.index(False)
-            rows = torch.arange(start + piece.period, start + 2 * piece.period, device=page.batch.ids.device)
-            every = torch.arange(heads, device=rows.device)[:, None]
+            rows = torch.arange(start + piece.period, start + 2 * piece.period, device=batch.texts.ids.device)
+            all_heads = torch.arange(heads, device=rows.device)[:, None]
             for name, back in (("induction", piece.period - 1), ("duplicate", piece.period)):
-                cells = page.matrix[number, every, rows, rows - back]
-                found[name].append(cells.double().sum(-1))
-        counts = torch.tensor([[float(piece.period)] for piece in page.batch.pieces], dtype=torch.float64)
-        counts = counts.to(page.batch.ids.device).expand(-1, heads)
-        return {name: Ratio(torch.stack(parts), counts) for name, parts in found.items()}
+                cells = batch.matrix[number, all_heads, rows, rows - back]
+                sums[name].append(cells.double().sum(-1))
+        counts = torch.tensor([[float(piece.period)] for piece in batch.texts.pieces], dtype=torch.float64)
+        counts = counts.to(batch.texts.ids.device).expand(-1, heads)
+        return {name: Ratio(torch.stack(parts), counts) for name, parts in sums.items()}
 
 
-def _strongest(page: Page) -> Strongest:
-    """The strongest key that is text, and what lies on the keys around each row."""
-    return page.seen.once("strongest", lambda: Strongest(page.text, RADIUS))
+def _strongest(batch: AttentionBatch) -> Strongest:
+    """The strongest text key, and the weights on near keys."""
+    return batch.visibility.cached("strongest", lambda: Strongest(batch.text, RADIUS))
 
 
-def _mass(page: Page) -> Product:
+def _mass(batch: AttentionBatch) -> Product:
     """Masses on text, sinks, the first position and delimiters, in this order."""
 
-    def make() -> Product:
-        groups = torch.stack([page.text, page.batch.sinks, _first(page), page.batch.delimiters & page.text], -1)
+    def compute() -> Product:
+        groups = torch.stack([batch.text, batch.texts.sinks, _first(batch), batch.texts.delimiters & batch.text], -1)
         return Product(groups.unsqueeze(1).float())
 
-    return page.seen.once("mass", make)
+    return batch.visibility.cached("mass", compute)
 
 
-def _first(page: Page) -> Tensor:
-    first = torch.zeros_like(page.batch.valid)
+def _first(batch: AttentionBatch) -> Tensor:
+    first = torch.zeros_like(batch.texts.valid)
     first[:, 0] = True
-    return first & page.batch.valid
+    return first & batch.texts.valid
 
 
-def _on_text(page: Page) -> Tensor:
-    """The weight on text, summed over rows: what scores without sinks are shares of."""
-    return page.over_rows(page.answers["mass"][..., 0])
+def _on_text(batch: AttentionBatch) -> Tensor:
+    """The weight on text, summed over rows: the denominator of scores without sinks."""
+    return batch.over_rows(batch.results["mass"][..., 0])
 
 
-def _norms(page: Page) -> Tensor:
-    """The norms [B, 1 or H, S]; ones where they are not known, NaN so that nobody takes them for known."""
-    if page.norms is not None:
-        return page.norms
-    known = page.value is None and page.out_weight is None  # the uniform head: every value writes as much
-    fill = 1.0 if known else torch.nan
-    return torch.full_like(page.batch.valid, fill, dtype=torch.float32).unsqueeze(1)
+def _norms(batch: AttentionBatch) -> Tensor:
+    """The norms [B, 1 or H, S]: ones for uniform attention, NaN where the output projection is unknown."""
+    if batch.norms is not None:
+        return batch.norms
+    is_uniform = batch.value is None and batch.out_weight is None
+    fill = 1.0 if is_uniform else torch.nan
+    return torch.full_like(batch.texts.valid, fill, dtype=torch.float32).unsqueeze(1)
 
 
 def _shifted(values: Tensor, d: int) -> Tensor:
-    """values[..., i + d] at i; 0 where there is no such position."""
-    moved = torch.zeros_like(values)
+    """values[..., i + d] at position i; 0 where there is no such position."""
+    shifted = torch.zeros_like(values)
     size = values.shape[-1]
     if abs(d) < size:
-        moved[..., max(0, -d) : size - max(0, d)] = values[..., max(0, d) : size + min(0, d)]
-    return moved
+        shifted[..., max(0, -d) : size - max(0, d)] = values[..., max(0, d) : size + min(0, d)]
+    return shifted
 
 
 def _at_offsets(values: Tensor) -> Tensor:

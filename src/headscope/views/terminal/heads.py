@@ -184,8 +184,8 @@ def print_head(atlas: HeadAtlas, layer: int, head: int) -> None:
             continue
         known = values[~values.isnan()]
         rank = int((known > value).sum()) + 1
-        null = atlas.measured.null.values.get(name)
-        even = "" if null is None else f"{float(atlas.measured.null.value(name)[layer, 0]):.3f}"
+        null = atlas.measurements.null.values.get(name)
+        even = "" if null is None else f"{float(atlas.measurements.null.value(name)[layer, 0]):.3f}"
         even = f"{fixed[name]:.3f}" if name in fixed else even
         about = atlas.info["columns"].get(name, {})
         told = f"{about.get('about', _ABOUT.get(name.split(':')[0], ''))}{more.get(name, '')}"
