@@ -28,6 +28,8 @@ HOMES = {  # an optional dependency and the folders that may import it
     "conllu": {"heads/relations"},
     "torch.utils.tensorboard": {"training"},
 }
+TESTS = Path(__file__).parent
+ASSERTING = {"raises", "warns", "fail", "gradcheck", "gradgradcheck"}  # and whatever is called assert…
 FILES = sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py"))
 
 
@@ -179,3 +181,46 @@ def test_importing_it_loads_nothing_heavy(module: str) -> None:
     program = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def called(function: Function) -> set[str]:
+    """Last names of what a function calls."""
+    calls = [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
+    return {f.attr if isinstance(f, ast.Attribute) else f.id for f in calls if isinstance(f, ast.Attribute | ast.Name)}
+
+
+def without_assertion(modules: dict[str, ast.Module]) -> set[str]:
+    """Tests that assert nothing, neither themselves nor by a function of the tests that they call."""
+    functions = [(file, n) for file, module in modules.items() for n in ast.walk(module) if isinstance(n, Function)]
+    asserting = set(ASSERTING)
+    while True:
+        more = {
+            function.name
+            for _, function in functions
+            if any(isinstance(node, ast.Assert) for node in ast.walk(function))
+            or any(name in asserting or name.startswith("assert") for name in called(function))
+        }
+        if more <= asserting:
+            break
+        asserting |= more
+    return {f"{file}::{f.name}" for file, f in functions if f.name.startswith("test_") and f.name not in asserting}
+
+
+def test_every_test_asserts_something() -> None:
+    modules = {path.relative_to(TESTS).as_posix(): ast.parse(path.read_text("utf-8")) for path in TESTS.rglob("*.py")}
+    assert without_assertion(modules) == set()
+
+
+def test_a_test_that_asserts_nothing_is_found() -> None:
+    module = ast.parse(
+        "def check(x):\n    assert x\n"
+        "def make(x):\n    return x\n"
+        "def test_by_a_helper():\n    check(make(1))\n"
+        "def test_by_raises():\n    with pytest.raises(ValueError):\n        make(1)\n"
+        "def test_by_torch():\n    torch.testing.assert_close(1, 1)\n"
+        "def test_nothing():\n    make(1)\n"
+    )
+    assert without_assertion({"test_a.py": module}) == {"test_a.py::test_nothing"}
