@@ -21,7 +21,7 @@ MODULES = sorted(
     for path in (ROOT / "src" / "headscope").rglob("*.py")
     if path.name != "__main__.py"
 )
-SEE = typer.main.get_command(cli.app).commands["see"]  # type: ignore[attr-defined]
+COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -55,7 +55,7 @@ def test_the_code_of_the_pages_runs(page: Path, tmp_path: Path, monkeypatch: pyt
 def test_the_output_in_the_readme_is_what_comes_out(smollm2: models.Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = blocks(ROOT / "README.md", "console")
     prompt, _, wanted = block.partition("\n")
-    monkeypatch.setattr("headscope.commands.app.models.load", lambda name: smollm2)
+    monkeypatch.setattr(models, "load", lambda name: smollm2)
     monkeypatch.setenv("COLUMNS", "80")
     done = CliRunner().invoke(cli.app, prompt.removeprefix("$ headscope ").split())
     lines = "\n".join(line.rstrip() for line in done.stdout.rstrip().splitlines())
@@ -66,7 +66,7 @@ def test_the_output_in_the_readme_is_what_comes_out(smollm2: models.Loaded, monk
 def test_each_option_is_in_the_page_and_no_other() -> None:
     page = (ROOT / "docs" / "see.md").read_text("utf-8")
     listed = re.findall(r"^\| `(--[a-z]+)` \|", page, re.MULTILINE)
-    options = [max(p.opts, key=len) for p in SEE.params if p.opts[0].startswith("-")]
+    options = [max(p.opts, key=len) for p in COMMANDS["see"].params if p.opts[0].startswith("-")]
     assert sorted(listed) == sorted([*options, "--help"])
 
 
@@ -74,21 +74,19 @@ def test_each_option_of_the_atlas_is_in_its_page_and_no_other() -> None:
     page = (ROOT / "docs" / "heads.md").read_text("utf-8")
     rows = [row for row in page.splitlines() if row.startswith("| `--")]
     listed = [name for row in rows for name in re.findall(r"`(--[a-z-]+)[ `]", row.split("|")[1])]
-    heads = typer.main.get_command(cli.app).commands["heads"]  # type: ignore[attr-defined]
-    options = [max(p.opts, key=len) for p in heads.params if "--worth" not in p.opts]
+    options = [max(p.opts, key=len) for p in COMMANDS["heads"].params if "--worth" not in p.opts]
     assert sorted(listed) == sorted([*options, "--no-worth"])
 
 
 def test_each_command_is_in_the_page() -> None:
     page = (ROOT / "docs" / "see.md").read_text("utf-8")
-    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    assert [name for name in commands if f"`headscope {name}`" not in page] == []
+    assert [name for name in COMMANDS if f"`headscope {name}`" not in page] == []
 
 
 def test_each_entry_of_the_json_is_in_its_page(smollm2: models.Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     import json
 
-    monkeypatch.setattr("headscope.commands.app.models.load", lambda name: smollm2)
+    monkeypatch.setattr(models, "load", lambda name: smollm2)
     answer = json.loads(CliRunner().invoke(cli.app, ["see", "a cat", "--json"]).stdout)
     page = (ROOT / "docs" / "json.md").read_text("utf-8")
     parts = [answer, answer["model"], *(answer[k][0] for k in ("tokens", "words", "links", "rest"))]

@@ -175,12 +175,39 @@ def package_names() -> list[str]:
     )
 
 
-@pytest.mark.parametrize("module", ["headscope", "headscope.models", "headscope.models.tokens"])
-def test_importing_it_loads_nothing_heavy(module: str) -> None:
-    heavy = ["transformers", "matplotlib", "rich", "typer", "pandas"]
-    program = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
+def loaded_by(program: str, packages: list[str]) -> str:
+    """Which of these packages a new Python has loaded after this program."""
+    program = f"import sys\n{program}\nprint([name for name in {packages} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    return done.stdout.strip()
+
+
+def test_importing_headscope_loads_nothing() -> None:
+    assert loaded_by("import headscope", ["torch", "numpy", "jaxtyping", *HOMES]) == "[]"
+
+
+def test_importing_models_and_tokens_loads_nothing_heavy() -> None:
+    assert loaded_by("import headscope.models", [*HOMES, "pandas"]) == "[]"
+
+
+def test_the_names_of_headscope_are_those_that_type_checkers_see() -> None:
+    (block,) = (node for node in tree("__init__.py").body if isinstance(node, ast.If))
+    typed = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert sorted(typed) == headscope.__all__
+    for name, module in typed.items():
+        assert getattr(headscope, name) is getattr(importlib.import_module(str(module)), name)
+
+
+def test_names_and_folders_of_headscope_are_attributes() -> None:
+    assert {*headscope.__all__, *FOLDERS, "errors"} <= set(dir(headscope))
+    program = (
+        "import headscope; from headscope import masks\n"
+        "assert masks is headscope.masks is sys.modules['headscope.ops.masks']\n"
+        "assert headscope.training.train.__module__ == 'headscope.training.loop'"
+    )
+    assert loaded_by(program, ["torch"]) == "['torch']"
+    with pytest.raises(AttributeError, match="module 'headscope' has no attribute 'mask'"):
+        headscope.mask  # noqa: B018
 
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -1,6 +1,6 @@
 """The command as a module: python -m headscope."""
 
-from headscope.commands.app import main
+from headscope.commands import main
 
 if __name__ == "__main__":
     main()

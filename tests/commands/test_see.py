@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from headscope import models
 from headscope.commands import app as cli
+from headscope.commands import see
 from headscope.errors import DownloadError
 from headscope.heads.effects import link_effects
 from headscope.models import store
@@ -26,9 +27,7 @@ def _models(smollm2: models.Loaded, minilm: models.Loaded, monkeypatch: pytest.M
     """Models that are loaded already are not loaded again for each command."""
     loaded = {"smollm2": smollm2, "minilm": minilm}
     load = models.load
-    monkeypatch.setattr(
-        "headscope.commands.app.models.load", lambda name: loaded[name] if name in loaded else load(name)
-    )
+    monkeypatch.setattr(models, "load", lambda name: loaded[name] if name in loaded else load(name))
 
 
 def command(*words: str, stdin: str | bytes | None = None) -> Result:
@@ -248,13 +247,38 @@ def test_ctrl_c_ends_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "record_text", stop)
+    monkeypatch.setattr(see, "record_text", stop)
     done = command("see")
     assert (done.exit_code, done.stdout, done.stderr) == (130, "", "Stopped.\n")
 
 
 def test_version() -> None:
     assert command("--version").stdout.startswith("headscope ")
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_load_no_torch(option: str) -> None:
+    program = (
+        f"import sys; sys.argv[1:] = [{option!r}]\n"
+        "from headscope.commands import main\n"
+        "try: main()\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\n0 False\n")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_the_list_of_commands_has_the_first_line_of_each_help(name: str) -> None:
+    summary = cli.COMMANDS[name][1]
+    assert summary in " ".join(command("--help").stdout.split())
+    if name != "knock-out":
+        assert summary in " ".join(command(name, "--help").stdout.split())
+
+
+def test_knock_out_is_another_name_of_forbid() -> None:
+    forbid, knock_out = (command(name, "--help") for name in ("forbid", "knock-out"))
+    assert knock_out.exit_code == 0
+    assert knock_out.stdout == forbid.stdout.replace("root forbid [OPTIONS]", "root knock-out [OPTIONS]")
 
 
 @pytest.mark.parametrize(
@@ -265,7 +289,7 @@ def test_too_little_memory_is_one_message(error: Exception, monkeypatch: pytest.
     def fails(name: str) -> None:
         raise error
 
-    monkeypatch.setattr("headscope.commands.app.models.load", fails)
+    monkeypatch.setattr(models, "load", fails)
     done = command("see", TEXT)
     assert done.exit_code == 1
     assert done.stderr.startswith("Error: There is not enough memory")
@@ -275,7 +299,7 @@ def test_other_errors_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> N
     def fails(name: str) -> None:
         raise RuntimeError("something of ours is wrong")
 
-    monkeypatch.setattr("headscope.commands.app.models.load", fails)
+    monkeypatch.setattr(models, "load", fails)
     assert str(command("see", TEXT).exception) == "something of ours is wrong"
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Annotated
 
 import torch
 import typer
 
 from headscope import models
+from headscope.commands.models import DEFAULT_MODEL, pull_default
 from headscope.errors import TextError
 from headscope.heads.effects import link_effects
 from headscope.models.tokens import tokenize
@@ -18,14 +17,14 @@ from headscope.views.terminal import console as terminal
 from headscope.views.terminal import forbidden as terminal_links
 from headscope.views.words import label
 
-__all__ = ["add_forbid"]
-
-Reported = Callable[[], AbstractContextManager[None]]
+__all__ = ["app"]
 
 # The same sentence as elsewhere, up to where the model has to know what "it" is.
-_TEXT = "The animal didn't cross the street because it was too"
+DEFAULT_TEXT = "The animal didn't cross the street because it was too"
 
-_FORBID = """Forbid a word to look at another, and see what the model then expects to come next.
+app = typer.Typer(rich_markup_mode=None)
+
+_HELP = """Stop a word from looking at another, and see what the model then expects next.
 
 `headscope see` says which heads look where. This says whether it matters: the link is taken away in every head, in each
 layer alone, and in each head alone, and the next token's probabilities are compared.
@@ -38,7 +37,7 @@ Examples:
 """
 
 TextArgument = Annotated[
-    str | None, typer.Argument(help="The text, up to where the model goes on.", show_default=_TEXT)
+    str | None, typer.Argument(help="The text, up to where the model goes on.", show_default=DEFAULT_TEXT)
 ]
 Model = Annotated[str, typer.Option("--model", metavar="NAME", help="smollm2, a folder, a .gguf file or a hub name.")]
 From = Annotated[str, typer.Option("--from", metavar="WORD", help="The word that may not look; it#2 is the second it.")]
@@ -47,39 +46,37 @@ Top = Annotated[int, typer.Option("--top", metavar="N", min=1, help="How many to
 AsJson = Annotated[bool, typer.Option("--json", help="The whole answer as JSON, on the standard output.")]
 
 
-def add_forbid(app: typer.Typer, reported: Reported, fetch: Callable[[str], None]) -> None:
-    """Add `forbid` to the command; ``reported`` turns expected errors into messages, ``fetch`` pulls a model."""
-
-    @app.command(name="forbid", help=_FORBID)
-    def forbid(
-        text: TextArgument = None,
-        model: Model = "smollm2",
-        from_: From = "it",
-        to: To = "animal",
-        top: Top = 5,
-        as_json: AsJson = False,
-    ) -> None:
-        with reported():
-            fetch(model)
-            stages = terminal.Stages(shown=not as_json)
-            with stages.stage("loading the model"):
-                loaded = models.load(model)
-            given = _TEXT if text is None else text
-            tokens = tokenize(given, loaded.tokenizer, start_token_id=loaded.start_token_id, limit=loaded.context)
-            source, target = tokens.find(from_), tokens.find(to)
-            if loaded.causal and target.tokens[0] > source.tokens[-1]:
-                raise TextError(
-                    f"{label(tokens, target)!r} comes after {label(tokens, source)!r}, and {loaded.name} sees only "
-                    f"what comes before: there is nothing to forbid. Try --from {to} --to {from_}."
-                )
-            ids = torch.tensor([tokens.ids], device=loaded.model.device)
-            with stages.stage("forbidding the link in each head"):
-                effects = link_effects(loaded.model, ids, source.tokens, target.tokens, top=top)
-            ids_shown = [change.token_id for change in effects.everywhere.changes]
-            pieces = {i: str(loaded.tokenizer.decode([i])) for i in ids_shown}
-            names = {"source": label(tokens, source), "target": label(tokens, target)}
-            if as_json:
-                data = forbidden_as_data(effects, pieces, tokens.text, **names)
-                print_json({"model": {"name": loaded.name, "source": loaded.source}} | data)
-            else:
-                terminal_links.print_forbidden(effects, pieces, model=loaded.name, **names, top=top)
+@app.command("forbid", help=_HELP)
+@app.command("knock-out", help=_HELP)
+def forbid(
+    text: TextArgument = None,
+    model: Model = DEFAULT_MODEL,
+    from_: From = "it",
+    to: To = "animal",
+    top: Top = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Stop a word from looking at another; the help text is above."""
+    pull_default(model)
+    stages = terminal.Stages(shown=not as_json)
+    with stages.stage("loading the model"):
+        loaded = models.load(model)
+    text = DEFAULT_TEXT if text is None else text
+    tokens = tokenize(text, loaded.tokenizer, start_token_id=loaded.start_token_id, limit=loaded.context)
+    source, target = tokens.find(from_), tokens.find(to)
+    if loaded.causal and target.tokens[0] > source.tokens[-1]:
+        raise TextError(
+            f"{label(tokens, target)!r} comes after {label(tokens, source)!r}, and {loaded.name} sees only "
+            f"what comes before: there is nothing to forbid. Try --from {to} --to {from_}."
+        )
+    ids = torch.tensor([tokens.ids], device=loaded.model.device)
+    with stages.stage("forbidding the link in each head"):
+        effects = link_effects(loaded.model, ids, source.tokens, target.tokens, top=top)
+    ids_shown = [change.token_id for change in effects.everywhere.changes]
+    pieces = {i: str(loaded.tokenizer.decode([i])) for i in ids_shown}
+    names = {"source": label(tokens, source), "target": label(tokens, target)}
+    if as_json:
+        data = forbidden_as_data(effects, pieces, tokens.text, **names)
+        print_json({"model": {"name": loaded.name, "source": loaded.source}} | data)
+    else:
+        terminal_links.print_forbidden(effects, pieces, model=loaded.name, **names, top=top)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from itertools import islice
@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperCommand
 
 from headscope import models
+from headscope.commands.models import DEFAULT_MODEL, pull_default
 from headscope.commands.pipe import read_pipe
 from headscope.distributed import processes, rank
 from headscope.errors import AtlasError, HeadscopeError, TextError, TreebankError
@@ -32,13 +33,14 @@ from headscope.views.links import split_head
 from headscope.views.terminal import console as terminal
 from headscope.views.terminal import heads as terminal_heads
 
-__all__ = ["add_heads"]
+__all__ = ["app"]
 
-Reported = Callable[[], AbstractContextManager[None]]
-_DEFAULT, _BY = "smollm2", "roles"
+_BY = "roles"
 _WORTH = ("worth", "ablation_zero", "ablation_mean", "gradient")
 
-_HEADS = """Profile every head of a model: what it does, with evidence, and what it is worth.
+app = typer.Typer(rich_markup_mode=None)
+
+_HELP = """Profile every head of a model: what it does, with evidence, and what it is worth.
 
 Each head is measured on texts (how evenly it looks, how far, at which distance, what rests on the first token …), on
 random tokens that come twice, and on sentences in which it is known which word belongs to which. It gets a role where
@@ -112,47 +114,44 @@ class _ManyFiles(TyperCommand):
         return super().parse_args(ctx, given)
 
 
-def add_heads(app: typer.Typer, reported: Reported, fetch: Callable[[str], None]) -> None:
-    """Add `heads` to the command; ``reported`` turns expected errors into messages, ``fetch`` pulls a default model."""
+@app.command(name="heads", help=_HELP, cls=_ManyFiles)
+def heads(
+    model: Model = DEFAULT_MODEL,
+    text: TextOption = None,
+    treebank: Treebank = None,
+    out: Out = None,
+    atlas: AtlasOption = None,
+    head: HeadOption = None,
+    figure: Figure = None,
+    by: By = _BY,
+    worth: Worth = True,
+    length: Length = 512,
+    pieces: Pieces = 1,
+    all_heads: All = False,
+    again: Again = False,
+) -> None:
+    """Profile every head of a model; the help text is above."""
+    _check(out, atlas, head, figure, by, worth)
+    asked = {"--text": text, "--treebank": treebank, "--out": out, "--again": again, "--no-worth": not worth}
+    asked |= {"--length": length != Plan.length, "--pieces": pieces != Plan.pieces}
+    documents: Sequence[corpus.Document] = ()
+    found = _held(model, atlas, [option for option, given in asked.items() if given])
+    if found is None:
+        pull_default(model)
+        plan = Plan(length=length, pieces=pieces, worth=Plan.worth if worth else 0)
+        given = _Given(model, text or [], treebank or [], out, head, by)
+        found, documents = _measure(given, plan)
+    if rank():
+        return
+    if head is not None:
+        _one_head(found, head, found.name if atlas is None or model == DEFAULT_MODEL else model, documents)
+    else:
+        terminal_heads.print_atlas(found, all_heads=all_heads)
+    if figure is not None:
+        from headscope.views.figures import atlas as atlas_figures
 
-    @app.command(name="heads", help=_HEADS, cls=_ManyFiles)
-    def heads(
-        model: Model = _DEFAULT,
-        text: TextOption = None,
-        treebank: Treebank = None,
-        out: Out = None,
-        atlas: AtlasOption = None,
-        head: HeadOption = None,
-        figure: Figure = None,
-        by: By = _BY,
-        worth: Worth = True,
-        length: Length = 512,
-        pieces: Pieces = 1,
-        all_heads: All = False,
-        again: Again = False,
-    ) -> None:
-        with reported():
-            _check(out, atlas, head, figure, by, worth)
-            asked = {"--text": text, "--treebank": treebank, "--out": out, "--again": again, "--no-worth": not worth}
-            asked |= {"--length": length != Plan.length, "--pieces": pieces != Plan.pieces}
-            documents: Sequence[corpus.Document] = ()
-            found = _held(model, atlas, [option for option, given in asked.items() if given])
-            if found is None:
-                fetch(model)
-                plan = Plan(length=length, pieces=pieces, worth=Plan.worth if worth else 0)
-                given = _Given(model, text or [], treebank or [], out, head, by)
-                found, documents = _measure(given, plan)
-            if rank():
-                return
-            if head is not None:
-                _one_head(found, head, found.name if atlas is None or model == _DEFAULT else model, documents)
-            else:
-                terminal_heads.print_atlas(found, all_heads=all_heads)
-            if figure is not None:
-                from headscope.views.figures import atlas as atlas_figures
-
-                atlas_figures.draw(found, figure, by=by)
-                terminal.print_line(f"Figure: {figure}")
+        atlas_figures.draw(found, figure, by=by)
+        terminal.print_line(f"Figure: {figure}")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The commands that train: `headscope train` and `headscope experiment`."""
+"""The command `headscope train`: a small Transformer trained on a task, and what came of it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,13 +19,13 @@ from headscope.training.logs import has_tensorboard, tensorboard
 from headscope.views.terminal import console as terminal
 from headscope.views.terminal.training import print_head_stats
 
-__all__ = ["add_commands"]
+__all__ = ["app"]
+
+app = typer.Typer(rich_markup_mode=None)
 
 _PATIENCE = 3.0  # seconds that the first process has to say what is wrong, before torchrun ends it for another's sake
 
-Reported = Callable[[], AbstractContextManager[None]]
-
-_TRAIN = """Train a small Transformer, and see what it does with what it has never seen.
+_HELP = """Train a small Transformer, and test it on data that it was not trained on.
 
 The tasks need no download:
 
@@ -46,21 +46,6 @@ Examples:
   tensorboard --logdir runs                  look at the logs (pip install 'headscope[train]')
   torchrun --nproc-per-node 2 -m headscope train copy    two processes, the same result
 """.format(tasks="\n".join(f"  {name:<9}{task.about}" for name, task in TASKS.items()))
-
-_ONE_OR_MANY = """Do several heads beat one? Models of equal size, trained equally long, differ in their heads alone.
-
-Models with 1, 2, 4 and 8 heads (each head as much smaller as there are more of them) are trained with five seeds each
-on two tasks: "lookups", where each position must look at four places at once, and "bytes", Python source. The table
-gives the mean over seeds and its 95% interval of the loss on unseen rows, and how differently the heads look.
-
-Finished runs are saved: the same command goes on where it was stopped. It takes up to 20 minutes on 2 slow cores;
---quick takes less than two, with 1 and 4 heads, three seeds and fewer steps.
-
-\b
-Examples:
-  headscope experiment one-or-many --quick
-  headscope experiment one-or-many --out out/one-or-many
-"""
 
 TaskName = Annotated[str, typer.Argument(metavar="TASK", help=f"One of {', '.join(TASKS)}.", show_default=False)]
 Out = Annotated[
@@ -88,80 +73,56 @@ Precision = Annotated[
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto: CUDA if there is any.")]
 SaveEvery = Annotated[int, typer.Option("--save-every", min=1, help="Steps between checkpoints; the last two stay.")]
 AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON, on the standard output.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Smaller: a first impression in less than two minutes.")]
-ExperimentOut = Annotated[
-    Path | None,
-    typer.Option("--out", metavar="FOLDER", help="The results; out/one-or-many (-quick) by default."),
-]
 
 
-def add_commands(app: typer.Typer, reported: Reported) -> None:
-    """Add `train` and `experiment` to the command.
-
-    Args:
-        app: The command.
-        reported: A context in which an expected error becomes a message and an exit code.
-    """
-
-    @app.command(name="train", help=_TRAIN)
-    def train_(
-        task: TaskName,
-        out: Out = None,
-        steps: Steps = 0,
-        batch_size: BatchSize = 0,
-        length: Length = 0,
-        learning_rate: Rate = TrainConfig.learning_rate,
-        warmup: Warmup = TrainConfig.warmup,
-        embed_dim: EmbedDim = 0,
-        heads: Heads = 0,
-        layers: Layers = 0,
-        dropout: Dropout = 0.0,
-        qk_norm: QkNorm = False,
-        seed: Seed = 0,
-        precision: Precision = "auto",
-        device: Device = "auto",
-        save_every: SaveEvery = 100,
-        as_json: AsJson = False,
-    ) -> None:
-        with _from_main_only(reported()):
-            sizes: dict[str, Any] = {"embed_dim": embed_dim, "ff_dim": 4 * embed_dim, "num_heads": heads}
-            sizes = {name: size for name, size in (sizes | {"num_layers": layers}).items() if size}
-            config = TrainConfig(
-                task,
-                steps=steps,
-                batch_size=batch_size,
-                length=length,
-                model=make_task(task, length).model_config(dropout_p=dropout, qk_norm=qk_norm, **sizes),
-                learning_rate=learning_rate,
-                warmup=warmup,
-                seed=seed,
-                precision=precision,
-            )
-            _train(config, out or Path("runs") / task, save_every, device, as_json)
-
-    group = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-    app.add_typer(group, name="experiment")
-
-    @group.callback(help="Questions that training answers.")
-    def _start() -> None:  # so that the experiment's name is a word of its own while there is only one
-        pass
-
-    @group.command(name="one-or-many", help=_ONE_OR_MANY)
-    def one_or_many_(quick: Quick = False, out: ExperimentOut = None) -> None:
-        with reported():
-            _one_or_many(quick, out or Path("out") / ("one-or-many-quick" if quick else "one-or-many"))
+@app.command(name="train", help=_HELP)
+def train_task(
+    task: TaskName,
+    out: Out = None,
+    steps: Steps = 0,
+    batch_size: BatchSize = 0,
+    length: Length = 0,
+    learning_rate: Rate = TrainConfig.learning_rate,
+    warmup: Warmup = TrainConfig.warmup,
+    embed_dim: EmbedDim = 0,
+    heads: Heads = 0,
+    layers: Layers = 0,
+    dropout: Dropout = 0.0,
+    qk_norm: QkNorm = False,
+    seed: Seed = 0,
+    precision: Precision = "auto",
+    device: Device = "auto",
+    save_every: SaveEvery = 100,
+    as_json: AsJson = False,
+) -> None:
+    """Train a small Transformer; the help text is above."""
+    with _silent_unless_main():
+        sizes: dict[str, Any] = {"embed_dim": embed_dim, "ff_dim": 4 * embed_dim, "num_heads": heads}
+        sizes = {name: size for name, size in (sizes | {"num_layers": layers}).items() if size}
+        config = TrainConfig(
+            task,
+            steps=steps,
+            batch_size=batch_size,
+            length=length,
+            model=make_task(task, length).model_config(dropout_p=dropout, qk_norm=qk_norm, **sizes),
+            learning_rate=learning_rate,
+            warmup=warmup,
+            seed=seed,
+            precision=precision,
+        )
+        _train(config, out or Path("runs") / task, save_every, device, as_json)
 
 
-def _from_main_only(context: AbstractContextManager[None]) -> AbstractContextManager[None]:
-    """Under torchrun, all processes fail alike: one of them says it, the others end without a word."""
-    return context if rank() == 0 else _Silent()
-
-
-class _Silent(AbstractContextManager[None]):
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (Exception, KeyboardInterrupt)):
-            time.sleep(_PATIENCE)
-            raise typer.Exit(1) from None
+@contextmanager
+def _silent_unless_main() -> Iterator[None]:
+    """Under torchrun all processes fail alike: the first one reports it, the others end without a message."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        if rank() == 0:
+            raise
+        time.sleep(_PATIENCE)
+        raise typer.Exit(1) from None
 
 
 def _train(config: TrainConfig, folder: Path, save_every: int, device: str, as_json: bool) -> None:
@@ -226,25 +187,3 @@ def _tell_result(config: TrainConfig, result: TrainResult, as_json: bool) -> Non
     terminal.print_line(f"Checkpoint: {result.checkpoint}")
     if not has_tensorboard():
         terminal.print_line("For TensorBoard's logs: pip install 'headscope[train]'", error=True)
-
-
-def _one_or_many(quick: bool, folder: Path) -> None:
-    with terminal.running("one or many") as tell:
-        try:
-            plan = head_counts.QUICK if quick else head_counts.FULL
-            report = head_counts.compare_head_counts(folder, plan, on_progress=tell)
-        except Stopped:
-            terminal.print_line(
-                f"Stopped. Finished runs are in {folder / 'runs'}; the same command goes on.", error=True
-            )
-            raise typer.Exit(130) from None
-    terminal.print_line(report.markdown())
-    written = ["one-or-many.md", "one-or-many.json", "one-or-many.csv"]
-    try:
-        from headscope.views.figures import experiment as charts
-    except ImportError:
-        terminal.print_line("For a figure, too: pip install 'headscope[figures]'", error=True)
-    else:
-        charts.draw_report(report, folder / "one-or-many.png")
-        written.append("one-or-many.png")
-    terminal.print_line(f"In {folder}: {', '.join(written)}")

@@ -1,0 +1,201 @@
+"""The command `headscope see`: which words each head of a model attends to, in your own text."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headscope import models
+from headscope.commands.models import DEFAULT_MODEL, pull_default
+from headscope.commands.pipe import is_piped, read_pipe
+from headscope.errors import TextError
+from headscope.files import check_writable
+from headscope.models.tokens import Tokens, tokenize
+from headscope.views.data import as_data, print_json
+from headscope.views.links import View, ask, head_of
+from headscope.views.terminal import console as terminal
+from headscope.views.terminal.links import print_view
+from headscope.views.words import label
+from headscope.watching.recording import Recording
+from headscope.watching.texts import record_text
+
+__all__ = ["app"]
+
+DEFAULT_TEXT = "The animal didn't cross the street because it was too tired."
+
+app = typer.Typer(rich_markup_mode=None)
+
+_SEE = """Show which words look at which, in every head of a model.
+
+For a few words of the text (or those that you name) you see the words that they look at, and the heads that do so:
+13.8 is layer 13, head 8, both counted from 0. Shares add up to 100% for each head and word.
+
+\b
+Examples:
+  headscope see "The cup fell off the table because it was wet."
+  headscope see --from it --to animal        which heads link "it" to "animal"?
+  headscope see --head 13.8                  where does one head look, word by word?
+  headscope see --figure heads.png           every head as a small map
+  headscope see --file story.txt --from she#2
+  headscope see --model minilm --json > answer.json
+  cat story.txt | headscope see -
+
+A text that begins with a dash goes after two dashes: headscope see -- "- a list".
+"""
+
+Text = Annotated[str | None, typer.Argument(help="The text; - reads it from a pipe.", show_default=DEFAULT_TEXT)]
+Model = Annotated[
+    str, typer.Option("--model", metavar="NAME", help="smollm2, minilm, a folder, a .gguf file or a hub name.")
+]
+From = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--from", metavar="WORD", help="The word that looks; it#2 is the second it. May be given several times."
+    ),
+]
+To = Annotated[
+    str | None, typer.Option("--to", metavar="WORD", help="Only links to this word: the heads that make them.")
+]
+HeadOption = Annotated[
+    str | None, typer.Option("--head", metavar="LAYER.HEAD", help="Only this head, as 13.8: where each word looks.")
+]
+Top = Annotated[
+    int | None,
+    typer.Option("--top", metavar="N", min=1, help="How many words for each word, and how many heads for each pair."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="The whole answer as JSON, on the standard output.")]
+FigureOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--figure", metavar="FILE", help="Draw every head (with --head: that head) into a .png, .svg or .pdf."
+    ),
+]
+File = Annotated[Path | None, typer.Option("--file", metavar="FILE", help="Read the text from a UTF-8 file.")]
+Save = Annotated[
+    Path | None, typer.Option("--save", metavar="FILE", help="Save the recording; Recording.load reads it in Python.")
+]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Times, memory and counts.")]
+
+
+@app.command(help=_SEE)
+def see(
+    text: Text = None,
+    model: Model = DEFAULT_MODEL,
+    from_: From = None,
+    to: To = None,
+    head: HeadOption = None,
+    top: Top = None,
+    as_json: AsJson = False,
+    figure: FigureOption = None,
+    file: File = None,
+    save: Save = None,
+    verbose: Verbose = False,
+) -> None:
+    """Show which words look at which; the help text is above."""
+    if text is not None and file is not None:
+        raise typer.BadParameter("give a text or --file, not both.")
+    stages = terminal.Stages(shown=not as_json)
+    text = _read_text(text, file)
+    _check_outputs(figure, save)
+    pull_default(model, stages)
+    with stages.stage("loading the model"):
+        loaded = models.load(model)
+    tokens = tokenize(text, loaded.tokenizer, start_token_id=loaded.start_token_id, limit=loaded.context)
+    sources = [tokens.find(word) for word in from_ or []]
+    target = None if to is None else tokens.find(to)
+    with stages.stage("running it") as on_progress:
+        recording = record_text(loaded, tokens, on_progress=on_progress)
+    one_head = None if head is None else head_of(head, recording)
+    with stages.stage("reading the heads") as on_progress:
+        view = ask(
+            recording,
+            tokens,
+            sources,
+            target=target,
+            head=one_head,
+            top=top,
+            causal=loaded.causal,
+            on_layer=on_progress,
+        )
+    if as_json:
+        print_json(as_data(view, model=loaded.name, source=loaded.source))
+    else:
+        print_view(view, model=loaded.name, causal=loaded.causal)
+    _write(recording, tokens, view, loaded.name, figure, save, stages, quiet=as_json)
+    if verbose:
+        terminal.print_stages(stages, _facts(loaded, tokens))
+
+
+def _read_text(text: str | None, file: Path | None) -> str:
+    """The text of the argument, of the file or of the pipe; else the default text."""
+    if file is not None:
+        try:
+            return file.read_text("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise TextError(f"{file} is not UTF-8 text: byte {error.start} cannot be read. Save it as UTF-8.") from None
+        except OSError as error:
+            raise TextError(f"Cannot read {file}: {error.strerror}.") from None
+    if text == "-" or (text is None and is_piped()):
+        return read_pipe()
+    return DEFAULT_TEXT if text is None else text
+
+
+def _check_outputs(figure: Path | None, save: Path | None) -> None:
+    """Raise an error before the work is done if a file cannot be written."""
+    if figure is not None:
+        from headscope.views.figures import maps as figures
+
+        figures.check_extension(figure)
+    for path in (figure, save):
+        if path is not None:
+            check_writable(path)
+
+
+def _write(
+    recording: Recording,
+    tokens: Tokens,
+    view: View,
+    model: str,
+    figure: Path | None,
+    save: Path | None,
+    stages: terminal.Stages,
+    *,
+    quiet: bool,
+) -> None:
+    """Write the figure and the recording; print their paths, on the error stream if the output is JSON."""
+    if figure is not None:
+        from headscope.views.figures import maps as figures
+
+        with stages.stage("drawing") as on_progress:
+            if view.head is None:
+                drawn = figures.thumbnails(recording, tokens, figure, model=model, on_layer=on_progress)
+            else:
+                drawn = figures.head_map(recording, tokens, view.head, figure, model=model)
+        terminal.print_line(f"Figure: {figure}", error=quiet)
+        if drawn.missing:
+            terminal.print_line(
+                f"No installed font has {len(drawn.missing)} of the text's characters ({drawn.missing[:20]}), so the "
+                "figure shows numbers for their words. Install one that has them, for Chinese Noto Sans CJK.",
+                error=True,
+            )
+    if save is not None:
+        with stages.stage("saving"):
+            recording.save(save)
+        terminal.print_line(f"Recording: {save}", error=quiet)
+
+
+def _facts(loaded: models.Loaded, tokens: Tokens) -> dict[str, str]:
+    facts = {
+        "model": f"{loaded.name} ({loaded.source})",
+        "text": f"{len(tokens)} tokens, {len(tokens.words)} words",
+        "words": " ".join(label(tokens, word) for word in tokens.words[:20]),
+    }
+    try:
+        import resource
+    except ImportError:  # Windows
+        return facts
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return facts | {"peak memory": f"{peak / 1e9:.2f} GB"}
