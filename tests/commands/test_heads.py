@@ -19,7 +19,7 @@ from headscope.commands.pipe import read_pipe
 from headscope.errors import AtlasError, TextError
 from headscope.heads.atlas.atlas import HeadAtlas
 from headscope.heads.atlas.profiler import Plan, profile
-from headscope.heads.atlas.shards import Parts
+from headscope.heads.atlas.shards import Shard, ShardFolder
 from headscope.views.terminal import heads as terminal_heads
 from tests.heads.test_atlas import atlas, command, decoder, documents, few, folder, run  # noqa: F401  (fixtures among them)
 from tests.options import one_thread  # noqa: F401  (for the whole module)
@@ -61,7 +61,7 @@ def test_what_cannot_be_is_said_before_anything_is_measured(
     unnamed = tmp_path / "bad\udcff.txt"
     unnamed.write_text("Some text of no importance.")
     assert "is not UTF-8: rename it" in said("--model", str(folder / "tiny"), "--text", str(unnamed))
-    (tmp_path / "a.parquet.parts").write_text("")
+    (tmp_path / "a.parquet.shards").write_text("")
     monkeypatch.undo()
     assert "Cannot make the folder" in said(*words, "--out", str(tmp_path / "a.parquet"))
 
@@ -114,14 +114,14 @@ def test_a_disk_that_is_full_is_said(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    parts = Parts(tmp_path / "parts", {"work": 1}, [], None)
+    shards = ShardFolder(tmp_path / "shards", {"work": 1}, [], None)
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("headscope.heads.atlas.shards.save_file", full)
     with pytest.raises(AtlasError, match=r"Cannot write .*texts-0.safetensors: No space left on device"):
-        list(parts.run({"texts-0": lambda: atlas}, 0))
+        list(shards.run({"texts-0": Shard}, 0))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")

@@ -163,21 +163,26 @@ def test_finished_parts_are_not_done_again(decoder: Loaded, atlas: HeadAtlas, tm
     parts = tmp_path / "parts"
     same(
         profile(
-            decoder, texts=documents(), relations=few(), plan=PLAN, parts=parts, on_part=lambda d, o, w: told.append(w)
+            decoder,
+            texts=documents(),
+            relations=few(),
+            plan=PLAN,
+            shards=parts,
+            on_progress=lambda d, o, w: told.append(w),
         ),
         atlas,
     )
     assert told == ["relations", "repeats", "texts", "texts", "worth", "worth", "worth"]
     times = {path.name: path.stat().st_mtime_ns for path in parts.iterdir()}
     (parts / "texts-00000004.safetensors").unlink()
-    same(profile(decoder, texts=documents(), relations=few(), plan=PLAN, parts=parts), atlas)
+    same(profile(decoder, texts=documents(), relations=few(), plan=PLAN, shards=parts), atlas)
     changed = {path.name for path in parts.iterdir() if times[path.name] != path.stat().st_mtime_ns}
     assert changed == {"texts-00000004.safetensors"}
-    with pytest.raises(AtlasError, match="holds the finished parts of other work"):
-        profile(decoder, texts=documents("owl"), relations=few(), plan=PLAN, parts=parts)
+    with pytest.raises(AtlasError, match="holds finished shards of other work"):
+        profile(decoder, texts=documents("owl"), relations=few(), plan=PLAN, shards=parts)
     (parts / "texts-00000000.safetensors").write_bytes(b"cut")
     with pytest.raises(AtlasError, match=r"texts-00000000.safetensors is damaged .*remove it"):
-        profile(decoder, texts=documents(), relations=few(), plan=PLAN, parts=parts)
+        profile(decoder, texts=documents(), relations=few(), plan=PLAN, shards=parts)
 
 
 def test_several_processes_need_a_folder(decoder: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -687,7 +692,7 @@ def test_two_processes_killed_and_begun_again_give_the_single_ones_table(tmp_pat
 
 def kill_and_begin_again(killed: str, folder: Path, tmp_path: Path) -> None:
     """Of two processes; what they give at last is compared with ``alone.parquet``."""
-    shared, parts = tmp_path / f"{killed}.parquet", tmp_path / f"{killed}.parquet.parts"
+    shared, parts = tmp_path / f"{killed}.parquet", tmp_path / f"{killed}.parquet.shards"
     args = command(folder, "--out", str(shared), processes=2)
     threads = os.environ | {"OMP_NUM_THREADS": "1"}
     begun = subprocess.Popen(
@@ -824,10 +829,10 @@ def test_texts_of_which_only_the_beginning_is_read_are_said(decoder: Loaded) -> 
 
 def test_a_text_that_changed_since_its_part_was_finished_is_refused(decoder: Loaded, tmp_path: Path) -> None:
     plan = replace(PLAN, repeats=0, worth=0)
-    profile(decoder, texts=documents(), plan=plan, parts=tmp_path / "parts")
+    profile(decoder, texts=documents(), plan=plan, shards=tmp_path / "parts")
     changed = [*documents()[:4], Document("cat", lambda: "Another text stands under this name now.")]
     with pytest.raises(AtlasError, match="was measured on another text named 'cat': remove it"):
-        profile(decoder, texts=changed, plan=plan, parts=tmp_path / "parts")
+        profile(decoder, texts=changed, plan=plan, shards=tmp_path / "parts")
 
 
 def test_more_layers_than_the_config_says() -> None:
@@ -865,7 +870,7 @@ def test_parts_stay_while_another_process_reads_them(tmp_path: Path, monkeypatch
     from headscope.commands.heads import _remove
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    parts = tmp_path / "a.parts"
+    parts = tmp_path / "a.shards"
     parts.mkdir()
     _remove(parts, patience=0.2)
     assert parts.exists()

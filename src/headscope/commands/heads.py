@@ -264,37 +264,37 @@ def _measure(given: _Given, plan: Plan) -> tuple[HeadAtlas, Sequence[corpus.Docu
             "--by gradient: a model without a next token has none; --by worth draws what its heads are worth."
         )
     _check_words(loaded, documents or [], plan.length)
-    parts = None if out is None else out.with_name(out.name + ".parts")
-    if parts is not None:
-        _forget_ended(parts)
+    shards = None if out is None else out.with_name(out.name + ".shards")
+    if shards is not None:
+        _forget_ended(shards)
     with terminal.running("measuring heads", shown=rank() == 0) as tell:
-        found = profile(loaded, texts=documents, relations=examples, plan=plan, parts=parts, on_part=tell)
-    if out is not None and parts is not None:
+        found = profile(loaded, texts=documents, relations=examples, plan=plan, shards=shards, on_progress=tell)
+    if out is not None and shards is not None:
         if rank() == 0:
             HeadAtlas.load(found.save(out))  # can it be read? only then may what it was made of go
-            _remove(parts)
+            _remove(shards)
             terminal.print_line(f"Atlas: {out}")
         else:
-            (parts / f"done-{rank()}").touch()
+            (shards / f"done-{rank()}").touch()
     return found, documents or ()
 
 
-def _forget_ended(parts: Path) -> None:
+def _forget_ended(shards: Path) -> None:
     """Who ended in a killed run has not ended in this one: the first process forgets all, the others themselves."""
-    for path in parts.glob("done-*" if rank() == 0 else f"done-{rank()}"):
+    for path in shards.glob("done-*" if rank() == 0 else f"done-{rank()}"):
         path.unlink(missing_ok=True)
 
 
-def _remove(parts: Path, patience: float = 60.0) -> None:
-    """Remove finished parts when no other process reads them any more; leave them, and say so, after a minute."""
+def _remove(shards: Path, patience: float = 60.0) -> None:
+    """Remove finished shards when no other process reads them any more; leave them, and say so, after a minute."""
     until = time.monotonic() + patience
-    waiting = [parts / f"done-{number}" for number in range(1, processes())]
+    waiting = [shards / f"done-{number}" for number in range(1, processes())]
     while not all(path.exists() for path in waiting):
         if time.monotonic() > until:
-            terminal.print_line(f"Some processes are still at work: {parts} stays. Remove it when they have ended.")
+            terminal.print_line(f"Some processes are still at work: {shards} stays. Remove it when they have ended.")
             return
         time.sleep(0.1)
-    shutil.rmtree(parts, ignore_errors=True)
+    shutil.rmtree(shards, ignore_errors=True)
 
 
 def _one_head(atlas: HeadAtlas, head: str, model: str, documents: Sequence[corpus.Document]) -> None:
