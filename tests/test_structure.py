@@ -20,6 +20,7 @@ STRANGERS = ({"nn", "models"}, {"heads", "training"})  # side by side: neither i
 HOMES = {  # an optional dependency and the folders that may import it
     "transformers": {"models", "watching/hooks"},
     "tokenizers": {"models"},
+    "gguf": {"models"},
     "filelock": {"models"},
     "matplotlib": {"views/figures"},
     "rich": {"views/terminal"},

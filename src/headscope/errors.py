@@ -5,6 +5,9 @@ Each says what came, what was wanted and what to do. All derive from `HeadscopeE
 wrong shape or value raise `ValueError`, as everywhere in Python.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class HeadscopeError(Exception):
     """Base of all errors that Headscope raises about a model, a text or a file.
@@ -52,6 +55,36 @@ class TreebankError(HeadscopeError):
 
 class AtlasError(HeadscopeError):
     """An atlas that cannot be read, merged, or asked for what it does not hold."""
+
+
+class MissingExtra(HeadscopeError, ImportError):
+    """An optional package that is not installed, with the command that installs it."""
+
+
+@contextmanager
+def optional_imports(extra: str, purpose: str) -> Iterator[None]:
+    """Imports of packages that only one extra of headscope installs.
+
+    Args:
+        extra: The extra, as in ``pip install 'headscope[extra]'``.
+        purpose: What needs the packages, in the plural.
+
+    Raises:
+        MissingExtra: One of the packages is not installed.
+
+    >>> with optional_imports("figures", "Figures"):
+    ...     import no_such_package
+    Traceback (most recent call last):
+    headscope.errors.MissingExtra: Figures need the package no_such_package, which is not installed. \
+Run: pip install 'headscope[figures]'
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "of that extra").partition(".")[0]
+        raise MissingExtra(
+            f"{purpose} need the package {package}, which is not installed. Run: pip install 'headscope[{extra}]'"
+        ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

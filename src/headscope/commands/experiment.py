@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from headscope.errors import MissingExtra
 from headscope.training import Stopped, head_counts
 from headscope.views.terminal import console as terminal
 
@@ -60,8 +61,8 @@ def one_or_many(quick: Quick = False, out: ExperimentOut = None) -> None:
     written = ["one-or-many.md", "one-or-many.json", "one-or-many.csv"]
     try:
         from headscope.views.figures import experiment as charts
-    except ImportError:
-        terminal.print_line("For a figure, too: pip install 'headscope[figures]'", error=True)
+    except MissingExtra as missing:
+        terminal.print_line(str(missing), error=True)
     else:
         charts.draw_report(report, folder / "one-or-many.png")
         written.append("one-or-many.png")

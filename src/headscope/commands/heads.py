@@ -20,7 +20,7 @@ from headscope import models
 from headscope.commands.models import DEFAULT_MODEL, pull_default
 from headscope.commands.pipe import read_pipe
 from headscope.distributed import processes, rank
-from headscope.errors import AtlasError, HeadscopeError, TextError, TreebankError
+from headscope.errors import AtlasError, HeadscopeError, MissingExtra, TextError, TreebankError
 from headscope.files import check_writable
 from headscope.heads import corpus
 from headscope.heads.atlas.atlas import HeadAtlas
@@ -29,6 +29,7 @@ from headscope.heads.atlas.profiler import Plan, head_counts, profile, weights_h
 from headscope.heads.measures import standard
 from headscope.heads.relations import Example
 from headscope.heads.relations.counts import direction_of, with_arrow
+from headscope.heads.relations.sentences.treebank import read_conllu
 from headscope.views.links import split_head
 from headscope.views.terminal import console as terminal
 from headscope.views.terminal import heads as terminal_heads
@@ -242,8 +243,6 @@ def _held(model: str, given: Path | None, asked: list[str]) -> HeadAtlas | None:
 
 def _measure(given: _Given, plan: Plan) -> tuple[HeadAtlas, Sequence[corpus.Document]]:
     """Profile the model; with several processes each does its share. Gives the texts, too."""
-    from headscope.heads.relations.sentences.treebank import read_conllu
-
     texts, out = given.texts, given.out
     _check_names([*texts, *given.treebanks])
     if Path("-") in texts and processes() > 1:
@@ -356,11 +355,9 @@ def _texts_of(atlas: HeadAtlas, given: Sequence[corpus.Document]) -> Iterator[co
 
 def _sentences_of(atlas: HeadAtlas) -> list[Example]:
     """The sentences of the atlas' collections; of treebanks, those whose files are still here."""
-    from headscope.heads.relations.sentences.treebank import read_conllu
-
     frames = _frames()
     found: list[Example] = []
     for name in atlas.info["examples"]:
-        with suppress(TreebankError):
+        with suppress(TreebankError, MissingExtra):
             found += frames[name] if name in frames else read_conllu(name)
     return found

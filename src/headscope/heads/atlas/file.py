@@ -17,7 +17,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from headscope.errors import AtlasError
+from headscope.errors import AtlasError, optional_imports
 from headscope.files import whole_file
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ _LIMITS = {"thrift_string_size_limit": _TEXT, "thrift_container_size_limit": _TE
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Rows of heads as an Arrow table."""
-    import pyarrow
+    with optional_imports("atlas", "Atlas files and tables"):
+        import pyarrow
 
     kinds = {"layer": pyarrow.int32(), "head": pyarrow.int32(), "roles": pyarrow.list_(pyarrow.string())}
     names = list(rows[0]) if rows else list(kinds)
@@ -51,7 +52,8 @@ def write(path: Path, shown: Table, tensors: dict[str, Tensor], data: dict[str, 
         AtlasError: The sums are more than such a file may hold.
         HeadscopeError: It cannot be written.
     """
-    from pyarrow import parquet
+    with optional_imports("atlas", "Atlas files and tables"):
+        from pyarrow import parquet
 
     size = sum(tensor.nbytes for tensor in tensors.values())
     packed = base64.b64encode(zlib.compress(save_tensors(tensors), 6)) if size <= _MOST else b""
@@ -75,7 +77,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         AtlasError: It is not there, not an atlas, or cut short.
     """
-    from pyarrow import ArrowException, parquet
+    with optional_imports("atlas", "Atlas files and tables"):
+        from pyarrow import ArrowException, parquet
 
     if not path.is_file():
         raise AtlasError(f"There is no file {path}. headscope heads --out {path.name} makes one.")

@@ -1,7 +1,4 @@
-"""Sentences whose pairs of words are known: constructed ones, English and Chinese, and those of treebanks.
-
-`treebank.read_conllu` is not imported here: it needs the package conllu.
-"""
+"""Sentences whose pairs of words are known: constructed ones, English and Chinese, and those of treebanks."""
 
 from headscope.heads.relations.sentences.languages import chinese_sentences, constructed_relations, english_sentences
 from headscope.heads.relations.sentences.pairs import Example, Pair, Relation

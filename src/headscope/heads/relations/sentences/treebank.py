@@ -16,10 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import conllu
-from conllu.exceptions import ParseException
-
-from headscope.errors import TreebankError
+from headscope.errors import TreebankError, optional_imports
 from headscope.heads.relations.sentences.pairs import Example, Pair
 
 __all__ = ["read_conllu"]
@@ -117,6 +114,10 @@ class _Lines(io.TextIOBase):
 
 
 def _examples(lines: _Lines, name: str, language: str) -> Iterator[Example]:
+    with optional_imports("atlas", "Treebanks"):
+        import conllu
+        from conllu.exceptions import ParseException
+
     sentences = iter(conllu.parse_incr(lines))  # type: ignore[arg-type]
     document, documents, count = "", 0, 0
     while True:
