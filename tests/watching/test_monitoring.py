@@ -259,7 +259,7 @@ def test_errors() -> None:
         model(x)
     with pytest.raises(NothingSeen, match="no attention was seen inside the `with`"), watch:
         pass
-    with unchecked(), pytest.raises(ValueError, match="every is 0: a look at least at every step"):
+    with unchecked(), pytest.raises(ValueError, match="every is 0: wanted a number of steps from 1"):
         monitor(model, every=0)
 
 

@@ -218,7 +218,7 @@ def test_hostile_names_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_files_that_contradict_themselves_are_refused(tmp_path: Path, change: Any) -> None:
-    with pytest.raises(RecordingError, match="do not fit together"):
+    with pytest.raises(RecordingError, match="contradicts itself"):
         Recording.load(altered(tmp_path, change))
 
 

@@ -1,7 +1,7 @@
-"""edit(model): ablate a head, knock out a link, patch or freeze patterns; everything is as before after the block.
+"""edit(model): ablate heads, knock out links, patch or freeze weights; the model is unchanged after the block.
 
-An edit acts where the attention function returns: the model's own function runs first, unchanged; then the rows
-and heads that an edit names are computed again as edited, by the same kernels, and nothing L×S is built.
+An edit acts where the attention function returns: the model's own function runs first, unchanged. Then the rows and
+heads that an edit names are computed again as edited, by the same kernels; no L×S matrix is built.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ class Edit:
     layers: tuple[int | str, ...] | None
 
     def applies(self, index: int, call: AttentionCall) -> bool:
-        """Whether this call is meant."""
+        """Whether the edit names this call."""
         return self.layers is None or index in self.layers or call.name in self.layers
 
     def at(self, index: int) -> Edit:
-        """The edit as it is at the site of this number; itself, unless it brings something for each site."""
+        """The edit for the site of this number: itself, unless it holds something for each site."""
         return self
 
     def apply(self, call: AttentionCall, place: Place) -> AttentionCall:
-        """The call as edited, or itself; ``place`` says where its rows and keys stand in the whole text."""
+        """The call as edited, or itself; ``place`` has the positions of its rows and keys in the whole text."""
         raise EditError(f"{type(self).__name__} does not say what it changes: subclass Edit and write apply().")
 
 
 @dataclass(frozen=True)
 class Ablate(Edit):
-    """The output of some heads is zero, or one vector at every position: what they have to say is not said."""
+    """The output of some heads becomes zero, or one vector at every position."""
 
     heads: tuple[int, ...]
     to: Tensor | None = field(default=None, compare=False, repr=False)  # [H, Dv] or [layers, H, Dv]
@@ -83,7 +83,7 @@ class Ablate(Edit):
 
 @dataclass(frozen=True)
 class KnockOut(Edit):
-    """Some queries may not look at some keys: hidden before the softmax, so that the rest of the row grows."""
+    """Some keys are hidden from some queries before the softmax, so that the other weights of the row grow."""
 
     queries: tuple[int, ...]
     keys: tuple[int, ...]
@@ -95,19 +95,19 @@ class KnockOut(Edit):
         batch, num_heads, rows, num_keys = call.shape
         chosen = tuple(range(num_heads)) if self.heads is None else self.heads
         _check_heads(chosen, call)
-        here = [q - place.first_row for q in self.queries if 0 <= q - place.first_row < rows]
+        rows_here = [q - place.first_row for q in self.queries if 0 <= q - place.first_row < rows]
         keys = [k - place.first_key for k in self.keys if 0 <= k - place.first_key < num_keys]
-        if not here or not keys:
+        if not rows_here or not keys:
             return call
         first = call.scores.origin[2]
-        rule = masks.queries(row + first for row in here) & masks.keys(keys)
+        rule = masks.queries(row + first for row in rows_here) & masks.keys(keys)
         if self.heads is not None:
             rule = rule & masks.heads(self.heads)
         allowed = ~rule if call.scores.mask is None else call.scores.mask & ~rule
         edited = replace(call.scores, mask=allowed)
         value = _per_head(call.value, edited.key.shape[1])  # a patched head has keys of its own
         outputs = call.head_outputs().clone()
-        for row in here:
+        for row in rows_here:
             part = edited.narrow(slice(0, batch), slice(0, num_heads), slice(row, row + 1))
             new = kernels.product(part, value)
             outputs[:, list(chosen), row] = new[:, list(chosen), 0].to(outputs.dtype)
@@ -116,49 +116,49 @@ class KnockOut(Edit):
 
 @dataclass(frozen=True)
 class Patch(Edit):
-    """Some heads attend as they did in a recording: its queries and keys make the pattern, ours are the values."""
+    """Some heads attend as in a recording: with its queries and keys, and the values of this forward."""
 
     heads: tuple[int, ...]
     source: Callable[[AttentionCall, Place], Scores]
 
     def apply(self, call: AttentionCall, place: Place) -> AttentionCall:
-        """Take the recorded pattern over the values of now."""
+        """Apply the recorded weights to the values of this forward."""
         _refuse_dropout(self, call)
         _check_heads(self.heads, call)
-        given = _same_shape("patch", self.source(call, place), call)
+        recorded = _same_shape("patch", self.source(call, place), call)
         outputs = call.head_outputs().clone()
         chosen = list(self.heads)
-        new = kernels.product(given, _per_head(call.value, call.shape[1]))
+        new = kernels.product(recorded, _per_head(call.value, call.shape[1]))
         outputs[:, chosen] = new[:, chosen].to(outputs.dtype)
-        return with_output(call, outputs, _mixed(call.scores, given, self.heads))
+        return with_output(call, outputs, _mixed(call.scores, recorded, self.heads))
 
 
 @dataclass(frozen=True)
 class Freeze(Edit):
-    """All heads attend as they did in a recording, the values are of now: patterns no longer answer to other edits."""
+    """All heads attend as in a recording, to the values of this forward: other edits do not change their weights."""
 
     source: Callable[[AttentionCall, Place], Scores]
 
     def apply(self, call: AttentionCall, place: Place) -> AttentionCall:
-        """Attend with the recorded queries and keys to the values of now."""
+        """Attend with the recorded queries and keys to the values of this forward."""
         _refuse_dropout(self, call)
-        given = _same_shape("freeze", self.source(call, place), call)
-        new = kernels.product(given, _per_head(call.value, given.key.shape[1]))
-        return with_output(call, new.to(call.value.dtype), given)
+        recorded = _same_shape("freeze", self.source(call, place), call)
+        new = kernels.product(recorded, _per_head(call.value, recorded.key.shape[1]))
+        return with_output(call, new.to(call.value.dtype), recorded)
 
 
 def ablate(layer: Layers, head: int | Iterable[int], *, to: Tensor | None = None) -> Ablate:
-    """Take away what a head writes before the output projection: ``ablate(13, 8)``; several: ``ablate(13, [2, 8])``.
+    """Replace the output of a head before the output projection: ``ablate(13, 8)``; several: ``ablate(13, [2, 8])``.
 
     Args:
         layer: number in the order of first calls (that of ``recording[i]``), module name, several, or None for all.
         head: which heads, counted from 0.
         to: None writes zeros. A tensor of mean head outputs, [H, Dv] for this site or [layers, H, Dv] for all of
-            them (``head_means``), writes the head's own row at every position: mean ablation, which takes away
-            what the head says of this text but not its constant part (Wang et al. 2022, arXiv 2211.00593).
+            them (``head_means``), writes the head's own row at every position: mean ablation, which removes what
+            depends on this text and leaves the constant part (Wang et al. 2022, arXiv 2211.00593).
 
     Raises:
-        EditError: heads that are no positions; inside the block, a head that is not there, ``to`` of another shape.
+        EditError: heads that are no numbers from 0; inside the block, heads that don't exist, ``to`` of another shape.
     """
     if to is not None and to.dim() not in (2, 3):
         raise EditError(f"ablate: `to` is {tuple(to.shape)}; wanted means [H, Dv], or [layers, H, Dv].")
@@ -172,14 +172,14 @@ def knock_out(
     layers: Layers = None,
     heads: int | Iterable[int] | None = None,
 ) -> KnockOut:
-    """Forbid a link from query position(s) to key position(s), counted from 0 in the whole text, in all batch rows.
+    """Hide key position(s) from query position(s), counted from 0 in the whole text, in all batch rows.
 
-    A word is its tokens: ``knock_out(tokens.find("it").tokens, tokens.find("animal").tokens)``. A query that is left
-    with nothing to look at writes zeros.
+    A word is its tokens: ``knock_out(tokens.find("it").tokens, tokens.find("animal").tokens)``. A query without
+    any visible key has zeros as output.
 
     Args:
-        query: positions that may not look.
-        key: positions that they may not look at.
+        query: positions of the queries.
+        key: positions that are hidden from them.
         layers: None means every attention site.
         heads: None means all heads.
     """
@@ -188,7 +188,7 @@ def knock_out(
 
 
 def patch(layer: Layers, head: int | Iterable[int], *, from_: Recording) -> Patch:
-    """Let a head attend as it did in ``from_``: another text, at least as long, or another model of the same shape.
+    """Let a head attend as in ``from_``: another text, at least as long, or another model of the same shape.
 
     Raises:
         EditError: inside the block, where the recording does not have this site or its shape.
@@ -197,12 +197,12 @@ def patch(layer: Layers, head: int | Iterable[int], *, from_: Recording) -> Patc
 
 
 def freeze(*, from_: Recording, layers: Layers = None) -> Freeze:
-    """Hold every head's pattern at what it was in ``from_``, while values go on changing.
+    """Keep the weights of every head as they are in ``from_``, while values change.
 
     ``edit(model, ablate(3, 1), freeze(from_=clean))`` removes what head 3.1 adds to the values that later layers
-    read, and not what they look at: pattern-preserving ablation (Olsson et al. 2022, arXiv 2209.11895). The heads
-    attend again with the recorded queries and keys; no pattern is built. At a site with several edits ``freeze`` acts
-    first, wherever it stands; ablations come last, so that nothing undoes them.
+    read, and leaves what they attend to: pattern-preserving ablation (Olsson et al. 2022, arXiv 2209.11895). The heads
+    attend again with the recorded queries and keys; no L×S matrix is built. Of several edits ``freeze`` acts
+    first, whatever its position in the list, and ablations last: other edits compute outputs again.
 
     Args:
         from_: a recording of the same text (or one at least as long) by the same model.
@@ -227,14 +227,14 @@ def freeze(*, from_: Recording, layers: Layers = None) -> Freeze:
 
 @contextmanager
 def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
-    """Run ``model`` with changed attention while the block lasts; ``record`` inside shows the edited weights.
+    """Run ``model`` with changed attention inside the block; ``record`` inside shows the edited weights.
 
     Args:
         model: as for record().
         edits: applied in this order at each attention call that they name, freeze() before all others.
 
     Raises:
-        EditError: an edit that did not apply anywhere, a head that is not there, gradient checkpointing with
+        EditError: an edit that applied nowhere, a head that does not exist, gradient checkpointing with
             gradients on, dropout where a pattern is changed.
 
     Example:
@@ -245,24 +245,23 @@ def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
         >>> bool((output == layer.out_proj.bias).all())
         True
     """
-    for given in edits:
-        if not isinstance(given, Edit):
+    for item in edits:
+        if not isinstance(item, Edit):
             raise EditError(
-                f"edit() got {type(given).__name__}; wanted edits: ablate(…), knock_out(…), patch(…), freeze(…)."
+                f"edit() got {type(item).__name__}; wanted edits: ablate(…), knock_out(…), patch(…), freeze(…)."
             )
     used: set[int] = set()
-    seen: set[tuple[int, int | str]] = set()  # which edit's layers there were
+    called: set[tuple[int, int | str]] = set()  # numbers of edits, and those of their layers that were called
     forwards: list[Forward] = []
     tracker = Tracker()
-    order = sorted(range(len(edits)), key=lambda number: _turn(edits[number]))
+    order = sorted(range(len(edits)), key=lambda number: _precedence(edits[number]))
 
     def change(call: AttentionCall, forward: Forward) -> AttentionCall:
         place = tracker.place(call, forward)
         for number in order:
-            given = edits[number]
-            if given.applies(forward.number, call):
-                seen.update((number, layer) for layer in (forward.number, call.name))
-                edited = given.at(forward.number).apply(call, place)
+            if edits[number].applies(forward.number, call):
+                called.update((number, layer) for layer in (forward.number, call.name))
+                edited = edits[number].at(forward.number).apply(call, place)
                 if edited is not call:
                     used.add(number)
                 call = edited
@@ -270,25 +269,25 @@ def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
 
     with watch(model, edit=change, on_end=forwards.append):
         yield
-    unused = [given for number, given in enumerate(edits) if number not in used]
+    unused = [item for number, item in enumerate(edits) if number not in used]
     if unused and forwards:
         raise EditError(
             f"{unused[0]} changed nothing: no attention call had such a layer, query or key. Layers count from 0 "
             "in the order of calls, or are module names as record() lists them; positions count from 0 in the text."
         )
-    for number, given in enumerate(edits):
-        missing = [layer for layer in given.layers or () if (number, layer) not in seen]
+    for number, item in enumerate(edits):
+        missing = [layer for layer in item.layers or () if (number, layer) not in called]
         if missing and forwards:
-            raise EditError(f"{given} names the layer {missing[0]!r}, and no attention call had it.")
+            raise EditError(f"{item} names the layer {missing[0]!r}, and no attention call had it.")
 
 
-def _turn(given: Edit) -> int:
-    """When an edit is made, whatever the order they are given in: a pattern computed anew would undo an ablation."""
-    return 0 if isinstance(given, Freeze) else 2 if isinstance(given, Ablate) else 1
+def _precedence(edit: Edit) -> int:
+    """Freezing first, ablations last: outputs computed from other weights would undo an ablation."""
+    return 0 if isinstance(edit, Freeze) else 2 if isinstance(edit, Ablate) else 1
 
 
 def _patterns(edit_name: str, recording: Recording) -> Callable[[AttentionCall, Place], Scores]:
-    """What a recording has for a call: the operands of its rows and keys."""
+    """Gives the recorded operands for the rows and keys of a call."""
 
     def source(call: AttentionCall, place: Place) -> Scores:
         sites = [s for s in recording.sites if (s.name, s.occurrence) == (call.name, call.occurrence)]
@@ -308,51 +307,52 @@ def _patterns(edit_name: str, recording: Recording) -> Callable[[AttentionCall, 
     return source
 
 
-def _same_shape(edit_name: str, given: Scores, call: AttentionCall) -> Scores:
-    if tuple(given.shape) != tuple(call.shape):
+def _same_shape(edit_name: str, recorded: Scores, call: AttentionCall) -> Scores:
+    if tuple(recorded.shape) != tuple(call.shape):
         raise EditError(
-            f"{edit_name}: {call.name} attends as {tuple(call.shape)} (B, H, L, S) here, but as {tuple(given.shape)} "
+            f"{edit_name}: {call.name} attends as {tuple(call.shape)} (B, H, L, S), but as {tuple(recorded.shape)} "
             "in the recording: record a text at least as long, with the same batch."
         )
-    return given
+    return recorded
 
 
 def _per_head(value: Tensor, heads: int) -> Tensor:
     return value if value.shape[1] == heads else value.repeat_interleave(heads // value.shape[1], 1)
 
 
-def _mixed(own: Scores, given: Scores, chosen: tuple[int, ...]) -> Scores:
-    """Operands of which some heads are another's."""
+def _mixed(own: Scores, other: Scores, chosen: tuple[int, ...]) -> Scores:
+    """Operands of which the chosen heads are those of ``other``."""
     heads = own.shape[1]
     query, key = own.query.clone(), _per_head(own.key, heads).clone()
     index = list(chosen)
-    query[:, index] = (given.query * (given.scale / own.scale))[:, index].to(query.dtype)
-    key[:, index] = _per_head(given.key, heads)[:, index].to(key.dtype)
-    mask = _either(own.mask, given.mask, masks.heads(chosen))
-    return make_scores(query, key, mask, _mixed_bias(own, given, index), own.scale, own.softcap, own.sinks)
+    query[:, index] = (other.query * (other.scale / own.scale))[:, index].to(query.dtype)
+    key[:, index] = _per_head(other.key, heads)[:, index].to(key.dtype)
+    mask = _either(own.mask, other.mask, masks.heads(chosen))
+    return make_scores(query, key, mask, _mixed_bias(own, other, index), own.scale, own.softcap, own.sinks)
 
 
-def _mixed_bias(own: Scores, given: Scores, index: list[int]) -> Tensor | Alibi | None:
-    if own.bias is None and given.bias is None:
+def _mixed_bias(own: Scores, other: Scores, index: list[int]) -> Tensor | Alibi | None:
+    if own.bias is None and other.bias is None:
         return None
-    aligned = own.origin == given.origin == (0, 0, own.shape[3] - own.shape[2])
-    if isinstance(own.bias, Alibi) and isinstance(given.bias, Alibi) and aligned:
+    aligned = own.origin == other.origin == (0, 0, own.shape[3] - own.shape[2])
+    if isinstance(own.bias, Alibi) and isinstance(other.bias, Alibi) and aligned:
         slopes = own.bias.slopes.clone()
-        slopes[index] = given.bias.slopes[index]
+        slopes[index] = other.bias.slopes[index]
         return Alibi(slopes)
     zero = own.query.new_zeros((1, 1, 1, 1))
-    ours, theirs = (zero if b is None else b for b in (own.bias_tensor, given.bias_tensor))
-    theirs_here = torch.zeros(own.shape[1], dtype=torch.bool, device=own.query.device)
-    theirs_here[index] = True
-    return torch.where(theirs_here.view(1, -1, 1, 1), theirs, ours)
+    first, second = (zero if b is None else b for b in (own.bias_tensor, other.bias_tensor))
+    is_other = torch.zeros(own.shape[1], dtype=torch.bool, device=own.query.device)
+    is_other[index] = True
+    return torch.where(is_other.view(1, -1, 1, 1), second, first)
 
 
-def _either(own: Mask | None, given: Mask | None, chosen: Mask) -> Mask | None:
-    if own is None and given is None:
+def _either(own: Mask | None, other: Mask | None, chosen: Mask) -> Mask | None:
+    """The mask ``other`` for the chosen heads, ``own`` for the rest."""
+    if own is None and other is None:
         return None
-    ours = chosen if own is None else own | chosen
-    theirs = ~chosen if given is None else given | ~chosen
-    return ours & theirs
+    unchosen_part = chosen if own is None else own | chosen
+    chosen_part = ~chosen if other is None else other | ~chosen
+    return unchosen_part & chosen_part
 
 
 def _check_heads(heads: tuple[int, ...], call: AttentionCall) -> None:
@@ -363,17 +363,17 @@ def _check_heads(heads: tuple[int, ...], call: AttentionCall) -> None:
 def _refuse_dropout(edit: Edit, call: AttentionCall) -> None:
     if call.dropout_p:
         raise EditError(
-            f"{type(edit).__name__} changes a pattern, but {call.name} drops {call.dropout_p:.0%} of its weights "
+            f"{type(edit).__name__} changes weights, but {call.name} drops {call.dropout_p:.0%} of its weights "
             "at random: call model.eval() first."
         )
 
 
-def _positions(name: str, given: int | Iterable[int]) -> tuple[int, ...]:
-    items = tuple(given) if isinstance(given, Iterable) else (given,)
+def _positions(name: str, value: int | Iterable[int]) -> tuple[int, ...]:
+    items = tuple(value) if isinstance(value, Iterable) else (value,)
     try:
-        found = tuple(as_index(item) for item in items)
+        positions = tuple(as_index(item) for item in items)
     except TypeError:
-        found = ()
-    if not found or min(found) < 0 or any(isinstance(item, bool) for item in items):
-        raise EditError(f"{name} is {given!r}: wanted positions counted from 0.")
-    return found
+        positions = ()
+    if not positions or min(positions) < 0 or any(isinstance(item, bool) for item in items):
+        raise EditError(f"{name} is {value!r}: wanted positions counted from 0.")
+    return positions

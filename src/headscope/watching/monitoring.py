@@ -1,4 +1,4 @@
-"""What the heads of a model do while it trains, looked at every so many steps; a warning that names the head."""
+"""What the heads of a model do while it trains, measured every N steps, with warnings that name the head."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from headscope.watching.hooks import AttentionCall, Forward, unwatched, watch
 
 __all__ = ["HeadStats", "HeadWarning", "Monitor", "monitor"]
 
-Log = Callable[[str, float, int], object]  # told a name, a value, a step
+Log = Callable[[str, float, int], object]  # name, value, step
 Warn = Callable[[str], object]
 
 _DEAD = 1e-3  # of the layer's median head
-_FELL = 10.0  # an entropy share that fell so many times within the looks remembered
-_LOOKS = 5
+_FELL = 10.0  # the entropy share fell by this factor within the last measurements
+_REMEMBERED = 5  # measurements
 _HIDDEN = -1e4  # a number in an additive mask that hides, also in half precision and in old BERTs
 _CELLS = 1 << 22  # cells of a mask that may exist at once
-_RESTS = 0.5  # a head with more than this on the first key rests there: low entropy is its way, not a fault
+_SINK = 0.5  # more weight than this on the first key is a sink, whose low entropy is no fault
 
 
 class HeadWarning(UserWarning):
-    """A head that needs a look: its entropy collapsed, its logits exploded, or its numbers are no longer finite."""
+    """A head's entropy collapsed, its logits exploded, or its numbers are no longer finite."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,14 +44,14 @@ class HeadStats:
         step: Which step, from 0.
         sites: The attention modules, in the order of their calls: row i of the tensors is ``sites[i]``.
         entropy: Mean over the queries that see at least two keys, in nats (arXiv 1906.04341).
-        entropy_share: The same as a share of what even attention over the visible keys would have, 0 to 1.
+        entropy_share: The same as a share of the entropy of uniform attention over the visible keys, 0 to 1.
         largest_logit: The largest score before the softmax, after scale, cap and bias.
-        sink_mass: Mean weight on the first key that may be seen (arXiv 2410.10781).
+        sink_mass: Mean weight on the first visible key (arXiv 2410.10781).
         dead: Whether the head's output is below a thousandth of its layer's median head.
         finite: Whether its queries, keys, mask and output hold only finite numbers.
         num_heads: How many heads each site has.
 
-    Queries that see nothing are left out, and so are those at positions that no query may see: padding.
+    Queries without visible keys are left out, and so are those at positions that no query may see: padding.
     """
 
     step: int
@@ -65,14 +65,14 @@ class HeadStats:
     num_heads: tuple[int, ...]
 
     def table(self) -> list[dict[str, Any]]:
-        """A row a head: layer, head, site, entropy, entropy_share, largest_logit, sink_mass, dead, finite."""
+        """One row per head: layer, head, site, entropy, entropy_share, largest_logit, sink_mass, dead, finite."""
         return list(_rows(self))
 
 
 class Monitor(AbstractContextManager["Monitor"]):
-    """Made by :func:`monitor`. ``with`` it around a forward; ``history`` holds a `HeadStats` a look.
+    """Made by :func:`monitor`: a ``with`` around a forward; ``history`` holds a `HeadStats` per measurement.
 
-    ``step`` is the number of the next step; a run that goes on sets it to the steps done.
+    ``step`` is the number of the next step; a resumed run sets it to the steps done.
     """
 
     def __init__(
@@ -83,18 +83,18 @@ class Monitor(AbstractContextManager["Monitor"]):
         self.step = 0
         self.history: list[HeadStats] = []
         self._running: ExitStack | None = None
-        self._sums: dict[tuple[str, int], _Sums] = {}
-        self._pending: dict[int, list[tuple[tuple[str, int], _Sums]]] = {}
+        self._sites: dict[tuple[str, int], _SiteTotals] = {}
+        self._pending: dict[int, list[tuple[tuple[str, int], _SiteTotals]]] = {}
         self._warned: set[tuple[str, int, int]] = set()
 
     def __enter__(self) -> Monitor:
-        """Look at this step, if it is one to be looked at."""
+        """Measure this step, if it is its turn."""
         if self._running is not None:
             raise HeadscopeError("this monitor is watching already: one `with` at a time, around one step.")
-        self._running, self._sums, self._pending = ExitStack(), {}, {}
+        self._running, self._sites, self._pending = ExitStack(), {}, {}
         if self.step % self.every == 0:
             try:
-                self._running.enter_context(watch(self.model, self._saw, on_end=self._ended))
+                self._running.enter_context(watch(self.model, self._add, on_end=self._end))
             except BaseException:
                 self._running = None
                 raise
@@ -103,24 +103,24 @@ class Monitor(AbstractContextManager["Monitor"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Keep what was seen, and warn; nothing is kept of a step that failed."""
+        """Store the measurement, and warn; nothing is stored of a step that failed."""
         assert self._running is not None
         running, self._running = self._running, None
         running.__exit__(kind, error, trace)
         step, self.step = self.step, self.step + 1
-        sums, self._sums, self._pending = self._sums, {}, {}
+        sites, self._sites, self._pending = self._sites, {}, {}
         if error is not None or step % self.every:
             return
-        if not sums:
+        if not sites:
             if self.history:
                 return  # a step without a forward
             raise NothingSeen(
-                "no attention was seen inside the `with`: put the model's forward there. What can be seen: modules of "
-                "headscope, torch.nn and transformers, and scaled_dot_product_attention."
+                "no attention was seen inside the `with`: put the model's forward there. Modules of headscope, "
+                "torch.nn and transformers are seen, and scaled_dot_product_attention."
             )
-        stats = _stats(step, sums)
+        stats = _stats(step, sites)
         self.history.append(stats)
-        self._tell(stats)
+        self._write(stats)
         for text in self._warnings(stats):
             if self.warn is None:
                 warnings.warn(text, HeadWarning, stacklevel=2)
@@ -128,22 +128,22 @@ class Monitor(AbstractContextManager["Monitor"]):
                 self.warn(text)
 
     def table(self) -> list[dict[str, Any]]:
-        """The last look as a table, see :meth:`HeadStats.table`; empty before the first."""
+        """The last measurement as a table, see :meth:`HeadStats.table`; empty before the first."""
         return [] if not self.history else self.history[-1].table()
 
-    def _saw(self, call: AttentionCall, forward: Forward) -> None:
+    def _add(self, call: AttentionCall, forward: Forward) -> None:
         with unwatched():
-            found = (call.name, call.occurrence), _sums(call)
-        self._pending.setdefault(id(forward), []).append(found)
+            totals = (call.name, call.occurrence), _totals(call)
+        self._pending.setdefault(id(forward), []).append(totals)
 
-    def _ended(self, forward: Forward) -> None:
-        """What a forward showed counts when it is over; one that failed does not count."""
-        for key, sums in self._pending.pop(id(forward), []):
+    def _end(self, forward: Forward) -> None:
+        """Add the totals of a forward when it has ended; one that failed does not count."""
+        for site, totals in self._pending.pop(id(forward), []):
             if not forward.failed:
-                held = self._sums.get(key)
-                self._sums[key] = sums if held is None else held.plus(sums)
+                before = self._sites.get(site)
+                self._sites[site] = totals if before is None else before.plus(totals)
 
-    def _tell(self, stats: HeadStats) -> None:
+    def _write(self, stats: HeadStats) -> None:
         if self.log is None:
             return
         for row in _rows(stats):
@@ -151,9 +151,9 @@ class Monitor(AbstractContextManager["Monitor"]):
                 self.log(f"heads/{row['layer']}.{row['head']}/{name}", float(row[name]), stats.step)
 
     def _warnings(self, stats: HeadStats) -> list[str]:
-        """What is to be said of this look."""
+        """The warnings of this measurement."""
         texts: list[str] = []
-        before = self.history[-1 - _LOOKS : -1]
+        before = self.history[-1 - _REMEMBERED : -1]
         for row in _rows(stats):
             layer, head = row["layer"], row["head"]
             where = f"head {layer}.{head} ({row['site']}) at step {stats.step}"
@@ -174,15 +174,15 @@ class Monitor(AbstractContextManager["Monitor"]):
             fell = share < self.low_entropy and was > _FELL * share and was > self.low_entropy
             texts += self._once(
                 ("entropy", layer, head),
-                fell and row["sink_mass"] < _RESTS,
-                f"{where}: its entropy fell from {was:.1%} to {share:.1%} of even attention's: it collapses onto "
+                fell and row["sink_mass"] < _SINK,
+                f"{where}: its entropy fell from {was:.1%} to {share:.1%} of uniform attention's: it collapses onto "
                 "single keys. Lower the learning rate, warm up longer, or use qk_norm=True.",
                 recovered=share > self.low_entropy,
             )
         return texts
 
     def _once(self, key: tuple[str, int, int], now: bool, text: str, recovered: bool | None = None) -> list[str]:
-        """The text when it begins, and again only after it has ended."""
+        """The text when a state begins, and again only after it has ended."""
         if now and key not in self._warned:
             self._warned.add(key)
             return [text]
@@ -202,19 +202,19 @@ def monitor(
 ) -> Monitor:
     """Watch what the heads do in a training loop of your own: a ``with`` around the forward.
 
-    Looks at every ``every``-th step, the first included, and does nothing in the others. A look reads each layer's
-    queries and keys as they come; outputs, gradients and random numbers stay the same to the bit. Several forwards
-    inside one ``with`` count together.
+    Measures every ``every``-th step, the first included, and does nothing in the others. It reads the queries and keys
+    of each layer during the forward; outputs, gradients and random numbers stay the same to the bit. Several
+    forwards inside one ``with`` count together.
 
     Args:
         model: any model that :func:`headscope.record` can see.
-        every: steps between looks.
-        log: told (name, value, step) for each head, such as TensorBoard's ``SummaryWriter.add_scalar``.
-        warn: told the text of each warning, instead of Python's ``warnings``.
-        logit_limit: a head whose largest score is above is warned of. Numbers of bfloat16 lie 0.5 apart at 100, so
+        every: steps between measurements.
+        log: called with (name, value, step) for each head, such as TensorBoard's ``SummaryWriter.add_scalar``.
+        warn: called with the text of each warning, instead of Python's ``warnings``.
+        logit_limit: a largest score above this is a warning. Numbers of bfloat16 lie 0.5 apart at 100, so
             that a weight is off by a quarter; runs that diverged had thousands (arXiv 2302.05442).
-        low_entropy: a head is warned of whose entropy share falls below this, to a tenth of what it was within the
-            last 5 looks (entropy collapse, arXiv 2303.06296), unless it rests on the first key.
+        low_entropy: an entropy share that falls below this, and to a tenth of what it was within the last 5
+            measurements, is a warning (entropy collapse, arXiv 2303.06296), unless the first key is the head's sink.
 
     Raises:
         ValueError: every below 1. Leaving the ``with`` raises NothingSeen if no attention ran inside.
@@ -232,7 +232,7 @@ def monitor(
         torch.Size([1, 4])
     """
     if every < 1:
-        raise ValueError(f"every is {every}: a look at least at every step, 1.")
+        raise ValueError(f"every is {every}: wanted a number of steps from 1.")
     return Monitor(model, every, log, warn, logit_limit, low_entropy)
 
 
@@ -240,35 +240,36 @@ class _Largest(Reduction):
     """The logarithm of each query's largest weight: [B, H, L]."""
 
     def start(self, shape: Shape, like: Tensor) -> Tensor:
-        """Nothing found yet."""
+        """Minus infinity: the maximum of no weights."""
         return like.new_full(shape[:3], -torch.inf)
 
     def update(self, state: Tensor, block: Block) -> None:
-        """The larger of this block's and what was found."""
+        """The larger of this block's and of those before."""
         part = state[block.at]
         torch.maximum(part, (block.centered.amax(-1, keepdim=True) + block.offset).squeeze(-1), out=part)
 
 
 @dataclass(frozen=True, eq=False)
-class _Sums:
-    """Sums over one site's queries, those of several calls added up; float64 on the CPU."""
+class _SiteTotals:
+    """Totals over one site's queries, of several calls added up; float64 on the CPU."""
 
-    totals: Tensor  # [6, H]: queries, those that see two keys; of these entropy, ln keys, first key; squared outputs
+    # [6, H]: queries, those with two visible keys; of these entropy, ln keys, weight on the first; squared outputs
+    totals: Tensor
     largest: Tensor  # [H], logits; −inf where no query counts
 
-    def plus(self, other: _Sums) -> _Sums:
+    def plus(self, other: _SiteTotals) -> _SiteTotals:
         """Both together."""
-        return _Sums(self.totals + other.totals, torch.maximum(self.largest, other.largest))
+        return _SiteTotals(self.totals + other.totals, torch.maximum(self.largest, other.largest))
 
     def numbers(self) -> dict[str, Tensor]:
         """The tensors of `HeadStats` for this site, [H] each; NaN where no query counts."""
-        queries, choosing, entropy, even, first, squared = self.totals
+        queries, choosing, entropy, uniform, first, squared = self.totals
         finite = self.totals.isfinite().all(0) & ~(self.largest.isnan() | (self.largest == torch.inf))
         size = squared.sqrt()
         middle = size[finite].median() if bool(finite.any()) else size.new_tensor(torch.nan)
         return {
             "entropy": entropy / choosing,
-            "entropy_share": entropy / even,
+            "entropy_share": entropy / uniform,
             "largest_logit": self.largest.masked_fill(queries == 0, torch.nan),
             "sink_mass": first / choosing,
             "dead": finite & (queries > 0) & (size <= _DEAD * middle),
@@ -276,12 +277,12 @@ class _Sums:
         }
 
 
-def _sums(call: AttentionCall) -> _Sums:
-    """What one call shows: one pass over its weights."""
+def _totals(call: AttentionCall) -> _SiteTotals:
+    """The totals of one call, in one pass over its weights."""
     scores, broken = _finite_part(call.scores)
-    text, count, seen = _text(scores, call.is_cross)
-    first = torch.where(seen.any(1), seen.int().argmax(1), -1)
-    is_first = torch.arange(scores.shape[3], device=seen.device) == first[:, None]
+    text, count, visible = _text(scores, call.is_cross)
+    first = torch.where(visible.any(1), visible.int().argmax(1), -1)
+    is_first = torch.arange(scores.shape[3], device=visible.device) == first[:, None]
     matrix = AttentionMatrix._from_scores(scores)
     entropy, best, mass = matrix.reduce(Entropy(), _Largest(), Groups(is_first.long() - 1, 1))
     counts = text[:, None] & (count > 0)  # [B, H, L]
@@ -297,7 +298,7 @@ def _sums(call: AttentionCall) -> _Sums:
     )
     totals = torch.stack([part.sum((0, 2)) for part in parts]).cpu().double()
     largest = (best + matrix.logsumexp).masked_fill(~counts, -torch.inf).amax((0, 2)).cpu().double()
-    return _Sums(totals.masked_fill(broken, torch.nan), largest.masked_fill(broken, torch.nan))
+    return _SiteTotals(totals.masked_fill(broken, torch.nan), largest.masked_fill(broken, torch.nan))
 
 
 def _finite_part(scores: Scores) -> tuple[Scores, Tensor]:
@@ -320,11 +321,11 @@ def _finite_part(scores: Scores) -> tuple[Scores, Tensor]:
 
 
 def _text(scores: Scores, is_cross: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Which queries are no padding, [B, L]; how many keys each may see, [B, H, L]; which keys some may see, [B, S]."""
+    """Queries that are no padding, [B, L]; numbers of visible keys, [B, H, L]; keys that some query may see, [B, S]."""
     batch, heads, queries, keys = scores.shape
     device = scores.query.device
     count = torch.zeros((batch, heads, queries), device=device)
-    seen = torch.zeros((batch, keys), dtype=torch.bool, device=device)
+    visible_keys = torch.zeros((batch, keys), dtype=torch.bool, device=device)
     every, all_heads = slice(0, batch), slice(0, heads)
     hides = isinstance(scores.bias, Tensor) and bool((scores.bias <= _HIDDEN).any())
     step = max(1, _CELLS // (batch * heads * keys))
@@ -338,14 +339,14 @@ def _text(scores: Scores, is_cross: bool) -> tuple[Tensor, Tensor, Tensor]:
                 shown = shown & (scores.bias_block(every, all_heads, rows, slice(low, high)) > _HIDDEN)
             width = high - low if shown.shape[-1] == 1 else 1
             count[:, :, rows] += shown.sum(-1) * width
-            seen[:, low:high] |= shown.any(1).any(1)
+            visible_keys[:, low:high] |= shown.any(1).any(1)
     text = torch.ones((batch, queries), dtype=torch.bool, device=device)
-    return (seen if queries == keys and not is_cross else text), count, seen
+    return (visible_keys if queries == keys and not is_cross else text), count, visible_keys
 
 
-def _stats(step: int, sums: dict[tuple[str, int], _Sums]) -> HeadStats:
-    names = tuple(name if not occurrence else f"{name} ({occurrence + 1})" for name, occurrence in sums)
-    sites = [part.numbers() for part in sums.values()]
+def _stats(step: int, totals: dict[tuple[str, int], _SiteTotals]) -> HeadStats:
+    names = tuple(name if not occurrence else f"{name} ({occurrence + 1})" for name, occurrence in totals)
+    sites = [part.numbers() for part in totals.values()]
     num_heads = tuple(len(site["entropy"]) for site in sites)
     blank = {"dead": False, "finite": True}
 
@@ -376,6 +377,6 @@ def _rows(stats: HeadStats) -> Iterator[dict[str, Any]]:
 
 
 def _at(table: Tensor, layer: int, head: int) -> float:
-    """A number of an earlier look; 0 where that had fewer layers."""
+    """A number of an earlier measurement; 0 where that had fewer layers."""
     inside = layer < table.shape[0] and head < table.shape[1]
     return float(table[layer, head].nan_to_num(0)) if inside else 0.0

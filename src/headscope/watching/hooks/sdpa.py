@@ -73,8 +73,8 @@ def _modes() -> list[SdpaMode]:
 def suspended() -> Iterator[None]:
     """Our modes are off, unless there are others: torch.nn leaves its fast path when a mode is on."""
     stack = _get_current_function_mode_stack()
-    ours = [] if any(not isinstance(mode, SdpaMode) for mode in stack) else stack
-    popped = [_pop_mode() for _ in ours]
+    own = [] if any(not isinstance(mode, SdpaMode) for mode in stack) else stack
+    popped = [_pop_mode() for _ in own]
     before = getattr(_local, "suspended_modes", [])
     _local.suspended_modes = popped or before
     try:

@@ -1,4 +1,4 @@
-"""The keys of a call: those that are there at all, and how they go on from the keys of the call before it."""
+"""The keys of a call: without those of a blank cache, and how they continue the keys of the call before."""
 
 from __future__ import annotations
 
@@ -35,11 +35,10 @@ def without_blank_cache(scores: Scores) -> Scores:
         stop = part.start
     if stop == keys or bool(scores.key[:, :, stop:].any()):
         return scores
-    seen = scores.visible(every_b, every_h, rows, slice(0, stop))
-    seen = seen.expand(-1, -1, queries, -1)
+    visible = scores.visible(every_b, every_h, rows, slice(0, stop)).expand(-1, -1, queries, -1)
     if bias is not None and bias.shape[3] > 1:
         bias = bias[..., :stop]
-    mask = compact(seen, batch)
+    mask = compact(visible, batch)
     return make_scores(scores.query, scores.key[:, :, :stop], mask, bias, scores.scale, scores.softcap, scores.sinks)
 
 

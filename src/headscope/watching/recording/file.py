@@ -1,4 +1,4 @@
-"""The recording's file: safetensors with a versioned header; read as hostile until proved otherwise.
+"""The recording's file: safetensors with a versioned header; read as hostile until checked.
 
 The format is described in docs/recording-format.md.
 """
@@ -63,7 +63,7 @@ def save(contents: Contents, path: Path, dtype: torch.dtype | None = None) -> No
 
 
 class _Writer:
-    """Gives every tensor a name, and tensors that are shared one name only."""
+    """Names the tensors; a shared tensor has one name."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         self.dtype = dtype
@@ -78,8 +78,8 @@ class _Writer:
         if id(tensor) not in self._names:
             name = f"{kind}.{len(self.tensors)}"
             whole, dtype = tensor.detach().cpu(), self.dtype if kind in _ROUNDED else None
-            self.tensors[name] = kept = whole.contiguous().to(dtype, copy=True)
-            if dtype is not None and bool((kept.isinf() & ~whole.isinf()).any()):
+            self.tensors[name] = rounded = whole.contiguous().to(dtype, copy=True)
+            if dtype is not None and bool((rounded.isinf() & ~whole.isinf()).any()):
                 raise RecordingError(
                     f"a {kind} holds {whole.abs().max():.3g}, more than {dtype} can: save it as torch.bfloat16, or "
                     "without dtype=."
@@ -135,7 +135,7 @@ def load(path: Path) -> Contents:
             names = set(file.keys())
             wrong = [name for name in names if not _TENSOR_NAME.fullmatch(name)]
             if wrong:
-                raise RecordingError(f"{path} holds a tensor of a name that no recording has: {wrong[0][:40]!r}.")
+                raise RecordingError(f"{path} holds a tensor with a name that no recording has: {wrong[0][:40]!r}.")
             header = json.loads(metadata["recording"], parse_constant=_no_number)
             tensors = {name: file.get_tensor(name) for name in names}
         return _Reader(tensors).contents(header)
@@ -154,7 +154,7 @@ def load(path: Path) -> Contents:
         RuntimeError,
     ) as error:
         raise RecordingError(
-            f"{path} says things of itself that do not fit together ({type(error).__name__}: {str(error)[:200]}). "
+            f"{path} contradicts itself ({type(error).__name__}: {str(error)[:200]}). "
             "It was damaged or not written by Headscope."
         ) from error
 
@@ -197,14 +197,14 @@ class _Reader:
         return self.tensors[name]
 
     def must(self, kind: str, name: Any) -> Tensor:
-        """The same, and it must be there."""
-        found = self.get(kind, name)
-        if found is None:
+        """The same; ValueError if it is missing."""
+        tensor = self.get(kind, name)
+        if tensor is None:
             raise ValueError(f"a {kind} is missing")
-        return found
+        return tensor
 
     def contents(self, header: Any) -> Contents:
-        """The whole."""
+        """All of the file."""
         runs = [([self.site(s) for s in run["sites"]], self.valid(run["valid"])) for run in header["runs"]]
         if any(not sites for sites, _ in runs):
             raise ValueError("a run without attention sites")
@@ -212,10 +212,10 @@ class _Reader:
 
     def valid(self, name: Any) -> Tensor | None:
         """Which positions are text."""
-        found = self.get("valid", name)
-        if found is not None and (found.dim() != 2 or found.dtype != torch.bool):
-            raise ValueError(f"valid is {tuple(found.shape)} of {found.dtype}, not [B, S] bool")
-        return found
+        valid = self.get("valid", name)
+        if valid is not None and (valid.dim() != 2 or valid.dtype != torch.bool):
+            raise ValueError(f"valid is {tuple(valid.shape)} of {valid.dtype}, not [B, S] bool")
+        return valid
 
     def site(self, data: Any) -> Site:
         """A site, whose calls and joined operands must be consistent."""
@@ -263,8 +263,7 @@ class _Reader:
         scores = make_scores(*part, mask, self.bias(data["bias"]), site.scale, site.softcap, site.sinks)
         proof = None if data["proof"] is None else float(data["proof"])
         output, logsumexp = self.get("output", data["output"]), self.get("logsumexp", data["logsumexp"])
-        kept = (proof, output, logsumexp)
-        return CallRows(scores.query, first_row, first_key, keys, scores.mask, scores.bias, *kept)
+        return CallRows(scores.query, first_row, first_key, keys, scores.mask, scores.bias, proof, output, logsumexp)
 
 
 def _check_kept(site: Site) -> None:
@@ -310,7 +309,7 @@ def _tokens_out(tokens: Any) -> Any:
 def _tokens_in(data: Any) -> Tokens | None:
     if data is None:
         return None
-    words = tuple(Word(str(t), int(a), int(b), tuple(int(i) for i in held)) for t, a, b, held in data["words"])
+    words = tuple(Word(str(t), int(a), int(b), tuple(int(i) for i in ids)) for t, a, b, ids in data["words"])
     count = len(data["ids"])
     lists = ("pieces", "offsets", "special", "unknown")
     if any(len(data[name]) != count for name in lists):

@@ -1,4 +1,4 @@
-"""record(model): every attention call of what runs inside the block, ready to be asked."""
+"""record(model): every attention call of what runs inside the block, as a Recording."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LIKE_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 
 
 class Recording:
-    """What :func:`record` saw. ``recording[i]`` is the i-th attention site's matrix.
+    """What :func:`record` gives. ``recording[i]`` is the matrix of the i-th attention site.
 
     With several independent forwards in the block, each is one of ``recording.runs``.
     """
@@ -44,8 +44,8 @@ class Recording:
         if len(self.runs) == 1:
             return self.runs[0]
         if not self.runs:
-            kept = " Its answers are in recording.answers." if self.answers else " Run the model inside the block."
-            raise RecordingError("this recording holds no attention matrices." + kept)
+            hint = " Its answers are in recording.answers." if self.answers else " Run the model inside the block."
+            raise RecordingError("this recording holds no attention matrices." + hint)
         raise RecordingError(
             f"this recording holds {len(self.runs)} independent forwards: "
             f"say which, recording.runs[0] … recording.runs[{len(self.runs) - 1}]."
@@ -68,7 +68,7 @@ class Recording:
 
     @property
     def valid(self) -> Tensor | None:
-        """Which positions are text, [B, S] bool, from the model's attention_mask; None: it was given none."""
+        """Which positions are text, [B, S] bool, from the model's attention_mask; None: it got none."""
         return self.run.valid
 
     @property
@@ -139,21 +139,21 @@ class _Recorder:
         self.recording, self.layers, self.keep = recording, layers, keep
         self.reduce, self.detach, self.on_call = reduce, detach, on_call
         self.ran: set[str] = set()
-        self.called: dict[str, None] = {}  # names of sites, in order
-        self.met: set[int | str] = set()  # those of the wanted layers that there were
+        self.site_names: dict[str, None] = {}  # in the order of first calls
+        self.matched_layers: set[int | str] = set()  # those of ``layers`` that were called
         self.forwards = 0
         self._lock = threading.Lock()
         self._pending: dict[int, list[Site]] = {}
         self._witness: dict[int, Site] = {}
         self._current: dict[int, Run] = {}
 
-    def saw(self, call: AttentionCall, forward: Forward) -> None:
+    def add(self, call: AttentionCall, forward: Forward) -> None:
         """A call of a forward that is still running."""
         with self._lock:
-            self.called[call.name] = None
-        meant = {layer for layer in self.layers or () if layer in (forward.number, call.name)}
-        self.met |= meant
-        if self.layers is None or meant:
+            self.site_names[call.name] = None
+        matches = {layer for layer in self.layers or () if layer in (forward.number, call.name)}
+        self.matched_layers |= matches
+        if self.layers is None or matches:
             if self.reduce is not None:
                 self._answer(call)
             else:
@@ -175,8 +175,8 @@ class _Recorder:
         with self._lock:
             self.recording.answers.append(Answer(call.name, call.occurrence, call.shape, values))
 
-    def ended(self, forward: Forward) -> None:
-        """A forward is over: it continues this thread's run, or begins another. One that failed is no run."""
+    def end(self, forward: Forward) -> None:
+        """A forward ended: it continues this thread's run, or begins another. One that failed is dropped."""
         with self._lock, unwatched():
             calls, witness = self._pending.pop(id(forward), []), self._witness.pop(id(forward), None)
             if forward.failed:
@@ -195,11 +195,11 @@ class _Recorder:
                 self.recording.runs.append(current)
 
     def close(self, model: nn.Module) -> None:
-        """Say what was not seen. Raises NothingSeen when that is everything."""
+        """List the modules whose attention was not seen. Raises NothingSeen if no call was."""
         modules = dict(model.named_modules())
         like = [n for n in sorted(self.ran) if _LIKE_ATTENTION.search(type(modules[n]).__name__) and n]
         leaves = [n for n in like if not any(other.startswith(n + ".") for other in like)]
-        if self.forwards and not self.called:
+        if self.forwards and not self.site_names:
             listed = ", ".join(f"{n} ({type(modules[n]).__name__})" for n in leaves[:5])
             looks = f" These modules look like attention: {listed}." if leaves else " No module looks like attention."
             raise NothingSeen(
@@ -207,14 +207,15 @@ class _Recorder:
                 "seen: transformers' attention functions, torch's scaled_dot_product_attention, torch.nn's modules."
                 + looks
             )
-        missing = [layer for layer in self.layers or () if layer not in self.met]
-        if missing and self.called:
-            listed = ", ".join(list(self.called)[:4]) + (" …" if len(self.called) > 4 else "")
+        missing = [layer for layer in self.layers or () if layer not in self.matched_layers]
+        if missing and self.site_names:
+            count, names = len(self.site_names), list(self.site_names)[:4]
+            listed = ", ".join(names) + (" …" if count > 4 else "")
             raise RecordingError(
                 f"record(layers=…): no attention site has the number or name {missing[0]!r}. There were "
-                f"{len(self.called)} modules that attend: {listed}. Numbers count from 0 in the order of first calls."
+                f"{count} modules that attend: {listed}. Numbers count from 0 in the order of first calls."
             )
-        self.recording.unseen = tuple(n for n in leaves if not any(_related(n, c) for c in self.called))
+        self.recording.unseen = tuple(n for n in leaves if not any(_related(n, c) for c in self.site_names))
 
 
 def _related(name: str, called: str) -> bool:
@@ -236,21 +237,21 @@ def record(
 
     Args:
         model: a torch module: transformers, torch.nn, or any code that calls scaled_dot_product_attention.
-        tokens: kept with the recording, so that answers can be given in words.
+        tokens: stored with the recording, so that views can name positions by their words.
         layers: only these sites, by number in the order of first calls or by module name; one or several.
         keep: "query" and "key", and if wanted "value" and "output" (P @ V).
-        reduce: answer these reductions (or call this function) at each call and keep nothing else; the answers
+        reduce: compute these reductions (or call this function) at each call and keep nothing else; the results
             are in ``recording.answers``.
         detach: False keeps the graph: ``P @ value``, ``P.T @ x`` and ``P.entropy()`` can be differentiated, as always.
-        on_call: is told of each call as it happens, for progress.
+        on_call: called with each attention call after it ran.
 
     Raises:
         NothingSeen, UnsupportedAttention, ProofError: see :mod:`headscope.errors`.
-        RecordingError: ``layers`` names a site that there was not; what was recorded was written into afterwards.
+        RecordingError: ``layers`` names a site that was not called; what was recorded was written into afterwards.
 
-    The steps of a generation are one run, told by their keys: a call that begins with a site's first keys, and no more
-    of them, is taken for drafts that were rejected. So record continuations of one text in blocks of their own, if the
-    text itself is read inside the block.
+    The steps of a generation are one run, recognised by their keys. A call that continues only the first keys of a site
+    is read as the rejection of the others (drafts). So record each continuation of one text in a block of its own, if
+    the text itself is run inside the block.
 
     Example:
         >>> import torch
@@ -260,19 +261,18 @@ def record(
         >>> recording[0].entropy().shape
         torch.Size([2, 4, 7])
     """
-    kept = tuple(keep)
-    wrong = [name for name in kept if name not in _KEEP]
-    if wrong or not {"query", "key"} <= set(kept):
-        raise ValueError(f"keep got {kept}: wanted 'query' and 'key', and optionally 'value', 'output'.")
-    questions: Any = (reduce,) if isinstance(reduce, Reduction | str | type) else reduce
-    if questions is not None and not callable(questions):
-        questions = tuple(questions)
-        check_reductions(questions)
+    names = tuple(keep)
+    wrong = [name for name in names if name not in _KEEP]
+    if wrong or not {"query", "key"} <= set(names):
+        raise ValueError(f"keep got {names}: wanted 'query' and 'key', and optionally 'value', 'output'.")
+    reductions: Any = (reduce,) if isinstance(reduce, Reduction | str | type) else reduce
+    if reductions is not None and not callable(reductions):
+        reductions = tuple(reductions)
+        check_reductions(reductions)
     if not isinstance(model, nn.Module):
         raise TypeError(f"record() got {type(model).__name__}: wanted a torch module.")
     recording = Recording(tokens=tokens)
-    chosen = layers_of(layers)
-    recorder = _Recorder(recording, chosen, kept, questions, detach, on_call)
-    with watch(model, recorder.saw, on_end=recorder.ended):
+    recorder = _Recorder(recording, layers_of(layers), names, reductions, detach, on_call)
+    with watch(model, recorder.add, on_end=recorder.end):
         yield recording
     recorder.close(model)

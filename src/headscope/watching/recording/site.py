@@ -87,10 +87,10 @@ class Site:
         return f"Site({self.name!r}, occurrence={self.occurrence}, way={self.way!r}, shape={tuple(self.shape)})"
 
     def continues(self, other: Site) -> tuple[str, int] | None:
-        """How the only call of ``other`` continues this site, by content: which keys it shares. None: it does not.
+        """How the only call of ``other`` continues this site: by which equal keys. None: it does not.
 
-        ("grow", n): the first n keys are ours, in a sliding cache the last n that we hold; ("cut", n): only our
-        first n keys were kept (rejected drafts); ("cross", S): the same keys, more queries.
+        ("grow", n): its first n keys are the site's, the last n in a sliding cache; ("cut", n): they are the first n of
+        the site's, and the others are gone (rejected drafts); ("cross", S): the same keys, more queries.
         """
         call = other.calls[0]
         if call.query.shape[1] != self.shape[1]:
@@ -103,11 +103,11 @@ class Site:
         return None if again or nothing_left else how
 
     def rejected(self, keep: int) -> int:
-        """How many rows are forgotten when only the first ``keep`` keys are kept: those of rejected drafts."""
+        """How many rows a cut to the first ``keep`` keys drops: those of rejected drafts."""
         return self.shape[3] - keep
 
     def add(self, other: Site, how: str, shared: int, rejected: int = 0) -> None:
-        """Join the only call of ``other``; of a cross-attention the last ``rejected`` rows are forgotten."""
+        """Join the only call of ``other``; in cross-attention the last ``rejected`` rows are dropped first."""
         if how == "cut":
             self._cut(self.shape[2] - self.rejected(shared))
         elif how == "cross" and rejected:
@@ -127,11 +127,11 @@ class Site:
 
     def _cut(self, rows: int, cross: bool = False) -> None:
         """Keep the first rows: the tokens of the others were rejected."""
-        left = ((call, min(call.num_rows, rows - call.first_row)) for call in self.calls)
-        self.calls = [_shortened(call, count, cross) for call, count in left if count > 0]
+        counts = ((call, min(call.num_rows, rows - call.first_row)) for call in self.calls)
+        self.calls = [_shortened(call, count, cross) for call, count in counts if count > 0]
 
     def check_unchanged(self) -> None:
-        """Raises RecordingError when somebody wrote into what was recorded: what it was is gone."""
+        """Raises RecordingError when a recorded tensor was written into since."""
         versions = [(call.query, call.query_version) for call in self.calls]
         for tensor, version in (*versions, *zip((self.last_key, self.last_value), self.versions, strict=True)):
             if version is not None and tensor is not None and tensor._version != version:
@@ -225,12 +225,12 @@ class Site:
 
 
 def capture(call: AttentionCall, keep: Sequence[str], detach: bool) -> Site:
-    """A site of this one call: what is wanted of it. Tensors that somebody writes into later are copied."""
+    """A site of this one call, with the tensors to keep; tensors that may be written into later are copied."""
     scores = at_own_positions(without_blank_cache(call.scores))
     query, key = (_kept(tensor, detach) for tensor in (scores.query, scores.key))
     value = _kept(call.value[:, :, : scores.shape[3]], detach) if "value" in keep else None
     output = None
-    if "output" in keep:  # what the model does with it next may be done in place
+    if "output" in keep:  # the model may go on with it in place
         output = call.head_outputs().detach().clone() if detach else call.head_outputs()
     bias, sinks = scores.bias, scores.sinks
     if detach:
@@ -275,7 +275,7 @@ def _kept(tensor: Tensor, detach: bool) -> Tensor:
 
 
 def _version(tensor: Tensor | None) -> int | None:
-    """How often a tensor was written into; what was made in inference mode does not say, and was copied."""
+    """How often a tensor was written into; None in inference mode, where tensors don't count and are copied."""
     return None if tensor is None or tensor.is_inference() else tensor._version
 
 
@@ -296,7 +296,7 @@ def _is_causal(call: CallRows, position: int) -> bool:
 
 
 def _shortened(call: CallRows, rows: int, cross: bool) -> CallRows:
-    """A call without its last rows, and without the keys that only they brought; a cross-attention's are not theirs."""
+    """A call without its last rows, and in self-attention without the keys of these rows."""
     if rows == call.num_rows:
         return call
     batch, heads = call.query.shape[:2]

@@ -1,4 +1,4 @@
-"""Where the rows and keys of a call stand in the whole text, while it is generated step by step."""
+"""The positions of a call's rows and keys in the whole text, while it is generated step by step."""
 
 from __future__ import annotations
 
@@ -26,29 +26,31 @@ class Tracker:
     """Follows each attention site through the steps of a generation, by the content of its keys."""
 
     def __init__(self) -> None:
-        self._held: dict[tuple[int, str, int], tuple[Tensor, Place, int]] = {}
-        self._going: weakref.WeakSet[Forward] = weakref.WeakSet()  # forwards that go on with a text, by its new keys
+        self._last: dict[tuple[int, str, int], tuple[Tensor, Place, int]] = {}  # keys, place, rows of each site
+        self._continuing: weakref.WeakSet[Forward] = weakref.WeakSet()  # forwards that brought a text new keys
         self._rejected: dict[tuple[int, str, int], int] = {}  # rows of rejected drafts at each site, so far
 
     def place(self, call: AttentionCall, forward: Forward) -> Place:
-        """Where this call stands. Self-attention's queries are the last of its keys; a cross-attention's begin at 0.
+        """The place of this call.
 
-        A cross-attention goes on, with more rows for the same keys, in a forward in which some self-attention did;
-        otherwise the same keys are the same text once more.
+        Queries of self-attention are the last of its keys; those of cross-attention begin at 0.
+
+        The same keys are continued by more rows of cross-attention in a forward in which some self-attention was
+        continued; otherwise they are the same text run again.
         """
         site = (threading.get_ident(), call.name, call.occurrence)
         with unwatched():
             scores = without_blank_cache(call.scores)
             _, _, rows, keys = scores.shape
-            before = self._held.get(site)
+            before = self._last.get(site)
             how = None if before is None else follows(before[0], before[1].first_key > 0, scores.key, rows)
-            if before is None or how is None or (how[0] == "cross" and forward not in self._going):
+            if before is None or how is None or (how[0] == "cross" and forward not in self._continuing):
                 self._rejected.pop(site, None)
                 place = Place(0 if call.is_cross else max(0, keys - rows), 0)
             elif how[0] == "cross":
-                gone = max((n for (thread, *_), n in self._rejected.items() if thread == site[0]), default=0)
-                place = Place(before[1].first_row + before[2] - (gone - self._rejected.get(site, 0)), 0)
-                self._rejected[site] = gone
+                rejected = max((n for (thread, *_), n in self._rejected.items() if thread == site[0]), default=0)
+                place = Place(before[1].first_row + before[2] - (rejected - self._rejected.get(site, 0)), 0)
+                self._rejected[site] = rejected
             elif how[0] == "cut":
                 place = Place(keys - rows, 0)
                 self._rejected[site] = self._rejected.get(site, 0) + before[0].shape[2] - how[1]
@@ -56,6 +58,6 @@ class Tracker:
                 first_key = before[1].first_key + before[0].shape[2] - how[1]
                 place = Place(first_key + how[1], first_key)
             if how is not None and how[0] != "cross":
-                self._going.add(forward)
-            self._held[site] = (scores.key.detach().clone(), place, rows)
+                self._continuing.add(forward)
+            self._last[site] = (scores.key.detach().clone(), place, rows)
         return place
