@@ -212,7 +212,10 @@ def a_decoder_looks_ahead(original: Any) -> Any:
 # ---------------------------------------------------------------- watching
 
 
-@fault("headscope.watching.hooks.watches:report_call", "watching/test_hooks.py::test_a_nanogpt_block_is_causal")
+@fault(
+    "headscope.watching.hooks.watches:report_call",
+    "watching/test_sdpa.py::test_sdpa_of_a_nanogpt_block_gives_causal_weights",
+)
 def recording_changes_what_the_model_computes(original: Any) -> Any:
     from headscope.watching.hooks import with_output
 
@@ -225,7 +228,7 @@ def recording_changes_what_the_model_computes(original: Any) -> Any:
 
 @fault(
     "headscope.watching.hooks.proof:_difference",
-    "watching/test_hooks.py::test_an_attention_that_does_not_do_as_it_says_is_refused",
+    "watching/test_huggingface.py::test_proof_refuses_an_attention_with_another_scale_or_softcap",
 )
 def weights_are_shown_that_do_not_explain_the_output(original: Any) -> Any:
     return lambda *args, **kwargs: 0.0
@@ -233,7 +236,7 @@ def weights_are_shown_that_do_not_explain_the_output(original: Any) -> Any:
 
 @fault(
     "headscope.watching.hooks.sdpa:causal_from_the_top",
-    "watching/test_hooks.py::test_is_causal_counts_from_the_first_key",
+    "watching/test_sdpa.py::test_is_causal_counts_from_the_first_key",
 )
 def is_causal_of_sdpa_is_read_as_bottom_right(original: Any) -> Any:
     from headscope.ops.masks import causal
@@ -243,7 +246,7 @@ def is_causal_of_sdpa_is_read_as_bottom_right(original: Any) -> Any:
 
 @fault(
     "headscope.watching.hooks.torch_nn:_read",
-    "watching/test_hooks.py::test_the_fast_path_of_torch_attention_is_taken_and_seen",
+    "watching/test_torch_nn.py::test_fast_path_of_multihead_attention_is_taken_and_recorded",
 )
 def true_means_visible_in_a_mask_of_torch_nn(original: Any) -> Any:
     return lambda mask, *args: original(mask if mask is None or mask.is_floating_point() else ~mask, *args)
@@ -251,7 +254,7 @@ def true_means_visible_in_a_mask_of_torch_nn(original: Any) -> Any:
 
 @fault(
     "headscope.watching.recording.site:Site._cut",
-    "watching/test_generate.py::test_drafts_that_were_rejected_are_dropped",
+    "watching/test_generate.py::test_rejected_drafts_are_dropped",
 )
 def rows_of_rejected_drafts_stay_in_the_matrix(original: Any) -> Any:
     return lambda *args, **kwargs: None

@@ -62,14 +62,14 @@ def test_knock_out_hides_the_link_and_renormalises(implementation: str) -> None:
         torch.testing.assert_close(edited.attentions[0], new, atol=1e-6, rtol=0)
 
 
-def test_knock_out_of_everything_writes_zeros() -> None:
+def test_knock_out_of_all_keys_writes_zeros() -> None:
     model = llama()
     same = logits(model, knock_out(query=0, key=0, layers=1))
     expected = logits(model, ablate(1, range(6)))
     torch.testing.assert_close(same[:, 0], expected[:, 0])
 
 
-def test_patch_takes_the_pattern_of_another_text_and_the_values_of_this_one() -> None:
+def test_patch_applies_the_weights_of_another_text_to_the_values_of_this_one() -> None:
     model = llama()
     with torch.no_grad():
         with record(model) as other:
@@ -127,7 +127,7 @@ def test_knock_out_in_cross_attention_counts_queries_from_0() -> None:
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["fast path", "slow path"])
-def test_edits_in_torch_nn(fast: bool) -> None:
+def test_edits_apply_in_torch_nn(fast: bool) -> None:
     torch.manual_seed(0)
     layer = torch.nn.TransformerEncoderLayer(24, 6, 32, batch_first=True, dropout=0.0).train(not fast)
     x = torch.randn(2, 7, 24)
@@ -140,7 +140,7 @@ def test_edits_in_torch_nn(fast: bool) -> None:
         assert (got - layer(x)).abs().max() > 1e-2
 
 
-def test_gradients_flow_through_an_edit() -> None:
+def test_edit_passes_gradients() -> None:
     model = llama()
     with edit(model, ablate(1, 3), knock_out(5, 2, layers=0)):
         model(TEXT).logits.sum().backward()
@@ -150,7 +150,7 @@ def test_gradients_flow_through_an_edit() -> None:
     assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
 
 
-def test_the_model_is_as_before_after_the_block() -> None:
+def test_model_is_unchanged_after_the_block() -> None:
     model = llama()
     before = logits(model)
     with pytest.raises(RuntimeError, match="on purpose"), edit(model, ablate(0, range(6))):
@@ -167,13 +167,13 @@ def test_the_model_is_as_before_after_the_block() -> None:
         (knock_out(500, 2), "changed nothing"),
     ],
 )
-def test_edits_that_cannot_be_are_refused(change: object, text: str) -> None:
+def test_edits_that_apply_nowhere_are_refused(change: object, text: str) -> None:
     model = llama()
     with pytest.raises(EditError, match=text), torch.no_grad(), edit(model, change):
         model(TEXT)
 
 
-def test_a_pattern_of_a_shorter_text_is_refused() -> None:
+def test_patch_from_a_shorter_text_is_refused() -> None:
     model = llama()
     with torch.no_grad(), record(model) as shorter:
         model(ids(2, 6))
@@ -182,7 +182,7 @@ def test_a_pattern_of_a_shorter_text_is_refused() -> None:
         model(TEXT)
 
 
-def test_dropout_and_checkpointing_are_refused_where_they_would_lie() -> None:
+def test_edits_refuse_dropout_and_gradient_checkpointing() -> None:
     model = llama(attention_dropout=0.37).train()
     with pytest.raises(EditError, match="drops 37% of its weights"), edit(model, knock_out(5, 2)):
         model(TEXT)
@@ -228,25 +228,25 @@ _KEPT = ("query", "key", "output")
         ((1, 6, 4), r"`to` is \(1, 6, 4\), \[layers, H, Dv\], and has no site 1"),
     ],
 )
-def test_means_of_another_shape_are_refused(shape: tuple[int, ...], text: str) -> None:
+def test_ablate_refuses_means_of_another_shape(shape: tuple[int, ...], text: str) -> None:
     model = llama()
     with pytest.raises(EditError, match=text), torch.no_grad(), edit(model, ablate(1, 3, to=torch.zeros(shape))):
         model(TEXT)
 
 
-def test_means_that_are_no_table_are_refused() -> None:
+def test_ablate_refuses_means_that_are_no_table() -> None:
     with pytest.raises(EditError, match=r"`to` is \(17,\); wanted means"):
         ablate(1, 3, to=torch.zeros(17))
 
 
-def test_frozen_patterns_alone_change_nothing() -> None:
+def test_freeze_alone_changes_nothing() -> None:
     model = llama()
     with torch.no_grad(), record(model) as clean:
         model(TEXT)
     torch.testing.assert_close(logits(model, freeze(from_=clean)), logits(model), atol=1e-5, rtol=0)
 
 
-def test_frozen_patterns_stay_while_an_early_head_is_ablated() -> None:
+def test_freeze_keeps_weights_while_an_early_head_is_ablated() -> None:
     model = llama()
     with torch.no_grad():
         with record(model, keep=("query", "key", "value")) as clean:
@@ -270,7 +270,7 @@ def test_frozen_patterns_stay_while_an_early_head_is_ablated() -> None:
     assert (frozen - logits(model, ablate(0, 3))).abs().max() > 1e-2
 
 
-def test_chosen_layers_are_frozen() -> None:
+def test_freeze_takes_layers() -> None:
     model = llama()
     with torch.no_grad(), record(model) as other:
         model(ids(2, 7, seed=1))
@@ -280,7 +280,7 @@ def test_chosen_layers_are_frozen() -> None:
     assert (held[0].dense() - other[0].dense()).abs().max() > 1e-2
 
 
-def test_a_recording_that_does_not_fit_cannot_freeze() -> None:
+def test_freeze_refuses_a_recording_that_does_not_fit() -> None:
     model = llama()
     with torch.no_grad():
         with record(model) as shorter:
@@ -299,7 +299,7 @@ def test_a_recording_that_does_not_fit_cannot_freeze() -> None:
             model(TEXT)
 
 
-def test_a_patched_head_keeps_alibi_as_its_slopes() -> None:
+def test_patch_keeps_alibi_as_its_slopes() -> None:
     """One head attends as it did in another text, also where the calls are parts of a longer one."""
     torch.manual_seed(0)
     layer = MultiHeadAttention(12, 3, position=positions.alibi([0.5, 0.25, 0.125]))
@@ -320,7 +320,7 @@ def test_a_patched_head_keeps_alibi_as_its_slopes() -> None:
             torch.testing.assert_close(got[:, [0, 2]], ours[:, [0, 2], rows, :stop])
 
 
-def test_the_same_text_once_more_is_edited_as_the_first_time() -> None:
+def test_same_text_again_is_edited_as_the_first_time() -> None:
     model, text = llama(), ids(1, 10)
     with torch.no_grad(), record(model) as other:
         model(ids(1, 14, seed=1))
@@ -333,7 +333,7 @@ def test_the_same_text_once_more_is_edited_as_the_first_time() -> None:
         assert len(recording.runs) == 3
 
 
-def test_other_queries_of_the_same_memory_are_a_text_of_their_own() -> None:
+def test_other_queries_of_the_same_memory_are_another_text() -> None:
     torch.manual_seed(0)
     attention = torch.nn.MultiheadAttention(16, 4, batch_first=True).eval()
     memory = torch.randn(2, 6, 16)
@@ -349,7 +349,7 @@ def test_other_queries_of_the_same_memory_are_a_text_of_their_own() -> None:
 @pytest.mark.parametrize("average", [True, False])
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("training", [True, False])  # torch's slow path and its fast one
-def test_torchs_module_returns_the_edited_weights(average: bool, batched: bool, training: bool) -> None:
+def test_multihead_attention_returns_the_edited_weights(average: bool, batched: bool, training: bool) -> None:
     torch.manual_seed(0)
     attention = torch.nn.MultiheadAttention(16, 4, batch_first=True).train(training)
     x = torch.randn(2, 6, 16) if batched else torch.randn(6, 16)
@@ -367,7 +367,7 @@ def test_torchs_module_returns_the_edited_weights(average: bool, batched: bool, 
     assert (weights - plain).abs().amax() > 1e-3
 
 
-def test_no_edit_undoes_an_ablation_whatever_the_order() -> None:
+def test_ablation_is_not_undone_by_other_edits() -> None:
     model = llama()
     with torch.no_grad(), record(model) as recording:
         model(ids(2, 7, seed=5))
@@ -377,7 +377,7 @@ def test_no_edit_undoes_an_ablation_whatever_the_order() -> None:
         assert (first - logits(model, other)).abs().max() > 0.01
 
 
-def test_edits_of_heads_that_share_keys_come_in_any_order() -> None:
+def test_edits_of_heads_that_share_keys_can_be_in_any_order() -> None:
     """A patched head has keys of its own, so that values are no longer shared as the model shares them."""
     model = llama()
     with torch.no_grad(), record(model) as recording:

@@ -1,14 +1,17 @@
 """generate(): the steps of a site join into one matrix, which is that of one forward over the whole text."""
 
 import copy
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from headscope.watching.edits import ablate, edit, knock_out
-from headscope.watching.recording import Recording, record
+from headscope.watching.edits import Edit, edit, knock_out
+from headscope.watching.hooks import AttentionCall
+from headscope.watching.recording import Place, Recording, record
 from tests.tiny import bart, ids, llama, mistral
 from tests.watching.zoo.reference import eager_maps
 
@@ -42,7 +45,7 @@ def assert_same_as_eager(
 
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("sample", [False, True])
-def test_a_decoder(cache: str | None, sample: bool) -> None:
+def test_decoder_steps_join_to_the_maps_of_one_forward(cache: str | None, sample: bool) -> None:
     model = llama()
     recording, tokens = generated(model, ids(2, 7), cache_implementation=cache, do_sample=sample)
     assert tokens.shape == (2, 7 + NEW)
@@ -50,7 +53,7 @@ def test_a_decoder(cache: str | None, sample: bool) -> None:
     assert len(recording.calls) == 2 * NEW
 
 
-def test_steps_of_a_causal_text_are_one_causal_matrix() -> None:
+def test_joined_mask_of_causal_steps_is_causal() -> None:
     recording, _ = generated(llama(), ids(1, 7))
     mask = recording.sites[0].scores().mask
     assert mask is not None
@@ -59,7 +62,7 @@ def test_steps_of_a_causal_text_are_one_causal_matrix() -> None:
 
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("window", [4, 9])
-def test_a_sliding_window_keeps_its_positions(cache: str | None, window: int) -> None:
+def test_sliding_window_keeps_its_positions(cache: str | None, window: int) -> None:
     model = mistral(window)
     recording, tokens = generated(model, ids(2, 7), cache_implementation=cache, max_new_tokens=8)
     assert recording[0].shape == (2, 6, 14, 14)
@@ -71,7 +74,7 @@ def test_a_sliding_window_keeps_its_positions(cache: str | None, window: int) ->
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_padded_batch(side: str, cache: str | None, attention: str) -> None:
+def test_padded_batch_joins_to_the_maps_of_one_forward(side: str, cache: str | None, attention: str) -> None:
     model, text = llama(), ids(2, 7)
     model.set_attn_implementation(attention)
     mask = torch.ones(2, 7, dtype=torch.long)
@@ -91,7 +94,7 @@ def test_a_padded_batch(side: str, cache: str | None, attention: str) -> None:
     assert recording[0].dense()[0, :, -1][:, ~whole[0].bool()].eq(0).all()
 
 
-def test_a_text_in_chunks_of_ones_own() -> None:
+def test_chunks_of_a_text_join_to_the_maps_of_one_forward() -> None:
     model, text = llama(), ids(2, 11)
     with torch.no_grad(), record(model) as recording:
         cache = None
@@ -102,13 +105,13 @@ def test_a_text_in_chunks_of_ones_own() -> None:
     assert_same_as_eager(recording, model, {"input_ids": text})
 
 
-def test_generate_with_a_prefill_in_chunks() -> None:
+def test_chunked_prefill_joins_to_the_maps_of_one_forward() -> None:
     model = llama()
     recording, tokens = generated(model, ids(2, 11), prefill_chunk_size=4)
     assert_same_as_eager(recording, model, {"input_ids": tokens[:, :-1]})
 
 
-def test_calls_of_a_static_cache_are_not_overwritten() -> None:
+def test_static_cache_leaves_recorded_calls_as_they_were() -> None:
     model = llama()
     recording, tokens = generated(model, ids(2, 7), cache_implementation="static")
     with torch.no_grad(), record(model) as prompt:
@@ -120,7 +123,7 @@ def test_calls_of_a_static_cache_are_not_overwritten() -> None:
     assert [call.shape[2:] for call in steps] == [(7, 7)] + [(1, n) for n in range(8, 7 + NEW)]
 
 
-def test_beams_stay_raw_calls() -> None:
+def test_beams_are_recorded_as_calls() -> None:
     model = llama()
     recording, tokens = generated(model, ids(2, 7), num_beams=3)
     assert tokens.shape == (2, 7 + NEW)
@@ -131,7 +134,7 @@ def test_beams_stay_raw_calls() -> None:
         assert (call.matrix().dense().sum(-1) - 1).abs().max() < 1e-5
 
 
-def test_drafts_that_were_rejected_are_dropped() -> None:
+def test_rejected_drafts_are_dropped() -> None:
     model, assistant = llama(), llama(tie_word_embeddings=True)
     with torch.no_grad():
         for parameter in assistant.parameters():
@@ -152,7 +155,7 @@ def test_drafts_that_were_rejected_are_dropped() -> None:
         assert (matrix.dense()[:, :, :keep, :keep] - whole).abs().max() < 1e-5
 
 
-def test_prompt_lookup() -> None:
+def test_prompt_lookup_joins_to_the_maps_of_one_forward() -> None:
     model = llama()
     recording, tokens = generated(model, ids(1, 4).repeat(1, 3), prompt_lookup_num_tokens=3, max_new_tokens=8)
     keep = tokens.shape[1] - 1
@@ -183,7 +186,7 @@ def t5() -> nn.Module:
 
 @pytest.mark.parametrize("make", [bart, t5])
 @pytest.mark.parametrize("cache", [None, "static"])
-def test_an_encoder_decoder(make: Any, cache: str | None) -> None:
+def test_encoder_decoder_steps_join_to_the_maps_of_one_forward(make: Any, cache: str | None) -> None:
     model, text = make(), ids(2, 7)
     mask = torch.ones(2, 7, dtype=torch.long)
     mask[0, 4:] = 0
@@ -199,22 +202,33 @@ def test_an_encoder_decoder(make: Any, cache: str | None) -> None:
         assert difference[rows].max() < 1e-5
 
 
-def test_layers_count_as_the_recording_does_though_the_encoder_runs_alone() -> None:
-    model, text = t5(), ids(1, 7)
-    whole, _ = generated(model, text)
+@dataclass(frozen=True)
+class Marked(Edit):
+    """Changes nothing, and lists the names of the sites that it applies to."""
+
+    names: set[str] = field(default_factory=set)
+
+    def apply(self, call: AttentionCall, place: Place) -> AttentionCall:
+        self.names.add(call.name)
+        return replace(call)
+
+
+def test_layers_of_record_and_edit_count_encoder_and_decoder_as_a_recording_does() -> None:
+    model, text = t5(), ids(1, 7)  # generate() runs the encoder alone, before the decoder
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    marks = [Marked((number,)) for number in range(6)]
+    with ExitStack() as stack:
+        stack.enter_context(edit(model, *marks))
+        whole = stack.enter_context(record(model))
+        parts = [stack.enter_context(record(model, layers=number)) for number in range(6)]
+        model.generate(text, **options)
     names = [site.name for site in whole.sites]
     assert len(names) == 6
-    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    for number, name in enumerate(names):
-        with record(model, layers=number) as recording:
-            model.generate(text, **options)
-        assert [site.name for site in recording.sites] == [name]
-        with edit(model, ablate(number, 0)), record(model) as recording:
-            model.generate(text, **options)
-        assert [site.name for site in recording.sites if site.edited] == [name]
+    assert [[site.name for site in part.sites] for part in parts] == [[name] for name in names]
+    assert [mark.names for mark in marks] == [{name} for name in names]
 
 
-def test_continuations_of_one_prefix_are_runs_of_their_own() -> None:
+def test_runs_of_one_prefix_are_separate() -> None:
     model, prefix = llama(), ids(1, 8)
     with torch.no_grad():
         held = model(prefix).past_key_values
@@ -256,7 +270,7 @@ def test_rejected_drafts_leave_no_rows_of_cross_attention() -> None:
         assert (found - whole)[:, :, text_rows].abs().max() < 1e-4
 
 
-def test_a_link_of_cross_attention_is_knocked_out_where_it_stands_in_spite_of_rejected_drafts() -> None:
+def test_knock_out_in_cross_attention_counts_rows_without_rejected_drafts() -> None:
     model, helper = drafting(0.3)
     name = "model.decoder.layers.1.encoder_attn"
     with edit(model, knock_out(10, 2, layers=name)), record(model) as recording:
@@ -269,7 +283,7 @@ def test_a_link_of_cross_attention_is_knocked_out_where_it_stands_in_spite_of_re
 
 
 @pytest.mark.parametrize("drafts", [False, True])
-def test_steps_of_cross_attention_alone_are_one_run(drafts: bool) -> None:
+def test_run_of_cross_attention_alone_has_all_steps(drafts: bool) -> None:
     model, helper = drafting()
     text = ids(1, 9)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
@@ -284,7 +298,7 @@ def test_steps_of_cross_attention_alone_are_one_run(drafts: bool) -> None:
     assert [run[0].shape[2] for run in recording.runs] == [4, 4]  # not one text
 
 
-def test_a_model_of_speech() -> None:
+def test_speech_model_steps_join_to_the_maps_of_one_forward() -> None:
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     torch.manual_seed(0)
@@ -322,7 +336,7 @@ def test_a_model_of_speech() -> None:
     assert_same_as_eager(recording, model, {"input_features": sound, "decoder_input_ids": decoder[:, :rows]})
 
 
-def test_two_texts_one_after_the_other_are_two_runs() -> None:
+def test_runs_of_two_texts_are_two() -> None:
     model = llama()
     with record(model) as recording:
         for seed in (1, 2):

@@ -49,7 +49,7 @@ def look(model: nn.Module, *inputs: Tensor) -> HeadStats:
     return watch.history[-1]
 
 
-def test_each_number_is_its_definition() -> None:
+def test_head_stats_follow_their_definitions() -> None:
     model, x = own(), torch.randn(B, L, E)
     stats, inside = look(model, x), x
     for i, layer in enumerate(model.layers):
@@ -68,7 +68,7 @@ def test_each_number_is_its_definition() -> None:
     assert not stats.dead.any()
 
 
-def test_hand_built_heads() -> None:
+def test_head_stats_of_hand_built_heads() -> None:
     """Head 0 looks evenly; head 1 at the key with the largest first number, which stands first; head 2 is dead."""
     layer = MultiHeadAttention(E, H)
     nn.init.zeros_(layer.in_proj.weight)
@@ -100,7 +100,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_nothing_changes_and_every_head_is_seen(name: str) -> None:
+def test_monitor_changes_nothing_and_lists_every_head(name: str) -> None:
     def run(watched: bool) -> tuple[Tensor, list[Tensor], Tensor, int]:
         torch.manual_seed(1)
         model, x = MODELS[name]()
@@ -123,7 +123,7 @@ def test_nothing_changes_and_every_head_is_seen(name: str) -> None:
     assert rows >= 2 * H
 
 
-def test_it_looks_every_so_many_steps() -> None:
+def test_monitor_measures_every_third_step() -> None:
     model, x, told = own(), torch.randn(B, L, E), []
     watch = monitor(model, every=3, log=lambda name, value, step: told.append((name, value, step)))
     for _ in range(8):
@@ -136,7 +136,7 @@ def test_it_looks_every_so_many_steps() -> None:
     assert value == pytest.approx(float(watch.history[0].entropy[0, 0]))
 
 
-def test_forwards_inside_one_step_count_together() -> None:
+def test_forwards_inside_one_step_are_added_up() -> None:
     model, x = own(), torch.randn(2 * B, L, E)
     watch = monitor(model, every=1)
     with watch:
@@ -148,7 +148,7 @@ def test_forwards_inside_one_step_count_together() -> None:
     assert len(watch.history) == 1
 
 
-def test_padding_is_left_out() -> None:
+def test_monitor_leaves_out_padding() -> None:
     model, text = llama(), ids(1, L)
     alone = look(model, text)
     for side, first in (("right", 0), ("left", 3)):
@@ -162,7 +162,7 @@ def test_padding_is_left_out() -> None:
         torch.testing.assert_close(watch.history[0].sink_mass, alone.sink_mass, atol=1e-5, rtol=1e-4)
 
 
-def test_layers_with_fewer_heads_and_both_sides() -> None:
+def test_head_stats_have_rows_for_encoder_decoder_and_cross_attention() -> None:
     sizes = {"embed_dim": 24, "num_heads": 6, "num_layers": 1, "ff_dim": 16, "dropout_p": 0.1}
     model = Transformer(TransformerConfig(31, **sizes))
     model.decoder.layers[0].cross_attention = MultiHeadAttention(24, 2)
@@ -174,7 +174,7 @@ def test_layers_with_fewer_heads_and_both_sides() -> None:
     assert stats.entropy[2].isnan().tolist() == [False] * 2 + [True] * 4
 
 
-def test_exploding_logits_name_the_head_once() -> None:
+def test_warning_of_exploding_logits_names_the_head_once() -> None:
     model, x = own(), torch.randn(B, L, E)
     watch = monitor(model, every=1)
     with warnings.catch_warnings():
@@ -197,7 +197,7 @@ def test_exploding_logits_name_the_head_once() -> None:
         model(x)
 
 
-def test_collapsing_entropy_names_the_head() -> None:
+def test_warning_of_collapsing_entropy_names_the_head() -> None:
     layer, x = MultiHeadAttention(E, H), torch.randn(B, L, E)
     watch = monitor(layer, every=1, logit_limit=math.inf)
     with watch:
@@ -207,7 +207,7 @@ def test_collapsing_entropy_names_the_head() -> None:
         layer(x)
 
 
-def test_a_head_that_comes_to_rest_on_the_first_key_is_no_collapse() -> None:
+def test_warning_is_not_given_for_a_sink_on_the_first_key() -> None:
     layer, x = MultiHeadAttention(E, H), torch.randn(B, L, E)
     x[:, 0] = 0
     x[:, 0, 0] = 30
@@ -226,7 +226,7 @@ def test_a_head_that_comes_to_rest_on_the_first_key_is_no_collapse() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_numbers_that_are_no_longer_finite_are_a_warning_not_a_crash(value: float) -> None:
+def test_warning_of_numbers_that_are_not_finite(value: float) -> None:
     model, x = own(), torch.randn(B, L, E)
     heads_of(model.layers[1].in_proj.weight, 0)[0, 0] = value
     watch = monitor(model, every=1)
@@ -234,7 +234,7 @@ def test_numbers_that_are_no_longer_finite_are_a_warning_not_a_crash(value: floa
         model(x)
 
 
-def test_nothing_is_left_after_an_error() -> None:
+def test_monitor_leaves_nothing_behind_after_an_error() -> None:
     model, x = own(), torch.randn(B, L, E)
     watch = monitor(model, every=1)
 
@@ -252,7 +252,7 @@ def test_nothing_is_left_after_an_error() -> None:
     assert [stats.step for stats in watch.history] == [1]
 
 
-def test_errors() -> None:
+def test_monitor_errors_say_what_to_do() -> None:
     model, x = own(), torch.randn(B, L, E)
     watch = monitor(model, every=1)
     with pytest.raises(HeadscopeError, match="watching already: one `with` at a time"), watch, watch:
@@ -283,7 +283,7 @@ class Sdpa(nn.Module):
 
 
 @pytest.mark.parametrize("hidden", [-math.inf, torch.finfo(torch.float32).min, -65504.0, -1e4])
-def test_keys_that_an_additive_mask_hides_are_not_counted(hidden: float) -> None:
+def test_keys_hidden_by_an_additive_mask_are_not_counted(hidden: float) -> None:
     mask = torch.full((L, L), hidden).triu(1) + 1e-5 * torch.arange(L)
     stats = quiet(Sdpa(mask), torch.randn(B, L, E))
     torch.testing.assert_close(stats.entropy_share, torch.ones(1, H).double(), atol=1e-6, rtol=0)
@@ -291,7 +291,7 @@ def test_keys_that_an_additive_mask_hides_are_not_counted(hidden: float) -> None
     torch.testing.assert_close(stats.sink_mass, torch.full((1, H), even).double(), atol=1e-5, rtol=0)
 
 
-def test_the_first_key_is_the_texts_first_also_in_a_window() -> None:
+def test_sink_mass_counts_the_first_key_of_the_text_in_a_window() -> None:
     class Windowed(Own):
         def forward(self, x: Tensor) -> Tensor:
             return self.layers[0](x, mask=masks.sliding_window(2))
@@ -302,7 +302,7 @@ def test_the_first_key_is_the_texts_first_also_in_a_window() -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_of_torch_nn_is_left_out(side: str) -> None:
+def test_monitor_leaves_out_padding_of_torch_nn(side: str) -> None:
     layer, x = nn.MultiheadAttention(E, H, batch_first=True), torch.randn(1, L, E)
     blank = torch.full((1, 4, E), 9.0)
     padded = torch.cat([x, blank] if side == "right" else [blank, x], 1)
@@ -315,7 +315,7 @@ def test_padding_of_torch_nn_is_left_out(side: str) -> None:
 
 
 @pytest.mark.parametrize("length", [6, 9])
-def test_padding_of_the_source_says_nothing_of_the_targets_rows(length: int) -> None:
+def test_padding_of_the_source_leaves_all_rows_of_the_target(length: int) -> None:
     model, source, target = bart(), ids(B, 9), ids(B, length)
     shown = torch.ones_like(source)
     shown[:, 5:] = 0
@@ -348,7 +348,7 @@ class Across(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["ours", "torch.nn"])
-def test_a_padded_source_as_long_as_the_target_leaves_all_rows(name: str) -> None:
+def test_padded_source_as_long_as_the_target_leaves_all_rows(name: str) -> None:
     torch.manual_seed(0)
     model, x, source = Across(name), torch.randn(B, L, E), torch.randn(B, L, E)
     stats = quiet(model, x, source)
@@ -357,7 +357,7 @@ def test_a_padded_source_as_long_as_the_target_leaves_all_rows(name: str) -> Non
     torch.testing.assert_close(stats.entropy[0], recording[0].entropy().mean((0, 2)).double(), atol=1e-6, rtol=1e-5)
 
 
-def test_queries_and_keys_of_one_tensor_are_self_attention_whatever_the_values_are() -> None:
+def test_self_attention_may_have_other_values() -> None:
     layer, x = nn.MultiheadAttention(E, H, batch_first=True), torch.randn(B, L, E)
     hidden = torch.arange(L).expand(B, -1) > 4
     watch = monitor(layer, every=1)
@@ -367,7 +367,7 @@ def test_queries_and_keys_of_one_tensor_are_self_attention_whatever_the_values_a
     torch.testing.assert_close(watch.history[0].entropy, short.entropy, atol=1e-6, rtol=1e-5)
 
 
-def test_only_heads_that_exist_are_listed_logged_and_warned_of() -> None:
+def test_table_log_and_warnings_have_only_heads_that_exist() -> None:
     model, told = own(), []
     model.layers[1] = MultiHeadAttention(E, 2)
     watch = monitor(model, every=1, log=lambda name, value, step: told.append(name))
@@ -380,7 +380,7 @@ def test_only_heads_that_exist_are_listed_logged_and_warned_of() -> None:
     assert watch.history[0].num_heads == (3, 2)
 
 
-def test_a_text_of_one_token_has_no_entropy_and_no_warning() -> None:
+def test_text_of_one_token_has_no_entropy_and_no_warning() -> None:
     stats = quiet(own(), torch.randn(B, 1, E))
     assert stats.entropy.isnan().all()
     assert stats.sink_mass.isnan().all()
@@ -388,7 +388,7 @@ def test_a_text_of_one_token_has_no_entropy_and_no_warning() -> None:
     assert stats.finite.all()
 
 
-def test_a_call_in_which_nothing_may_be_seen_says_nothing() -> None:
+def test_call_without_visible_keys_gives_nan_and_no_warning() -> None:
     class Blind(Own):
         def forward(self, x: Tensor) -> Tensor:
             return self.layers[0](x, mask=~masks.prefix(L))
@@ -400,7 +400,7 @@ def test_a_call_in_which_nothing_may_be_seen_says_nothing() -> None:
 
 
 @pytest.mark.parametrize(("share", "dead"), [(2e-3, False), (5e-4, True)])
-def test_a_head_is_dead_below_a_thousandth_of_the_median_head(share: float, dead: bool) -> None:
+def test_dead_is_below_a_thousandth_of_the_median_head(share: float, dead: bool) -> None:
     layer, x = MultiHeadAttention(E, H), torch.randn(1, L, E)
     values = layer.in_proj.weight.data[2 * E :]
     with torch.no_grad():
@@ -414,7 +414,7 @@ def test_a_head_is_dead_below_a_thousandth_of_the_median_head(share: float, dead
     assert watch.history[0].dead.tolist() == [[False, dead, False]]
 
 
-def test_rows_that_are_padding_do_not_keep_a_head_alive() -> None:
+def test_dead_does_not_count_padding() -> None:
     """Head 1 writes something only in rows of padding: there it sees the one key with a value."""
     mask = torch.ones(1, H, L, L, dtype=torch.bool)
     mask[:, :, :, L - 1] = False  # padding: no query sees it
@@ -429,7 +429,7 @@ def test_rows_that_are_padding_do_not_keep_a_head_alive() -> None:
 
 
 @pytest.mark.parametrize("part", ["query", "key", "value"])
-def test_only_the_head_that_is_not_finite_is_named(part: str) -> None:
+def test_warning_names_only_the_head_that_is_not_finite(part: str) -> None:
     layer, x = MultiHeadAttention(E, H), torch.randn(B, L, E)
     good = quiet(layer, x)
     layer.in_proj.weight.data[{"query": 0, "key": E, "value": 2 * E}[part] + 4] = math.nan
@@ -443,13 +443,13 @@ def test_only_the_head_that_is_not_finite_is_named(part: str) -> None:
     assert not watch.history[0].dead.any()
 
 
-def test_a_bias_that_is_not_finite_is_a_warning_too() -> None:
+def test_warning_of_a_bias_that_is_not_finite() -> None:
     with pytest.warns(HeadWarning, match=r"head 0\.2 .*NaN or infinite"):
         stats = look(Sdpa(torch.full((L, L), math.nan)), torch.randn(B, L, E))
     assert not stats.finite.any()
 
 
-def test_a_forward_that_failed_does_not_count() -> None:
+def test_failed_forward_is_not_counted() -> None:
     class Fails(Own):
         fails = True
 
@@ -469,7 +469,7 @@ def test_a_forward_that_failed_does_not_count() -> None:
     torch.testing.assert_close(watch.history[0].largest_logit, look(model, x).largest_logit)
 
 
-def test_a_step_without_a_forward_is_passed_over() -> None:
+def test_step_without_a_forward_is_left_out() -> None:
     model, x = own(), torch.randn(B, L, E)
     watch = monitor(model, every=1)
     with watch:
@@ -481,7 +481,7 @@ def test_a_step_without_a_forward_is_passed_over() -> None:
     assert [stats.step for stats in watch.history] == [0, 2]
 
 
-def test_a_warning_points_at_the_line_of_the_with() -> None:
+def test_warning_points_at_the_line_of_the_with() -> None:
     program = (
         "import torch, warnings\nfrom headscope import MultiHeadAttention, monitor\n"
         "layer = MultiHeadAttention(12, 3)\nlayer.in_proj.weight.data[:4] *= 1e5\n"

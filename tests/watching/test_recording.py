@@ -55,7 +55,7 @@ def test_sites_are_in_the_order_of_their_calls() -> None:
     assert [tuple(matrix.shape) for matrix in recording] == [(2, 6, 7, 7)] * 2
 
 
-def test_a_site_is_found_by_number_and_by_name() -> None:
+def test_recording_finds_a_site_by_number_and_by_name() -> None:
     recording = recorded(llama(), ids(2, 7))
     assert recording[NAMES[1]] is recording[1] is recording[-1]
     with pytest.raises(RecordingError) as unknown:
@@ -65,7 +65,7 @@ def test_a_site_is_found_by_number_and_by_name() -> None:
     )
 
 
-def test_maps_are_those_of_eager() -> None:
+def test_to_attentions_are_the_maps_of_eager() -> None:
     model = llama()
     text = ids(2, 7)
     model.set_attn_implementation("eager")
@@ -79,7 +79,7 @@ def test_maps_are_those_of_eager() -> None:
         assert (a - b).abs().max() < 1e-5
 
 
-def test_which_positions_are_text() -> None:
+def test_valid_is_the_attention_mask() -> None:
     model, text = llama(), ids(2, 7)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
     with torch.no_grad(), record(model) as recording:
@@ -95,7 +95,7 @@ def test_which_positions_are_text() -> None:
 
 
 @pytest.mark.parametrize("layers", [[1], [NAMES[1]], [1, NAMES[1]]], ids=str)
-def test_only_some_layers(layers: list[int | str]) -> None:
+def test_layers_restrict_the_sites(layers: list[int | str]) -> None:
     model, text = llama(), ids(2, 7)
     recording = recorded(model, text, layers=layers)
     assert [site.name for site in recording.sites] == [NAMES[1]]
@@ -103,7 +103,7 @@ def test_only_some_layers(layers: list[int | str]) -> None:
     assert recording.unseen == ()
 
 
-def test_what_is_kept() -> None:
+def test_keep_adds_values_and_outputs() -> None:
     model, text = llama(), ids(2, 7)
     site = recorded(model, text).sites[0]
     assert site.value() is None
@@ -118,7 +118,7 @@ def test_what_is_kept() -> None:
         recorded(model, text, keep=("query", "weights"))
 
 
-def test_answers_at_once_are_those_asked_afterwards_and_nothing_else_is_kept() -> None:
+def test_reduce_gives_the_answers_of_the_matrices_and_keeps_nothing_else() -> None:
     model, text = llama(), ids(2, 7)
     wanted = recorded(model, text)
     recording = recorded(model, text, reduce=(Entropy(), Received()))
@@ -134,7 +134,7 @@ def test_answers_at_once_are_those_asked_afterwards_and_nothing_else_is_kept() -
         recording[0]
 
 
-def test_one_reduction_or_a_function() -> None:
+def test_reduce_takes_one_reduction_or_a_function() -> None:
     model, text = llama(), ids(2, 7)
     one = recorded(model, text, reduce=Entropy()).answers[0].values
     whole = recorded(model, text)[0].entropy()
@@ -157,11 +157,11 @@ def test_independent_forwards_are_runs() -> None:
     assert repr(recording) == "Recording(2 runs, 0 answers)"
 
 
-def test_the_same_text_twice_is_two_runs() -> None:
+def test_runs_of_the_same_text_are_two() -> None:
     assert len(recorded(llama(), ids(2, 7), ids(2, 7)).runs) == 2
 
 
-def test_a_part_that_ran_before_the_whole_is_a_run_of_its_own() -> None:
+def test_run_of_an_encoder_alone_is_its_own() -> None:
     model, text = bart(), ids(2, 7)
     with torch.no_grad(), record(model) as recording:
         model.get_encoder()(text)
@@ -170,14 +170,14 @@ def test_a_part_that_ran_before_the_whole_is_a_run_of_its_own() -> None:
     assert recording.runs[1][0].shape == (2, 6, 7, 7)
 
 
-def test_nothing_ran() -> None:
+def test_recording_is_empty_if_nothing_ran() -> None:
     recording = recorded(llama())
     assert len(recording) == 0
     with pytest.raises(RecordingError, match=r"holds no attention matrices\. Run the model inside the block"):
         recording[0]
 
 
-def test_a_shared_layer_is_a_site_for_each_call() -> None:
+def test_shared_layer_is_a_site_per_call() -> None:
     model = ZOO["albert"].build()
     inputs = ZOO["albert"].inputs(model)
     with torch.no_grad(), record(model) as recording:
@@ -192,7 +192,7 @@ def test_a_shared_layer_is_a_site_for_each_call() -> None:
         recording[names.pop()]
 
 
-def test_an_encoder_and_a_decoder() -> None:
+def test_encoder_decoder_has_three_kinds_of_sites() -> None:
     model, text, target = bart(), ids(2, 7), ids(2, 5)
     with torch.no_grad(), record(model) as recording:
         model(text, decoder_input_ids=target)
@@ -210,7 +210,7 @@ def test_an_encoder_and_a_decoder() -> None:
 
 
 @pytest.mark.parametrize("name", ["swin", "t5", "gpt_oss", "gemma2", "granite_swa"])
-def test_biases_sinks_and_caps_are_in_the_weights(name: str) -> None:
+def test_recorded_weights_include_biases_sinks_and_caps(name: str) -> None:
     from tests.watching.zoo.sweep import examine
 
     row = examine(name)
@@ -221,7 +221,7 @@ def test_biases_sinks_and_caps_are_in_the_weights(name: str) -> None:
     assert row.clean
 
 
-def test_detached_tensors_hold_no_graph_and_are_not_copies() -> None:
+def test_detach_drops_the_graph() -> None:
     model, text = llama(), ids(2, 7)
     with record(model) as recording:
         model(text)
@@ -233,7 +233,7 @@ def test_detached_tensors_hold_no_graph_and_are_not_copies() -> None:
     assert model.model.embed_tokens.weight.grad.abs().max() > 0
 
 
-def test_what_is_written_into_later_was_copied() -> None:
+def test_recorded_tensors_are_copies_where_the_model_reuses_them() -> None:
     class Reusing(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -249,7 +249,7 @@ def test_what_is_written_into_later_was_copied() -> None:
         assert torch.equal(run.sites[0].last_key, text)
 
 
-def test_a_model_seen_in_part_says_so() -> None:
+def test_unseen_lists_attention_modules_without_calls() -> None:
     model = nn.Sequential(Plain(), OwnAttention(), Own())
     recording = recorded(model, torch.randn(2, 5, 4))
     assert recording.unseen == ("1",)
@@ -266,19 +266,19 @@ def test_nothing_seen_lists_what_looks_like_attention() -> None:
         recorded(nn.Sequential(Own()), torch.randn(2, 5, 4))
 
 
-def test_repr_says_how_closely_it_was_rebuilt() -> None:
+def test_repr_gives_the_proof() -> None:
     text = repr(recorded(llama(), ids(2, 7)))
     assert text.startswith("Recording(2 attention sites, each (2, 6, 7, 7); rebuilt to ")
 
 
-def test_progress_is_told_of_each_call() -> None:
+def test_on_call_gets_each_call() -> None:
     told: list[str] = []
     recording = recorded(llama(), ids(2, 7), on_call=lambda call: told.append(call.name))
     assert told == NAMES
     assert len(recording) == 2
 
 
-def test_a_text_in_which_a_call_has_no_row_to_prove_is_unproved() -> None:
+def test_proof_is_none_without_a_row_to_compare() -> None:
     class Blind(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return F.scaled_dot_product_attention(x, x, x, attn_mask=torch.full((5, 5), -torch.inf)).nan_to_num()
@@ -288,7 +288,7 @@ def test_a_text_in_which_a_call_has_no_row_to_prove_is_unproved() -> None:
     assert recording[0].dense().eq(0).all()
 
 
-def test_a_position_bias_gets_the_gradient_that_the_eager_maps_give_it() -> None:
+def test_entropy_gives_a_position_bias_the_gradient_of_the_eager_maps() -> None:
     config = transformers.T5Config(
         vocab_size=50, d_model=24, d_kv=4, num_heads=6, num_layers=2, d_ff=32, dropout_rate=0.0
     )
@@ -309,7 +309,7 @@ def test_a_position_bias_gets_the_gradient_that_the_eager_maps_give_it() -> None
 
 
 @pytest.mark.parametrize("padded", [0, 1])
-def test_a_rejected_draft_leaves_each_row_and_head_its_own_mask(padded: int) -> None:
+def test_rejected_draft_leaves_each_row_and_head_its_own_mask(padded: int) -> None:
     layer, x = MultiHeadAttention(12, 3), torch.randn(2, 7, 12)
     hidden = masks.keys([0, 1]) & masks.dense(torch.arange(2).view(2, 1, 1, 1) == padded)
     mask = masks.causal() & ~hidden & ~(masks.heads([2]) & masks.keys([2]))
@@ -329,7 +329,7 @@ def alibi_layer() -> MultiHeadAttention:
 
 
 @pytest.mark.parametrize("make", [lambda: None, lambda: KVCache(20), lambda: SlidingWindowCache(3)])
-def test_the_bias_of_alibi_is_recorded_as_its_slopes(make: Callable[[], KVCache | None], tmp_path: Path) -> None:
+def test_alibi_is_recorded_as_its_slopes(make: Callable[[], KVCache | None], tmp_path: Path) -> None:
     layer, x, cache = alibi_layer(), torch.randn(2, 7, 12), make()
     with torch.no_grad(), record(layer) as recording:
         for part in [x] if cache is None else x.split([3, 1, 3], 1):
@@ -343,7 +343,7 @@ def test_the_bias_of_alibi_is_recorded_as_its_slopes(make: Callable[[], KVCache 
     assert torch.equal(again[0].dense(), recording[0].dense())
 
 
-def test_alibi_across_two_texts_is_written_out_where_calls_are_joined() -> None:
+def test_alibi_across_two_texts_is_a_tensor_where_calls_are_joined() -> None:
     bias = positions.alibi([0.5, 0.1, 0.2])
 
     class Across(nn.Module):
@@ -378,7 +378,7 @@ class Ring(nn.Module):
         return F.scaled_dot_product_attention(q, *self.held)
 
 
-def test_what_is_written_into_after_its_call_is_refused() -> None:
+def test_matrix_is_refused_if_recorded_tensors_were_written_into() -> None:
     model = Ring().eval()
     with torch.no_grad(), record(model) as recording:
         model(torch.randn(1, 6, 16))
@@ -389,7 +389,7 @@ def test_what_is_written_into_after_its_call_is_refused() -> None:
     assert recording.calls[1].matrix().dense().sum() == pytest.approx(2)
 
 
-def test_layers_that_are_not_there_are_told_which_are() -> None:
+def test_layers_that_do_not_exist_are_refused_with_those_that_do() -> None:
     model = llama()
     for wrong in (7, "nope", ["model.layers.0.self_attn", 2]):
         with (
@@ -404,7 +404,7 @@ def test_layers_that_are_not_there_are_told_which_are() -> None:
         assert [site.name for site in recording.sites] == ["model.layers.1.self_attn"]
 
 
-def test_answers_alone_are_not_saved_as_nothing(tmp_path: Path) -> None:
+def test_save_refuses_a_recording_of_answers_alone(tmp_path: Path) -> None:
     with torch.no_grad(), record(llama(), reduce=Entropy()) as recording:
         pass
     recording.save(tmp_path / "nothing ran")
@@ -415,7 +415,7 @@ def test_answers_alone_are_not_saved_as_nothing(tmp_path: Path) -> None:
         recording.save(tmp_path / "answers")
 
 
-def test_one_call_of_many_steps_is_asked_without_joining_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_call_matrix_does_not_join_the_other_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading a file asks each call: with a join each, 400 tokens took half a minute."""
     from headscope.watching.recording.site import Site
 

@@ -31,7 +31,7 @@ def plain() -> Recording:
 
 
 @pytest.mark.parametrize("make", [plain, lambda: generated(mistral(4)), lambda: generated(bart())])
-def test_what_is_saved_comes_back(tmp_path: Path, make: Any) -> None:
+def test_load_gives_what_was_saved(tmp_path: Path, make: Any) -> None:
     recording = make()
     recording.save(tmp_path / "text.recording")
     again = Recording.load(tmp_path / "text.recording")
@@ -52,7 +52,7 @@ def test_what_is_saved_comes_back(tmp_path: Path, make: Any) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
-def test_half_precision_is_half_the_file_and_unproved(tmp_path: Path, dtype: torch.dtype, close: float) -> None:
+def test_save_in_half_precision_is_close_and_unproved(tmp_path: Path, dtype: torch.dtype, close: float) -> None:
     recording = generated(bart())
     recording.save(tmp_path / "whole")
     recording.save(tmp_path / "half", dtype=dtype)
@@ -65,7 +65,7 @@ def test_half_precision_is_half_the_file_and_unproved(tmp_path: Path, dtype: tor
     assert {tensor.dtype for site in kept for tensor in site if tensor is not None} == {dtype}
 
 
-def test_numbers_too_large_for_half_precision_are_refused(tmp_path: Path) -> None:
+def test_save_refuses_numbers_too_large_for_half_precision(tmp_path: Path) -> None:
     layer = torch.nn.MultiheadAttention(8, 2)
     with torch.no_grad(), record(layer) as recording:
         layer(*[1e6 * torch.ones(5, 1, 8)] * 3)
@@ -76,7 +76,7 @@ def test_numbers_too_large_for_half_precision_are_refused(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
-def test_tokens_and_several_runs_come_back(tmp_path: Path, minilm: Any) -> None:
+def test_load_gives_tokens_and_several_runs(tmp_path: Path, minilm: Any) -> None:
     tokens = tokenize("It didn't rain.", minilm.tokenizer)
     model = llama()
     with torch.no_grad(), record(model, tokens=tokens) as recording:
@@ -88,7 +88,7 @@ def test_tokens_and_several_runs_come_back(tmp_path: Path, minilm: Any) -> None:
     assert [run[0].shape for run in again.runs] == [(1, 6, 5, 5), (1, 6, 8, 8)]
 
 
-def test_tensors_stay_on_disk(tmp_path: Path) -> None:
+def test_load_leaves_tensors_on_disk(tmp_path: Path) -> None:
     """Loading 200 MB must not take 200 MB: the file is mapped."""
     from headscope.watching.recording.run import Run
     from headscope.watching.recording.site import CallRows, Site
@@ -143,7 +143,7 @@ def altered(tmp_path: Path, change: Any) -> Path:
     return join(tmp_path / "bad", header, body)
 
 
-def test_truncated_files_are_refused(tmp_path: Path) -> None:
+def test_load_refuses_truncated_files(tmp_path: Path) -> None:
     data = saved(tmp_path).read_bytes()
     for size in (0, 5, 8, 9, 700, len(data) // 2, len(data) - 1):
         path = tmp_path / f"cut-{size}"
@@ -152,7 +152,7 @@ def test_truncated_files_are_refused(tmp_path: Path) -> None:
             Recording.load(path)
 
 
-def test_a_newer_version_and_another_format_are_refused(tmp_path: Path) -> None:
+def test_load_refuses_another_version_and_another_format(tmp_path: Path) -> None:
     header, body = split(saved(tmp_path))
     header["__metadata__"]["version"] = "97"
     with pytest.raises(RecordingError, match=r"version '97'.*reads version 3"):
@@ -162,7 +162,7 @@ def test_a_newer_version_and_another_format_are_refused(tmp_path: Path) -> None:
         Recording.load(tmp_path / "other")
 
 
-def test_a_header_of_a_gigabyte_is_refused_unread(tmp_path: Path) -> None:
+def test_load_refuses_a_header_of_a_gigabyte_without_reading_it(tmp_path: Path) -> None:
     path = tmp_path / "huge"
     with path.open("wb") as file:
         file.write(struct.pack("<Q", 1 << 30))
@@ -171,7 +171,7 @@ def test_a_header_of_a_gigabyte_is_refused_unread(tmp_path: Path) -> None:
         Recording.load(path)
 
 
-def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
+def test_load_refuses_overlapping_tensors(tmp_path: Path) -> None:
     header, body = split(saved(tmp_path))
     names = [name for name in header if name.startswith(("query", "key"))]
     header[names[0]]["data_offsets"] = header[names[1]]["data_offsets"]
@@ -180,7 +180,7 @@ def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
         Recording.load(join(tmp_path / "overlap", header, body))
 
 
-def test_hostile_names_are_refused(tmp_path: Path) -> None:
+def test_load_refuses_hostile_names(tmp_path: Path) -> None:
     header, body = split(saved(tmp_path))
     name = next(name for name in header if name.startswith("query"))
     header["../../etc/passwd"] = header.pop(name)
@@ -217,7 +217,7 @@ def test_hostile_names_are_refused(tmp_path: Path) -> None:
         lambda d: d["runs"][0]["sites"][0]["calls"][0].update(mask=nested(100)),
     ],
 )
-def test_files_that_contradict_themselves_are_refused(tmp_path: Path, change: Any) -> None:
+def test_load_refuses_files_that_contradict_themselves(tmp_path: Path, change: Any) -> None:
     with pytest.raises(RecordingError, match="contradicts itself"):
         Recording.load(altered(tmp_path, change))
 
@@ -229,14 +229,14 @@ def nested(depth: int) -> Any:
     return mask
 
 
-def test_a_missing_file_and_an_unwritable_place_are_said(tmp_path: Path) -> None:
+def test_errors_name_a_missing_file_and_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(RecordingError, match="is not there"):
         Recording.load(tmp_path / "nothing")
     with pytest.raises(RecordingError, match=r"Cannot write .*: there is no folder"):
         plain().save(tmp_path / "no" / "such" / "folder")
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_to_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recording = plain()
     old = saved(tmp_path)
     before = old.read_bytes()
@@ -252,7 +252,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert os.listdir(tmp_path) == ["good"]
 
 
-def test_a_mask_that_is_code_is_refused() -> None:
+def test_save_refuses_a_mask_that_is_code() -> None:
     from headscope import masks
     from headscope.ops.masks.codec import encode
 

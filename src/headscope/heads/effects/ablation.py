@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from headscope.errors import EditError, is_out_of_memory
 from headscope.heads.effects.answers import Metric, away_from, next_token_loss, options, score
-from headscope.heads.effects.batched import Change, Rows, Site, Survey, Target, survey
+from headscope.heads.effects.batched import Change, Rows, SiteShape, Survey, Target, survey
 from headscope.heads.effects.gradient import gate_gradients
 from headscope.heads.effects.table import HeadEffects
 from headscope.watching.hooks import AttentionCall
@@ -59,7 +59,7 @@ class _Question:
                 "token to predict. Leave it out, or begin it with the model's start token."
             )
 
-    def chosen(self, sites: Sequence[Site]) -> list[Target]:
+    def chosen(self, sites: Sequence[SiteShape]) -> list[Target]:
         """The heads that are asked about."""
         if self.heads is None:
             return [Target(layer, (head,)) for layer, site in enumerate(sites) for head in range(site.heads)]
@@ -245,7 +245,7 @@ def _check(
         )
 
 
-def _check_means(to: Tensor | None, sites: Sequence[Site]) -> None:
+def _check_means(to: Tensor | None, sites: Sequence[SiteShape]) -> None:
     shapes = {(site.heads, site.head_dim) for site in sites}
     if to is None:
         return

@@ -19,7 +19,7 @@ from headscope.errors import EditError, HeadscopeError, is_out_of_memory
 from headscope.heads.effects.answers import ask, options
 from headscope.watching.hooks import AttentionCall, Forward, unwatched, watch, with_output
 
-__all__ = ["Change", "Rows", "Site", "Survey", "Target", "survey"]
+__all__ = ["Change", "Rows", "SiteShape", "Survey", "Target", "survey"]
 
 Change = Callable[[AttentionCall, int], Tensor]
 """A call and the number of its site → the head outputs that changed heads should have, [B, H, L, Dv]."""
@@ -36,8 +36,8 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Site:
-    """What is known of an attention site after a plain forward."""
+class SiteShape:
+    """Name and size of an attention site, from a plain forward."""
 
     name: str
     occurrence: int
@@ -51,7 +51,7 @@ class Survey:
     """A plain forward of one row: its answer, its sites, and what a row takes."""
 
     answer: Tensor  # [1, T, V] or [1, T, E]
-    sites: tuple[Site, ...]
+    sites: tuple[SiteShape, ...]
     row_bytes: int
 
 
@@ -61,13 +61,13 @@ def survey(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, e
     Raises:
         EditError: no attention call was seen.
     """
-    sites: list[Site] = []
+    sites: list[SiteShape] = []
     largest = [0]
 
     def saw(call: AttentionCall, forward: Forward) -> None:
         _, heads, queries, keys = call.shape
         size = call.value.shape[3]
-        sites.append(Site(call.name, call.occurrence, heads, size, _sees_ahead(call, forward)))
+        sites.append(SiteShape(call.name, call.occurrence, heads, size, _sees_ahead(call, forward)))
         weights, states = heads * queries * keys, 8 * heads * queries * size
         largest[0] = max(largest[0], (weights + states) * call.value.element_size())
 
@@ -202,7 +202,7 @@ class _NotGrown(Exception):
     """The batch did not grow as it should."""
 
 
-def layer_modules(model: nn.Module, sites: Sequence[Site]) -> list[nn.Module] | str:
+def layer_modules(model: nn.Module, sites: Sequence[SiteShape]) -> list[nn.Module] | str:
     """For each site the layer that holds it, a direct child of one ModuleList; or why there is no such list."""
     if any(site.occurrence for site in sites):
         return "an attention module is called more than once in a forward"

@@ -261,11 +261,11 @@ def report_call(
     first = next(f for f in forwards if f is not None)
     name = (watches[0].name_of(module) + suffix).removeprefix(".")
     with unwatched():
-        readings = list(candidates(first))
-        reading = Proved(readings[0], None, None)
-        if not dropout_p:
+        if dropout_p:
+            reading = Proved(next(iter(candidates(first))), None, None)
+        else:
             text = valid if valid is not None else first.valid
-            reading = prove(name or "the model", readings, value, output, text, logsumexp)
+            reading = prove(name or "the model", candidates(first), value, output, text, logsumexp)
     cross = cross or _is_cross(module, first, reading.scores)
     call = AttentionCall(
         name,
