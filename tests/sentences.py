@@ -10,5 +10,5 @@ def of(relation: str, half: int) -> list[Example]:
     return [e for e in FRAMES if e.half == half and e.pairs[0].relation == relation]
 
 
-def one_a_frame(examples: list[Example]) -> list[Example]:
+def one_per_frame(examples: list[Example]) -> list[Example]:
     return list({e.cluster: e for e in examples}.values())

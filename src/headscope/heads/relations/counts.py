@@ -166,10 +166,10 @@ class RelationCounts:
         self.skipped += other.skipped
         self.empty += other.empty
         for key, rows in other._rows.items():
+            ours = self._rows.setdefault(key, {})
             for cluster, sums in rows.items():
-                row = self._row(key, cluster)
-                for name, added in sums.items():
-                    row[name] += added
+                row = ours.get(cluster, {})
+                ours[cluster] = {name: x + row[name] if row else x.clone() for name, x in sums.items()}
 
     def without(self, clusters: Collection[str]) -> RelationCounts:
         """The counts of all other clusters; how many examples these came from is not known, and 0."""
