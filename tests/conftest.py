@@ -12,8 +12,8 @@ import torch
 if importlib.util.find_spec("jaxtyping") and importlib.util.find_spec("beartype"):
     from jaxtyping import install_import_hook
 
-    # Kept for the whole run: shapes in annotations are checked on every call.
-    SHAPES_CHECKED = install_import_hook("headscope", "beartype.beartype")
+    # Kept for the whole run: shapes in annotations are checked on every call, where tensors are computed.
+    SHAPES_CHECKED = install_import_hook(["headscope.ops", "headscope.nn"], "beartype.beartype")
 
 from hypothesis import settings
 

@@ -138,7 +138,7 @@ def test_dropout_drops_in_training_only_and_leaves_the_mean() -> None:
     torch.testing.assert_close(still, module(x))
     module.train()
     torch.manual_seed(0)
-    drawn = torch.stack([module(x) for _ in range(3000)]).detach()
+    drawn = module(x.repeat(3000, 1, 1)).detach().view(3000, B, L, E)  # each text is drawn for by itself
     assert drawn.std(0).min() > 0.01
     torch.testing.assert_close(drawn.mean(0), still, atol=0.12, rtol=0)
 

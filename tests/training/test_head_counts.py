@@ -1,4 +1,4 @@
-"""One head or many: the numbers, the words, and going on."""
+"""One head or many: distances, intervals, verdicts, and resuming."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from headscope.commands import app as cli
 from headscope.errors import HeadscopeError
 from headscope.nn.transformer import Transformer
-from headscope.training import TrainConfig, head_counts, make_task
+from headscope.training import TrainConfig, head_counts, make_task, train
 from headscope.training.head_counts import (
     FULL,
     QUICK,
@@ -132,6 +132,14 @@ def test_the_experiment_end_to_end(tmp_path: Path) -> None:
     assert len(lines) == 9
 
 
+def test_four_heads_look_up_four_positions_and_one_head_cannot() -> None:
+    config = replace(QUICK.configs[0], steps=120, batch_size=16, learning_rate=4e-3)
+    one, four = (train(replace(config, model=replace(config.sizes, num_heads=heads))).held_out.loss for heads in (1, 4))
+    assert one - four > 0.5
+    assert one < math.log(81)  # guessing
+
+
+@pytest.mark.long
 def test_the_quick_experiment_at_its_real_size(tmp_path: Path) -> None:
     report = compare_head_counts(tmp_path, QUICK)
     rows = {(row.task, row.heads): row for row in report.rows}
