@@ -13,7 +13,7 @@ from headscope.heads.measures import AttentionBatch, Column, Measure, Ratio, Vis
 from headscope.heads.measures.products import Distance
 from headscope.heads.measures.sums import MeasureSums, document_weights, weights_of
 from headscope.heads.roles import ROLES, find_roles
-from headscope.ops.kernels import tiles as strips
+from headscope.ops.kernels import tiles
 from headscope.ops.reductions import Block, Reduction
 from tests.options import one_thread  # noqa: F401  (for the whole module)
 
@@ -112,8 +112,8 @@ def by_definition(attention: AttentionBatch) -> dict[str, Tensor]:
 @pytest.mark.parametrize("blocks", ["whole", "small", "short"])
 def test_every_measure_is_its_definition(kind: str, blocks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if blocks == "small":  # some rows, and 128 keys in a block: texts of 300 tokens cross several
-        monkeypatch.setattr(strips, "_BLOCK", 1 << 12)
-        monkeypatch.setattr(strips, "_ROWS", 64)
+        monkeypatch.setattr(tiles, "_BLOCK", 1 << 12)
+        monkeypatch.setattr(tiles, "_ROWS", 64)
     lengths = {"whole": [23, 17, 9], "small": [300, 170, 9], "short": [14, 9, 5]}[blocks]
     lengths = lengths[:1] if kind == "alone" else lengths
     batch = batch_of(*lengths, end=kind == "encoder")

@@ -10,7 +10,7 @@ from headscope import AttentionMatrix, masks
 from headscope.heads.measures import products as measure_products
 from headscope.heads.measures.products import Distance, Product, SharedProduct
 from headscope.heads.measures.strongest import MaxAmong, Strongest
-from headscope.ops.kernels import tiles as strips
+from headscope.ops.kernels import tiles
 from headscope.ops.masks import Mask
 from headscope.ops.reductions import Block, Entropy, Offsets, Reduction
 
@@ -33,8 +33,8 @@ def matrix_of(mask: Mask | None, size: int = 37, rows: int = 37) -> AttentionMat
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 128 scores of 16 rows or fewer, so that the band crosses their edges."""
-    monkeypatch.setattr(strips, "_BLOCK", 128)
-    monkeypatch.setattr(strips, "_ROWS", 16)
+    monkeypatch.setattr(tiles, "_BLOCK", 128)
+    monkeypatch.setattr(tiles, "_ROWS", 16)
 
 
 def some_keys(size: int = 37) -> Tensor:

@@ -16,8 +16,7 @@ from torch.autograd import gradcheck
 from headscope import AttentionMatrix, masks, record, reductions
 from headscope.ops.kernels import differentiable as rowwise
 from headscope.ops.kernels import fused as kernels
-from headscope.ops.kernels import indexing
-from headscope.ops.kernels import tiles as strips
+from headscope.ops.kernels import indexing, tiles
 from headscope.ops.masks import Mask
 from headscope.ops.reductions import Block, Entropy, Groups, Mass, Max, Offsets, Pool, Received, Reduction, TopK
 from tests import reference
@@ -147,11 +146,11 @@ def assert_all_checked(made: Made) -> None:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Strips of a row or two, blocks of 128 keys, parts of few cells: every loop goes round several times."""
-    monkeypatch.setattr(strips, "_BLOCK", 1)
-    monkeypatch.setattr(strips, "_ALONE", 1)
-    monkeypatch.setattr(strips, "_STRIP", 2 * 2 * 300)
-    monkeypatch.setattr(strips, "_EVEN", 1)
-    monkeypatch.setattr(strips, "_ROWS", 2 * 2)
+    monkeypatch.setattr(tiles, "_BLOCK", 1)
+    monkeypatch.setattr(tiles, "_SMALL_BLOCK", 1)
+    monkeypatch.setattr(tiles, "_TILE", 2 * 2 * 300)
+    monkeypatch.setattr(tiles, "_ROW_MULTIPLE", 1)
+    monkeypatch.setattr(tiles, "_ROWS", 2 * 2)
     monkeypatch.setattr(rowwise, "_AUTOGRAD", 2 * 6 * 300 * 2)
     monkeypatch.setattr(kernels, "_ROWS", 3)
     monkeypatch.setattr(indexing, "_CELLS", 2 * 6 * 11 * 3)
@@ -859,7 +858,7 @@ def test_autocast_does_not_round_what_is_asked() -> None:
 
 def test_heads_of_different_masks_keep_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a mask shows of some rows is kept for other heads only where it is the same for all of them."""
-    monkeypatch.setattr(strips, "_BLOCK", 1 << 14)  # one head at a time
+    monkeypatch.setattr(tiles, "_BLOCK", 1 << 14)  # one head at a time
     random = torch.Generator().manual_seed(0)
     query, key = torch.randn(1, 4, 100, 8, generator=random), torch.randn(1, 4, 100, 8, generator=random)
     seen = torch.rand(1, 4, 100, 100, generator=random) < 0.5

@@ -243,7 +243,7 @@ class AttentionMatrix:
 
     def _check(self) -> None:
         if not self._checked:
-            self._scores.refuse_nonfinite()
+            self._scores.check_finite()
             self._checked = True
 
     def _num_bytes(self) -> int:

@@ -1,6 +1,6 @@
-"""What attention weights are made of: s = QKᵀ·scale, capped, plus a bias, hidden where the mask says so.
+"""Scores, s = QKᵀ·scale, capped, plus a bias, hidden where the mask says so; and what normalizes them to weights.
 
-The scores of any block are computed here, and nowhere is more than a block of them held.
+Scores are computed block by block, never all at once.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ LOWEST = -1e30  # stands for the logarithm of a hidden weight, so that 0 · log 
 class Scores:
     """The operands of attention, and the scores of any block of them.
 
-    B batch, H query heads, G key/value heads, L queries, S keys, D head size. ``origin`` is where this part
-    stands in the whole: (batch, head, absolute position of the first query).
+    B batch, H query heads, G key/value heads, L queries, S keys, D head size. ``origin`` is the start of
+    this part within the whole: (batch row, head, absolute position of the first query).
     """
 
     query: Tensor  # [B, H, L, D]
@@ -34,7 +34,7 @@ class Scores:
     bias: Tensor | Alibi | None  # 4-D, broadcastable to [B, H, L, S], added after the cap
     scale: float
     softcap: float | None
-    sinks: Tensor | None  # [H], one logit a head, in the denominator only
+    sinks: Tensor | None  # [H], one logit per head, in the denominator only
     origin: tuple[int, int, int]
 
     @property
@@ -57,23 +57,22 @@ class Scores:
         """Absolute positions of some query rows."""
         return slice(rows.start + self.origin[2], rows.stop + self.origin[2])
 
-    def queries(self, b: slice, g: slice, q: slice, out: Tensor | None = None) -> Tensor:
+    def queries(self, b: slice, heads: slice, q: slice, out: Tensor | None = None) -> Tensor:
         """Scaled queries as [b·g, per_group·q, D]: the heads of a group share one product with its keys.
 
-        ``out`` [b, heads, q, D] is room for them.
+        ``heads`` are whole groups. ``out`` [b, heads, q, D] is memory for them.
         """
-        heads = slice(g.start * self.per_group, g.stop * self.per_group)
         part = torch.mul(self.query[b, heads, q].to(self.dtype), self.scale, out=out)
         return part.reshape(-1, self.per_group * part.shape[2], part.shape[3])
 
-    def block(self, queries: Tensor, b: slice, g: slice, q: slice, k: slice, out: Tensor | None = None) -> Tensor:
+    def block(self, queries: Tensor, b: slice, heads: slice, q: slice, k: slice, out: Tensor | None = None) -> Tensor:
         """Scores [b, heads, q, k] of one block, not yet hidden; ``queries`` comes from :meth:`queries`.
 
-        ``out`` [b·g, per_group·q, k] is room for the product; the result may lie in it.
+        ``out`` [b·g, per_group·q, k] is memory for the product; the result may share it.
         """
-        keys = self.key[b, g, k].to(self.dtype).flatten(0, 1)
+        groups = slice(heads.start // self.per_group, heads.stop // self.per_group)
+        keys = self.key[b, groups, k].to(self.dtype).flatten(0, 1)
         flat = torch.bmm(queries, keys.transpose(1, 2), out=out)
-        heads = slice(g.start * self.per_group, g.stop * self.per_group)
         shape = (b.stop - b.start, heads.stop - heads.start, q.stop - q.start, k.stop - k.start)
         scores = self.capped(flat.view(shape))
         if self.bias is not None:
@@ -81,7 +80,7 @@ class Scores:
         return scores
 
     def capped(self, products: Tensor) -> Tensor:
-        """Scores of scaled products q·k, by the cap if there is one (arXiv 2408.00118)."""
+        """Scores of scaled products q·k: capped if there is a softcap (arXiv 2408.00118)."""
         return products if self.softcap is None else torch.tanh(products / self.softcap) * self.softcap
 
     def rows(self, b: int, q: Tensor) -> Tensor:
@@ -91,37 +90,37 @@ class Scores:
         query = self.query[b, :, q].to(self.dtype) * self.scale  # [H, n, D]
         grouped = query.reshape(self.key.shape[1], -1, query.shape[-1])
         scores = self.capped(grouped @ self.key[b].to(self.dtype).transpose(1, 2)).view(heads, len(q), keys)
-        every = torch.arange(heads, device=q.device)[:, None, None]
+        all_heads = torch.arange(heads, device=q.device)[:, None, None]
         positions, key_positions = (q + self.origin[2])[None, :, None], torch.arange(keys, device=q.device)[None, None]
         if isinstance(self.bias, Alibi):
-            scores = scores + self.bias.points(every, positions, key_positions, self.dtype)
+            scores = scores + self.bias.points(all_heads, positions, key_positions, self.dtype)
         elif self.bias is not None:
             part = self.bias[b if len(self.bias) > 1 else 0]
             scores = scores + (part[:, q] if part.shape[1] > 1 else part).to(self.dtype)
         if self.mask is not None:
             text = torch.full((1, 1, 1), b + self.origin[0], device=q.device)
-            seen = self.mask(text, every + self.origin[1], positions, key_positions)
-            scores = scores.masked_fill(~seen, -torch.inf)
+            visible = self.mask(text, all_heads + self.origin[1], positions, key_positions)
+            scores = scores.masked_fill(~visible, -torch.inf)
         return scores
 
     @property
     def bias_tensor(self) -> Tensor | None:
-        """The bias as a tensor; a rule is written out, L×S, so ask this of small ones."""
+        """The bias as a tensor. ALiBi is written out as L×S numbers: for small sizes only."""
         if not isinstance(self.bias, Alibi):
             return self.bias
         batch, heads, queries, keys = self.shape
         return self.bias_block(slice(0, batch), slice(0, heads), slice(0, queries), slice(0, keys))
 
     def bias_block(self, b: slice, heads: slice, q: slice, k: slice) -> Tensor:
-        """The bias of a block, broadcastable to [b, heads, q, k]; ask only where there is one."""
+        """The bias of a block, broadcastable to [b, heads, q, k]. There must be one."""
         if isinstance(self.bias, Alibi):
             return self.bias.tile(heads, self.positions(q), k, self.query.device, self.dtype)
         assert self.bias is not None
-        return _cut(self.bias, b, heads, q, k).to(self.dtype)
+        return _slice_of(self.bias, b, heads, q, k).to(self.dtype)
 
     def visible(self, b: slice, heads: slice, q: slice, k: slice) -> Tensor:
-        """What the mask says of a block, as a bool tensor broadcastable to [b, heads, q, k]."""
-        assert self.mask is not None  # asked only where spans() said that the mask matters
+        """The mask on a block as a bool tensor, broadcastable to [b, heads, q, k]. There must be a mask."""
+        assert self.mask is not None
         first_b, first_h, _ = self.origin
         return self.mask.block(
             slice(b.start + first_b, b.stop + first_b),
@@ -131,9 +130,9 @@ class Scores:
             self.query.device,
         )
 
-    def alike(self, q: slice, k: slice) -> Hashable:
-        """The same for blocks in which the mask is known to show the same of all texts and heads; None: unknown."""
-        return None if self.mask is None else self.mask.alike(self.positions(q), k)
+    def block_key(self, q: slice, k: slice) -> Hashable:
+        """Equal for blocks in which the mask shows the same cells, for every batch row and head; None: not known."""
+        return None if self.mask is None else self.mask.block_key(self.positions(q), k)
 
     def spans(self, b: slice, q: slice) -> list[tuple[int, int, bool]]:
         """Keys that some of these queries may see, as (start, stop, mixed)."""
@@ -143,17 +142,17 @@ class Scores:
         batch = slice(b.start + self.origin[0], b.stop + self.origin[0])
         return self.mask.spans(batch, self.positions(q), num_keys)
 
-    def sees_all(self, b: slice, q: slice, k: slice) -> bool:
-        """Whether it is known, without a look at each cell, that every one of these queries sees all these keys."""
+    def all_visible(self, b: slice, q: slice, k: slice) -> bool:
+        """Whether the mask's rule alone says that these queries see all these keys; False: not known."""
         if self.mask is None:
             return True
         batch = slice(b.start + self.origin[0], b.stop + self.origin[0])
         return self.mask.classify(batch, self.positions(q), k) is True
 
     def at_least(self, dtype: torch.dtype) -> Scores:
-        """The same attention, with operands in half precision as float32 where ``dtype`` holds more than they do."""
-        given = self.query.dtype
-        if given in (torch.float32, torch.float64) or torch.promote_types(given, dtype) == given:
+        """The same attention, with half-precision operands as float32 where ``dtype`` is more precise than they are."""
+        own = self.query.dtype
+        if own in (torch.float32, torch.float64) or torch.promote_types(own, dtype) == own:
             return self
         return replace(self, query=self.query.float(), key=self.key.float())
 
@@ -166,12 +165,12 @@ class Scores:
             key = self.key[b, h.start // n : h.start // n + 1]
         else:
             key = self.key[b, torch.arange(h.start, h.stop, device=self.key.device) // n]
-        every = slice(0, self.key.shape[2])
+        all_keys = slice(0, self.key.shape[2])
         return replace(
             self,
             query=self.query[b, h, q],
             key=key,
-            bias=self._narrow_bias(b, h, q, every),
+            bias=self._narrow_bias(b, h, q, all_keys),
             sinks=None if self.sinks is None else self.sinks[h],
             origin=(
                 self.origin[0] + b.start,
@@ -183,13 +182,13 @@ class Scores:
     def _narrow_bias(self, b: slice, h: slice, q: slice, k: slice) -> Tensor | Alibi | None:
         if self.bias is None or isinstance(self.bias, Alibi):
             return None if self.bias is None else self.bias.of_heads(h)
-        return _cut(self.bias, b, h, q, k)
+        return _slice_of(self.bias, b, h, q, k)
 
-    def refuse_nonfinite(self) -> None:
-        """Raise ValueError where a question would be answered from NaN or infinite numbers."""
+    def check_finite(self) -> None:
+        """Raise ValueError if an operand holds NaN or infinite values."""
         for name, tensor in (("query", self.query), ("key", self.key)):
             if math.isfinite(tensor.detach().sum(dtype=torch.float32)):
-                continue  # one pass; the sum of finite numbers may overflow, hence the closer look
+                continue  # one pass; but a sum of finite numbers may overflow, so a failure is checked again below
             bad = ~torch.isfinite(tensor)
             if bool(bad.any()):
                 raise ValueError(_describe(name, tensor, bad))
@@ -238,21 +237,21 @@ def make_scores(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Scores:
-    """Check the operands of attention against each other. Raises ValueError with both sides and the mend."""
+    """Check the operands of attention against each other. Raises ValueError: both values, and how to correct it."""
     _check_operands(query, key)
     batch, heads, queries, width = query.shape
     shape = (batch, heads, queries, key.shape[2])
     mask = checked_mask(mask, shape)
     if isinstance(bias, Alibi):
         if len(bias.slopes) != heads:
-            raise ValueError(f"alibi has {len(bias.slopes)} slopes, but there are {heads} heads: give one a head.")
+            raise ValueError(f"alibi has {len(bias.slopes)} slopes, but there are {heads} heads: give one per head.")
     elif bias is not None:
         bias = _check_bias(bias, shape)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}: it must be above 0, or None for no cap.")
     if sinks is not None:
         if sinks.numel() != heads:
-            raise ValueError(f"sinks has {sinks.numel()} values, but there are {heads} heads: give one a head.")
+            raise ValueError(f"sinks has {sinks.numel()} values, but there are {heads} heads: give one per head.")
         sinks = sinks.reshape(heads)
     if scale is None:
         scale = 1 / math.sqrt(width)
@@ -263,7 +262,7 @@ def make_scores(
 
 
 def checked_mask(mask: Mask | Tensor | None, shape: tuple[int, int, int, int]) -> Mask | None:
-    """The mask, a bool tensor taken as ``masks.dense``. Raises ValueError if it is neither, or does not fit."""
+    """The mask; a bool tensor becomes ``masks.dense``. Raises ValueError if it is neither, or does not fit."""
     if isinstance(mask, Tensor):
         mask = dense(mask)
     if mask is not None:
@@ -278,7 +277,7 @@ def _check_operands(query: Tensor, key: Tensor) -> None:
         if tensor.dim() != 4:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, wanted 4 axes {letters}: "
-                "heads stand before positions; see unflatten and transpose."
+                "heads come before positions; see unflatten and transpose."
             )
         if not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}, wanted floating point: convert it with .float().")
@@ -321,7 +320,7 @@ def _check_bias(bias: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     return bias
 
 
-def _cut(tensor: Tensor, *parts: slice) -> Tensor:
+def _slice_of(tensor: Tensor, *parts: slice) -> Tensor:
     index = tuple(p if n > 1 else slice(None) for p, n in zip(parts, tensor.shape, strict=True))
     return tensor[index]
 
@@ -330,7 +329,7 @@ def _describe(name: str, tensor: Tensor, bad: Tensor) -> str:
     first = [int(i) for i in bad.nonzero()[0]]
     return (
         f"{name} holds {int(bad.sum())} values that are NaN or infinite, the first {tensor[tuple(first)].item()} "
-        f"at {first}: weights computed from them would mean nothing. Look at what made them."
+        f"at {first}: weights computed from them would mean nothing. Check what computed them."
     )
 
 
@@ -342,18 +341,18 @@ def as_value(value: Tensor, scores: Scores, name: str) -> Tensor:
     """
     batch, heads, _, keys = scores.shape
     groups = scores.key.shape[1]
-    given = value[None, None] if value.dim() == 2 else value
-    if given.dim() != 4:
+    value_4d = value[None, None] if value.dim() == 2 else value
+    if value_4d.dim() != 4:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted [S, N] or [B, G, S, N].")
-    if given.shape[2] != keys:
-        raise ValueError(f"{name}: got {given.shape[2]} rows, but there are {keys} keys: one row a key.")
-    if given.shape[0] not in (1, batch) or given.shape[1] not in (1, groups, heads):
+    if value_4d.shape[2] != keys:
+        raise ValueError(f"{name}: got {value_4d.shape[2]} rows, but there are {keys} keys: give one row per key.")
+    if value_4d.shape[0] not in (1, batch) or value_4d.shape[1] not in (1, groups, heads):
         raise ValueError(
-            f"{name}: got batch {given.shape[0]} and {given.shape[1]} heads, "
+            f"{name}: got batch {value_4d.shape[0]} and {value_4d.shape[1]} heads, "
             f"wanted batch 1 or {batch} and heads 1, {groups} or {heads}."
         )
-    if not given.is_floating_point():
-        raise ValueError(f"{name}: got {given.dtype}, wanted floating point: convert it with .float().")
-    if given.shape[3] == 0:
+    if not value_4d.is_floating_point():
+        raise ValueError(f"{name}: got {value_4d.dtype}, wanted floating point: convert it with .float().")
+    if value_4d.shape[3] == 0:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}: it has no columns.")
-    return given.expand(batch, groups if given.shape[1] == 1 else -1, -1, -1).to(scores.query.dtype)
+    return value_4d.expand(batch, groups if value_4d.shape[1] == 1 else -1, -1, -1).to(scores.query.dtype)

@@ -16,24 +16,24 @@ from headscope.ops.scores import Normalizer, Scores
 
 __all__ = ["PartReader"]
 
-_POINTS = 1 << 16  # cells computed one by one at a time
-_CELLS = 1 << 22  # cells computed as a block at a time
-_KEPT = 1 << 18  # cells of the last part, kept for the next look at it
+_POINTS = 1 << 16  # scattered cells computed at once
+_CELLS = 1 << 22  # cells of a block computed at once
+_CACHED = 1 << 18  # cells of a part up to which it is kept, for when it is read again
 
 
 class PartReader:
-    """Reads parts of an attention matrix, and remembers the sums of the rows that it has met."""
+    """Reads parts of an attention matrix, and keeps the normalizers of the rows that it has read."""
 
-    def __init__(self, scores: Scores, known: Normalizer | None) -> None:
+    def __init__(self, scores: Scores, normalizer: Normalizer | None) -> None:
         self.scores = scores
         shape = scores.shape[:3]
         with torch.inference_mode(False):  # written into later, perhaps outside of that mode
             blank = torch.full(shape, torch.nan, dtype=scores.dtype, device=scores.query.device)
-            self.known = known or Normalizer(blank, blank.clone())
+            self.normalizer = normalizer or Normalizer(blank, blank.clone())
         self._last: tuple[list[Any], Tensor] | None = None
 
     def __getitem__(self, index: Any) -> Tensor:
-        parts = _normalise(index, self.scores.shape, self.scores.query.device)
+        parts = _parse_index(index, self.scores.shape, self.scores.query.device)
         scattered = any(isinstance(part, Tensor) for part in parts)
         if not scattered and self._last is not None and self._last[0] == parts:
             return self._last[1].clone()  # the caller may write into it
@@ -41,7 +41,7 @@ class PartReader:
             if scattered:
                 return self._gathered(parts)
             part = self._cut(parts)
-            if part.numel() <= _KEPT:
+            if part.numel() <= _CACHED:
                 self._last = parts, part.clone()
             return part
 
@@ -53,7 +53,7 @@ class PartReader:
             out = self.scores.query.new_zeros(sizes, dtype=self.scores.dtype)
         else:
             b, h, q, k = (slice(s.start, s.start + (n - 1) * s.step + 1) for s, n in zip(spans, sizes, strict=True))
-            self._learn(b, h, q)
+            self._normalize_block(b, h, q)
             steps = tuple(slice(None, None, s.step) for s in spans)
             out = self._weights(b, h, q, k, steps)
         return out[tuple(0 if isinstance(p, int) else slice(None) for p in parts)]
@@ -62,22 +62,22 @@ class PartReader:
         """Weights of a block of the matrix, [b, h, q, k], thinned by the steps."""
         part = self.scores.narrow(b, h, q)
         batch, heads, queries, _ = part.shape
-        every_b, every_h = slice(0, batch), slice(0, heads)
+        all_batch, all_heads = slice(0, batch), slice(0, heads)
         width = k.stop - k.start
         rows = max(1, _CELLS // (batch * heads * width)) // steps[2].step * steps[2].step or steps[2].step
         pieces = []
         for start in range(0, queries, rows):
             span = slice(start, min(queries, start + rows))
-            groups = slice(0, part.key.shape[1])
-            x = part.block(part.queries(every_b, groups, span), every_b, groups, span, k)
-            if not part.sees_all(every_b, span, k):
-                x = x.masked_fill(~part.visible(every_b, every_h, span, k), -torch.inf)
+            block_rows = all_batch, all_heads, span
+            x = part.block(part.queries(*block_rows), *block_rows, k)
+            if not part.all_visible(all_batch, span, k):
+                x = x.masked_fill(~part.visible(*block_rows, k), -torch.inf)
             at = (b, h, slice(q.start + span.start, q.start + span.stop))
-            pieces.append(_normalised(x, self.known, at)[steps])
+            pieces.append(_weights_of(x, self.normalizer, at)[steps])
         return torch.cat(pieces, 2)
 
     def _gathered(self, parts: list[Any]) -> Tensor:
-        """Index tensors: torch itself says which cell goes where, by indexing grids of positions."""
+        """Index tensors: torch itself says which cell goes where, because it indexes grids of positions."""
         keys = parts[3]
         if isinstance(keys, slice):
             return self._gathered_rows(parts[:3], keys)
@@ -85,7 +85,7 @@ class PartReader:
         shape = cells[0].shape
         b, h, q, k = (c.flatten() for c in cells)
         out = self.scores.query.new_zeros(b.numel(), dtype=self.scores.dtype)
-        self._learn_rows(b, h, q)
+        self._normalize_rows(b, h, q)
         for start in range(0, b.numel(), _POINTS):
             part = slice(start, start + _POINTS)
             out[part] = self._points(b[part], h[part], q[part], k[part])
@@ -98,8 +98,8 @@ class PartReader:
         width = len(range(keys.start, keys.stop, keys.step))
         out = self.scores.query.new_zeros((b.numel(), width), dtype=self.scores.dtype)
         if out.numel():
-            self._learn_rows(b, h, q)
-            for start, stop in _neighbours(torch.stack([b, h, q], 1)):
+            self._normalize_rows(b, h, q)
+            for start, stop in _consecutive(torch.stack([b, h, q], 1)):
                 first = int(q[start])
                 rows = slice(first, first + stop - start, 1)
                 out[start:stop] = self._cut([int(b[start]), int(h[start]), rows, keys])
@@ -113,52 +113,52 @@ class PartReader:
             x = x + self._bias_points(b, h, q, k)
         if scores.mask is not None:
             first_b, first_h, first_q = scores.origin
-            seen = scores.mask(b + first_b, h + first_h, q + first_q, k)
-            x = x.masked_fill(~seen, -torch.inf)
+            visible = scores.mask(b + first_b, h + first_h, q + first_q, k)
+            x = x.masked_fill(~visible, -torch.inf)
         at = (b, h, q)
-        total = self.known.log_sum[at]
-        return (x - self.known.shift[at] - total).exp().masked_fill(total == -torch.inf, 0)
+        log_sum = self.normalizer.log_sum[at]
+        return (x - self.normalizer.shift[at] - log_sum).exp().masked_fill(log_sum == -torch.inf, 0)
 
     def _bias_points(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         bias = self.scores.bias
         if isinstance(bias, Alibi):
             return bias.points(h, q + self.scores.origin[2], k, self.scores.dtype)
-        assert bias is not None  # asked only where there is one
+        assert bias is not None
         index = [i if n > 1 else torch.zeros_like(i) for i, n in zip((b, h, q, k), bias.shape, strict=True)]
         return bias[tuple(index)].to(self.scores.dtype)
 
-    def _learn_rows(self, b: Tensor, h: Tensor, q: Tensor) -> None:
-        """Sums of rows named one by one: neighbours are learnt together."""
+    def _normalize_rows(self, b: Tensor, h: Tensor, q: Tensor) -> None:
+        """Normalizers of rows that are named one by one; consecutive rows are computed together."""
         rows = torch.stack([b, h, q], 1).unique(dim=0)
         if not len(rows):
             return
-        for start, stop in _neighbours(rows):
+        for start, stop in _consecutive(rows):
             bi, hi, first = rows[start].tolist()
             last = int(rows[stop - 1, 2])
-            self._learn(slice(bi, bi + 1), slice(hi, hi + 1), slice(first, last + 1))
+            self._normalize_block(slice(bi, bi + 1), slice(hi, hi + 1), slice(first, last + 1))
 
-    def _learn(self, b: slice, h: slice, q: slice) -> None:
-        """Sums of a block of rows, unless they are known."""
-        unknown = self.known.shift[b, h, q].isnan()
-        if not bool(unknown.any()):
+    def _normalize_block(self, b: slice, h: slice, q: slice) -> None:
+        """Normalizers of a block of rows, unless they are known."""
+        missing = self.normalizer.shift[b, h, q].isnan()
+        if not bool(missing.any()):
             return
-        wanted = unknown.any(1).any(0).nonzero().flatten()
-        first, last = int(wanted[0]), int(wanted[-1]) + 1
+        missing_rows = missing.any(1).any(0).nonzero().flatten()
+        first, last = int(missing_rows[0]), int(missing_rows[-1]) + 1
         rows = slice(q.start + first, q.start + last)
-        _, found = stream(self.scores.narrow(b, h, rows), [])
-        self.known.shift[b, h, rows] = found.shift
-        self.known.log_sum[b, h, rows] = found.log_sum
+        _, computed = stream(self.scores.narrow(b, h, rows), [])
+        self.normalizer.shift[b, h, rows] = computed.shift
+        self.normalizer.log_sum[b, h, rows] = computed.log_sum
 
 
-def _neighbours(rows: Tensor) -> Iterator[tuple[int, int]]:
-    """Where rows (b, h, q), [N, 3], stand in a row: spans of N in which only q grows, one by one."""
+def _consecutive(rows: Tensor) -> Iterator[tuple[int, int]]:
+    """Spans of rows (b, h, q), [N, 3], in which only q grows, by one each time."""
     new = (rows[1:, :2] != rows[:-1, :2]).any(1) | (rows[1:, 2] != rows[:-1, 2] + 1)
     return pairwise([0, *(new.nonzero().flatten() + 1).tolist(), len(rows)])
 
 
-def _normalised(x: Tensor, known: Normalizer, at: tuple[slice, slice, slice]) -> Tensor:
-    total = known.log_sum[at].unsqueeze(-1)
-    return ((x - known.shift[at].unsqueeze(-1)) - total).exp().masked_fill(total == -torch.inf, 0)
+def _weights_of(x: Tensor, normalizer: Normalizer, at: tuple[slice, slice, slice]) -> Tensor:
+    log_sum = normalizer.log_sum[at].unsqueeze(-1)
+    return ((x - normalizer.shift[at].unsqueeze(-1)) - log_sum).exp().masked_fill(log_sum == -torch.inf, 0)
 
 
 def _grids(parts: list[Any], shape: Sequence[int], device: torch.device) -> list[Tensor]:
@@ -171,21 +171,21 @@ def _grids(parts: list[Any], shape: Sequence[int], device: torch.device) -> list
     return grids
 
 
-def _normalise(index: Any, shape: Sequence[int], device: torch.device) -> list[Any]:
+def _parse_index(index: Any, shape: Sequence[int], device: torch.device) -> list[Any]:
     """Four parts, each an int from 0, a slice with all three numbers, or a tensor of positions from 0."""
-    given = list(index) if isinstance(index, tuple) else [index]
-    dots = [i for i, part in enumerate(given) if part is Ellipsis]
+    parts = list(index) if isinstance(index, tuple) else [index]
+    dots = [i for i, part in enumerate(parts) if part is Ellipsis]
     if len(dots) > 1:
         raise IndexError("P[...] takes one ellipsis at most.")
     if dots:
-        given[dots[0] : dots[0] + 1] = [slice(None)] * (len(shape) - len(given) + 1)
-    if len(given) > len(shape):
-        raise IndexError(f"P has 4 axes (B, H, L, S), the index names {len(given)}.")
-    given += [slice(None)] * (len(shape) - len(given))
-    return [_one_part(part, size, axis, device) for axis, (part, size) in enumerate(zip(given, shape, strict=True))]
+        parts[dots[0] : dots[0] + 1] = [slice(None)] * (len(shape) - len(parts) + 1)
+    if len(parts) > len(shape):
+        raise IndexError(f"P has 4 axes (B, H, L, S), the index names {len(parts)}.")
+    parts += [slice(None)] * (len(shape) - len(parts))
+    return [_parse_part(part, size, axis, device) for axis, (part, size) in enumerate(zip(parts, shape, strict=True))]
 
 
-def _one_part(part: Any, size: int, axis: int, device: torch.device) -> Any:
+def _parse_part(part: Any, size: int, axis: int, device: torch.device) -> Any:
     name = "BHLS"[axis]
     if part is None or isinstance(part, bool):
         raise ValueError(f"P[index]: axis {name} got {part}; wanted ints, slices, '...' or index tensors.")

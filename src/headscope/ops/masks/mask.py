@@ -38,8 +38,8 @@ class Mask(ABC):
         """True: all of the block is visible; False: none of it; None: mixed, or not known."""
         return None
 
-    def alike(self, q: slice, k: slice) -> Hashable:
-        """The same for blocks in which it shows the same of all texts and heads; None: not known."""
+    def block_key(self, q: slice, k: slice) -> Hashable:
+        """Equal for blocks in which the mask shows the same cells, for every batch row and head; None: not known."""
         return None
 
     def check(self, shape: tuple[int, int, int, int]) -> None:

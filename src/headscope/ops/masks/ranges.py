@@ -91,7 +91,7 @@ class _Window(Mask):
         inside_left = self.left is None or nearest >= -self.left
         return True if inside_right and inside_left else None
 
-    def alike(self, q: slice, k: slice) -> Hashable:
+    def block_key(self, q: slice, k: slice) -> Hashable:
         return k.start - q.start, q.stop - q.start, k.stop - k.start
 
     def __repr__(self) -> str:
