@@ -56,7 +56,7 @@ def main() -> None:
         vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).eval()  # type: ignore[no-untyped-call]
     ids = torch.arange(9)[None]
 
     def recorded() -> headscope.Recording:

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from headscope import AttentionMatrix, attention, masks
-from headscope.ops.kernels import differentiable as rowwise
-from headscope.ops.kernels import fused as kernels
+from headscope.ops.kernels import differentiable, fused
 from tests import reference
 from tests.options import BIASES, MASKS, masked, one_thread, unchecked  # noqa: F401
 from tests.reference import operands
@@ -24,8 +23,8 @@ SIZES = (2, 6, 7, 11)
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every loop over blocks goes round several times."""
-    monkeypatch.setattr(kernels, "_ROWS", 3)
-    monkeypatch.setattr(rowwise, "_AUTOGRAD", 2 * 6 * 11 * 2)
+    monkeypatch.setattr(fused, "_ROWS", 3)
+    monkeypatch.setattr(differentiable, "_AUTOGRAD", 2 * 6 * 11 * 2)
 
 
 def assert_near(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
@@ -226,7 +225,7 @@ def test_gradients_are_the_same_where_masks_are_not_kept(tiny: None, monkeypatch
     bias = BIASES["key only"](SIZES)
     inputs = [x.requires_grad_() for x in operands()]
     kept = torch.autograd.grad(attention(*inputs, mask=mask, bias=bias).square().sum(), inputs)
-    monkeypatch.setattr(kernels, "_KEPT", 0)
+    monkeypatch.setattr(fused, "_AUTOGRAD", 0)
     again = torch.autograd.grad(attention(*inputs, mask=mask, bias=bias).square().sum(), inputs)
     for one, other in zip(kept, again, strict=True):
         assert float(one.abs().max()) > 0.1
@@ -244,7 +243,7 @@ def small(mask_name: str, bias_name: str) -> tuple[list[Tensor], Any, Tensor | N
 @pytest.mark.parametrize("bias_name", ["none", "key only", "[L, S]"])
 @pytest.mark.parametrize("mask_name", ["none", "causal", "padding", "dense"])
 def test_gradients_by_differences(mask_name: str, bias_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_ROWS", 2)
+    monkeypatch.setattr(fused, "_ROWS", 2)
     inputs, mask, bias = small(mask_name, bias_name)
     with unchecked():
         assert gradcheck(lambda *given: attention(*given, mask=mask, bias=bias), inputs)
@@ -256,7 +255,7 @@ def test_gradients_by_differences(mask_name: str, bias_name: str, monkeypatch: p
 def test_gradients_with_a_trained_bias_by_differences(
     mask_name: str, bias_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rowwise, "_AUTOGRAD", 2 * 4 * 2)
+    monkeypatch.setattr(differentiable, "_AUTOGRAD", 2 * 4 * 2)
     inputs, mask, bias = small(mask_name, bias_name)
     assert bias is not None
     inputs.append(bias.requires_grad_())

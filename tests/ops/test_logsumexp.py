@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from headscope import AttentionMatrix, MultiHeadAttention, Recording, edit, knock_out, masks, record
 from headscope.ops import matrix
 from headscope.ops.kernels import indexing
-from headscope.ops.kernels.fused import RowSums
+from headscope.ops.kernels.fused import LogsumexpCapture
 from headscope.watching.hooks import AttentionCall
 from headscope.watching.hooks.proof import choose_rows
 from tests.reference import FINFO_MIN
@@ -116,8 +116,8 @@ def test_rows_that_see_nothing_or_only_padding_are_summed_by_us() -> None:
 
 
 def test_sums_that_do_not_explain_the_output_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = RowSums.of
-    monkeypatch.setattr(RowSums, "of", lambda *args: told(*args) + 0.01)
+    original = LogsumexpCapture.for_shape
+    monkeypatch.setattr(LogsumexpCapture, "for_shape", lambda *args: original(*args) + 0.01)
     with record(model := Sdpa()) as recording:
         model(*qkv())
     assert not is_known(recording[0])
@@ -127,10 +127,10 @@ def test_sums_that_do_not_explain_the_output_are_not_believed(monkeypatch: pytes
 def test_sums_that_no_compared_row_has_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 1 is not compared; wrong sums of it alone prove nothing."""
 
-    def wrong(self: RowSums, shape: Any) -> Tensor:
+    def wrong(self: LogsumexpCapture, shape: Any) -> Tensor:
         return torch.full((B, H, L), torch.nan).index_fill(2, torch.tensor([1]), 3.0)
 
-    monkeypatch.setattr(RowSums, "of", wrong)
+    monkeypatch.setattr(LogsumexpCapture, "for_shape", wrong)
     calls: list[AttentionCall] = []
     with record(model := Sdpa(), reduce=calls.append):
         model(*qkv())

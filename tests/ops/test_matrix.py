@@ -14,9 +14,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from headscope import AttentionMatrix, masks, record, reductions
-from headscope.ops.kernels import differentiable as rowwise
-from headscope.ops.kernels import fused as kernels
-from headscope.ops.kernels import indexing, tiles
+from headscope.ops.kernels import differentiable, fused, indexing, tiles
 from headscope.ops.masks import Mask
 from headscope.ops.reductions import Block, Entropy, Groups, Mass, Max, Offsets, Pool, Received, Reduction, TopK
 from tests import reference
@@ -151,8 +149,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "_TILE", 2 * 2 * 300)
     monkeypatch.setattr(tiles, "_ROW_MULTIPLE", 1)
     monkeypatch.setattr(tiles, "_ROWS", 2 * 2)
-    monkeypatch.setattr(rowwise, "_AUTOGRAD", 2 * 6 * 300 * 2)
-    monkeypatch.setattr(kernels, "_ROWS", 3)
+    monkeypatch.setattr(differentiable, "_AUTOGRAD", 2 * 6 * 300 * 2)
+    monkeypatch.setattr(fused, "_ROWS", 3)
     monkeypatch.setattr(indexing, "_CELLS", 2 * 6 * 11 * 3)
     monkeypatch.setattr(indexing, "_POINTS", 5)
 
@@ -269,7 +267,7 @@ def test_rows_known_from_the_fused_kernel_give_the_same(mask_name: str) -> None:
 
 @pytest.mark.parametrize("mask_name", ["none", "causal", "dense"])
 def test_without_torchs_private_op_it_is_the_same(mask_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_flash_cpu", None)
+    monkeypatch.setattr(fused, "_flash_cpu", None)
     made = make(Variant(mask_name))
     assert_is(made.matrix @ made.value, reference.attend(made.p, made.value))
     assert made.matrix._normalizer is None
@@ -426,7 +424,7 @@ QUESTIONS: dict[str, Callable[[AttentionMatrix, Tensor, Tensor], Tensor]] = {
     ids=str,
 )
 def test_gradients_by_differences(variant: Variant, question: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rowwise, "_AUTOGRAD", 2 * 4 * 2)
+    monkeypatch.setattr(differentiable, "_AUTOGRAD", 2 * 4 * 2)
     sizes = (1, 2, 3, 4)
     query, key, value = operands(1, 1, 2, 3, 4, 2, 3, dtype=torch.float64)
     x, sinks = torch.randn(1, 2, 3, 2).double(), torch.randn(2).double() if variant.sinks else None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from headscope.nn import weights as layouts
 from headscope.nn.cache import KVCache
-from headscope.ops.kernels import fused as kernels
+from headscope.ops.kernels.fused import product
 from headscope.ops.masks import Mask, shifted, sliding_window
 from headscope.ops.matrix import AttentionMatrix
 from headscope.ops.positions import Alibi, Rotary
@@ -129,7 +129,7 @@ class MultiHeadAttention(nn.Module):
         if key is None and cache is not None and cache.window is not None:
             near = sliding_window(cache.window - 1)
             seen = near if seen is None else near & shifted(seen, keys, k.shape[2])
-        heads = kernels.product(self._scores(q, k, seen), v, self.dropout_p if self.training else 0.0)
+        heads = product(self._scores(q, k, seen), v, self.dropout_p if self.training else 0.0)
         return self.out_proj(heads.transpose(1, 2).flatten(2))
 
     def matrix(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from headscope.ops.kernels import fused as kernels
+from headscope.ops.kernels.fused import product
 from headscope.ops.masks import Mask
 from headscope.ops.positions import Alibi
 from headscope.ops.scores import as_value, make_scores
@@ -51,4 +51,4 @@ def attention(
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}: a share of the weights, from 0 up to but not 1.")
     scores = make_scores(query, key, mask, bias, scale)
-    return kernels.product(scores, as_value(value, scores, "value"), dropout_p)
+    return product(scores, as_value(value, scores, "value"), dropout_p)

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headscope.ops.kernels import fused as kernels
 from headscope.ops.kernels.blockwise import stream
 from headscope.ops.kernels.differentiable import by_rows
+from headscope.ops.kernels.fused import fused_product_with_normalizer, is_fused, product
 from headscope.ops.kernels.indexing import PartReader
 from headscope.ops.masks import Mask
 from headscope.ops.positions import Alibi
@@ -120,10 +120,10 @@ class AttentionMatrix:
         flat = value.dim() == 1
         given = as_value(value[:, None] if flat else value, scores, "P @ value")
         with torch.autocast(self.device.type, enabled=False):
-            if kernels.is_fused(scores) and self._normalizer is None:
-                output, self._normalizer = kernels.fused_with_normalizer(scores, given)
+            if is_fused(scores) and self._normalizer is None:
+                output, self._normalizer = fused_product_with_normalizer(scores, given)
             else:
-                output = kernels.product(scores, given)
+                output = product(scores, given)
         return output.squeeze(-1) if flat else output
 
     @property
@@ -226,7 +226,7 @@ class AttentionMatrix:
 
     def _product_kernel(self) -> str:
         """The kernel of P @ value; a softcap, sinks or a trained bias need one with rows of weights."""
-        return "fused" if kernels.is_fused(self._scores) else "rowwise"
+        return "fused" if is_fused(self._scores) else "rowwise"
 
     def _one(self, reduction: Reduction) -> Any:
         return self.reduce(reduction)[0]

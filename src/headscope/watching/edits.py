@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from headscope.errors import EditError
 from headscope.ops import masks
-from headscope.ops.kernels import fused as kernels
+from headscope.ops.kernels.fused import product
 from headscope.ops.masks import Mask
 from headscope.ops.positions import Alibi
 from headscope.ops.scores import Scores, make_scores
@@ -109,7 +109,7 @@ class KnockOut(Edit):
         outputs = call.head_outputs().clone()
         for row in rows_here:
             part = edited.narrow(slice(0, batch), slice(0, num_heads), slice(row, row + 1))
-            new = kernels.product(part, value)
+            new = product(part, value)
             outputs[:, list(chosen), row] = new[:, list(chosen), 0].to(outputs.dtype)
         return with_output(call, outputs, edited)
 
@@ -128,7 +128,7 @@ class Patch(Edit):
         recorded = _same_shape("patch", self.source(call, place), call)
         outputs = call.head_outputs().clone()
         chosen = list(self.heads)
-        new = kernels.product(recorded, _per_head(call.value, call.shape[1]))
+        new = product(recorded, _per_head(call.value, call.shape[1]))
         outputs[:, chosen] = new[:, chosen].to(outputs.dtype)
         return with_output(call, outputs, _mixed(call.scores, recorded, self.heads))
 
@@ -143,7 +143,7 @@ class Freeze(Edit):
         """Attend with the recorded queries and keys to the values of this forward."""
         _refuse_dropout(self, call)
         recorded = _same_shape("freeze", self.source(call, place), call)
-        new = kernels.product(recorded, _per_head(call.value, recorded.key.shape[1]))
+        new = product(recorded, _per_head(call.value, recorded.key.shape[1]))
         return with_output(call, new.to(call.value.dtype), recorded)
 
 

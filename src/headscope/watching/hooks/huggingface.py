@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedAttention
-from headscope.ops.kernels.fused import RowSums, row_sums
+from headscope.ops.kernels.fused import LogsumexpCapture, capture_logsumexp
 from headscope.ops.masks import causal
 from headscope.ops.scores import Scores, make_scores
 from headscope.watching.hooks.call import Output
@@ -68,15 +68,16 @@ def _watched(function: Callable[..., Any], implementation: str) -> Callable[...,
         if not active_watches():
             return function(*args, **kwargs)
         arguments = dict(zip(_OPERANDS, args, strict=False)) | kwargs
-        with within_call(), row_sums(arguments["query"]) if implementation == "sdpa" else nullcontext() as sums:
+        capturing = capture_logsumexp(arguments["query"]) if implementation == "sdpa" else nullcontext()
+        with within_call(), capturing as capture:
             result = function(*args, **kwargs)
         with without_modes():
-            return _report(implementation, result, arguments, sums)
+            return _report(implementation, result, arguments, capture)
 
     return attention
 
 
-def _report(implementation: str, result: Any, arguments: dict[str, Any], sums: RowSums | None) -> Any:
+def _report(implementation: str, result: Any, arguments: dict[str, Any], capture: LogsumexpCapture | None) -> Any:
     output, weights = result[0], result[1] if len(result) > 1 else None
     module: nn.Module = arguments["module"]
     if implementation not in ("eager", "sdpa") and any(arguments.get(k) is not None for k in _SPARSE):
@@ -95,7 +96,7 @@ def _report(implementation: str, result: Any, arguments: dict[str, Any], sums: R
     dropout = float(arguments.get("dropout") or 0.0)
     if implementation == "eager" and not module.training:
         dropout = 0.0
-    logsumexp = None if sums is None else sums.of(shape)
+    logsumexp = None if capture is None else capture.for_shape(shape)
     call = report_call(
         module, "huggingface", candidates, value, _output(output, shape, value), dropout, logsumexp=logsumexp
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from headscope.ops.kernels import fused as kernels
+from headscope.ops.kernels.fused import Product, capture_logsumexp, observers
 from headscope.ops.scores import Scores
 from headscope.watching.hooks.sdpa import direct
 from headscope.watching.hooks.watches import active_watches, report_call, running_module, within_call, without_modes
@@ -14,23 +14,23 @@ __all__ = ["install", "remove"]
 
 def install() -> None:
     """Observe the function that attention() ends in."""
-    if _observed not in kernels.observers:
-        kernels.observers.append(_observed)
+    if _observed not in observers:
+        observers.append(_observed)
 
 
 def remove() -> None:
     """Observe it no longer."""
-    if _observed in kernels.observers:
-        kernels.observers.remove(_observed)
+    if _observed in observers:
+        observers.remove(_observed)
 
 
-def _observed(product: kernels.Product, scores: Scores, value: Tensor, dropout_p: float) -> Tensor:
+def _observed(product: Product, scores: Scores, value: Tensor, dropout_p: float) -> Tensor:
     if not active_watches():
         return product(scores, value, dropout_p)
-    with within_call(), kernels.row_sums(scores.query) as sums:
+    with within_call(), capture_logsumexp(scores.query) as capture:
         output = product(scores, value, dropout_p)
     with without_modes():
-        logsumexp = sums.of(scores.shape)
+        logsumexp = capture.for_shape(scores.shape)
         call = report_call(
             running_module(), "headscope", lambda _: [scores], value, direct(output), dropout_p, logsumexp=logsumexp
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headscope.errors import ProofError
-from headscope.ops.kernels.fused import by_strips, weighted
+from headscope.ops.kernels.fused import product_by_rows, weighted_values
 from headscope.ops.scores import Scores
 from headscope.watching.hooks.call import Output
 
@@ -100,10 +100,10 @@ def _head_outputs(scores: Scores, value: Tensor, b: int, rows: Tensor, logsumexp
     known = None if logsumexp is None else logsumexp[b, :, rows]
     if known is None or bool(known.isnan().any()):
         parts = [scores.narrow(slice(b, b + 1), slice(0, scores.shape[1]), slice(r, r + 1)) for r in rows.tolist()]
-        return torch.cat([by_strips(part, own)[:, :, 0] for part in parts])
+        return torch.cat([product_by_rows(part, own)[:, :, 0] for part in parts])
     with torch.autocast(scores.query.device.type, enabled=False):
         weights = (scores.rows(b, rows) - known.unsqueeze(-1)).exp()
-    return weighted(weights.unsqueeze(0), own)[0].transpose(0, 1)
+    return weighted_values(weights.unsqueeze(0), own)[0].transpose(0, 1)
 
 
 def choose_rows(scores: Scores, valid: Tensor | None) -> tuple[Tensor, Tensor]:

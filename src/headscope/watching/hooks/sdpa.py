@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from headscope.ops.kernels.fused import RowSums, row_sums
+from headscope.ops.kernels.fused import LogsumexpCapture, capture_logsumexp
 from headscope.ops.masks import causal, padding, window
 from headscope.ops.scores import Scores, make_scores
 from headscope.watching.hooks.call import Output
@@ -40,10 +40,10 @@ class SdpaMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention or not active_watches():
             return func(*args, **kwargs)
-        with within_call(), row_sums(args[0] if args else kwargs["query"]) as sums:
+        with within_call(), capture_logsumexp(args[0] if args else kwargs["query"]) as capture:
             output = func(*args, **kwargs)
         with without_modes():
-            return _report(output, sums, *args, **kwargs)
+            return _report(output, capture, *args, **kwargs)
 
 
 def enter() -> None:
@@ -102,7 +102,7 @@ def resumed() -> Iterator[None]:
 
 def _report(
     output: Tensor,
-    sums: RowSums,
+    capture: LogsumexpCapture,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -133,7 +133,7 @@ def _report(
         yield make_scores(q, k, *read, None if scale is None else float(scale))
 
     valid = None if lengths is None else torch.arange(shape[2]) < lengths[:, None]
-    out, logsumexp = direct(output, lengths), sums.of(shape)
+    out, logsumexp = direct(output, lengths), capture.for_shape(shape)
     call = report_call(None, "sdpa", candidates, v, out, float(dropout_p), valid=valid, logsumexp=logsumexp)
     return call.output.raw
 
