@@ -255,12 +255,12 @@ def test_freeze_keeps_weights_while_an_early_head_is_ablated() -> None:
             model(TEXT)
         with (
             edit(model, ablate(0, 3), freeze(from_=clean)),
-            record(model, keep=("query", "key", "value", "output")) as held,
+            record(model, keep=("query", "key", "value", "output")) as frozen,
         ):
             frozen = model(TEXT).logits
-    torch.testing.assert_close(held[1].dense(), clean[1].dense(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(frozen[1].dense(), clean[1].dense(), atol=1e-6, rtol=0)
     assert (free[1].dense() - clean[1].dense()).abs().max() > 1e-2
-    sites = held.sites
+    sites = frozen.sites
     assert sites[0].output()[:, 3].abs().max() == 0, "freeze does not undo the ablation, wherever it stands"
     assert sites[0].output()[:, 2].abs().max() > 0
     assert (sites[1].value() - clean.sites[1].value()).abs().max() > 1e-2, "values are of now"
@@ -274,10 +274,10 @@ def test_freeze_takes_layers() -> None:
     model = llama()
     with torch.no_grad(), record(model) as other:
         model(ids(2, 7, seed=1))
-    with torch.no_grad(), edit(model, freeze(from_=other, layers=1)), record(model) as held:
+    with torch.no_grad(), edit(model, freeze(from_=other, layers=1)), record(model) as frozen:
         model(TEXT)
-    torch.testing.assert_close(held[1].dense(), other[1].dense(), atol=1e-6, rtol=0)
-    assert (held[0].dense() - other[0].dense()).abs().max() > 1e-2
+    torch.testing.assert_close(frozen[1].dense(), other[1].dense(), atol=1e-6, rtol=0)
+    assert (frozen[0].dense() - other[0].dense()).abs().max() > 1e-2
 
 
 def test_freeze_refuses_a_recording_that_does_not_fit() -> None:
@@ -304,7 +304,7 @@ def test_patch_keeps_alibi_as_its_slopes() -> None:
     torch.manual_seed(0)
     layer = MultiHeadAttention(12, 3, position=positions.alibi([0.5, 0.25, 0.125]))
     x, other = torch.randn(1, 7, 12), torch.randn(1, 9, 12)
-    theirs, ours = (layer.matrix(text, mask=masks.causal()).dense() for text in (other, x))
+    of_other, of_text = (layer.matrix(text, mask=masks.causal()).dense() for text in (other, x))
     for sizes in ([7], [4, 1, 2]):
         cache = KVCache(7)
         with torch.no_grad(), record(layer) as long:
@@ -316,16 +316,16 @@ def test_patch_keeps_alibi_as_its_slopes() -> None:
         for call, stop in zip(edited.calls, torch.tensor(sizes).cumsum(0).tolist(), strict=True):
             rows = slice(stop - call.shape[2], stop)
             got = call.matrix().dense()
-            torch.testing.assert_close(got[:, 1], theirs[:, 1, rows, :stop])
-            torch.testing.assert_close(got[:, [0, 2]], ours[:, [0, 2], rows, :stop])
+            torch.testing.assert_close(got[:, 1], of_other[:, 1, rows, :stop])
+            torch.testing.assert_close(got[:, [0, 2]], of_text[:, [0, 2], rows, :stop])
 
 
 def test_same_text_again_is_edited_as_the_first_time() -> None:
     model, text = llama(), ids(1, 10)
     with torch.no_grad(), record(model) as other:
         model(ids(1, 14, seed=1))
-    for given in (knock_out(8, 1), knock_out(8, 1, layers=0), patch(0, 2, from_=other), freeze(from_=other)):
-        with torch.no_grad(), edit(model, given), record(model) as recording:
+    for change in (knock_out(8, 1), knock_out(8, 1, layers=0), patch(0, 2, from_=other), freeze(from_=other)):
+        with torch.no_grad(), edit(model, change), record(model) as recording:
             first, second, third = (model(text).logits for _ in range(3))
         assert not torch.equal(first, model(text).logits)
         assert torch.equal(first, second)

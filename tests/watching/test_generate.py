@@ -86,8 +86,8 @@ def test_padded_batch_joins_to_the_maps_of_one_forward(side: str, cache: str | N
     recording, tokens = generated(model, text, attention_mask=mask, cache_implementation=cache)
     handle.remove()
     whole = torch.cat([mask, torch.ones(2, NEW - 1, dtype=torch.long)], 1)
-    given = torch.cat(positions[NEW:], 1)
-    inputs = {"input_ids": tokens[:, :-1], "attention_mask": whole, "position_ids": given}
+    position_ids = torch.cat(positions[NEW:], 1)
+    inputs = {"input_ids": tokens[:, :-1], "attention_mask": whole, "position_ids": position_ids}
     assert_same_as_eager(recording, model, inputs, rows=whole.bool())
     assert recording.valid is not None  # with a static cache, generate() gives the model its own 4-D mask
     assert torch.equal(recording.valid, whole.bool())
@@ -145,7 +145,7 @@ def test_rejected_drafts_are_dropped() -> None:
     )
     recording, tokens = generated(model, ids(1, 7), assistant_model=assistant, max_new_tokens=9)
     handle.remove()
-    assert sum(rows) // 2 > tokens.shape[1]  # more was computed than was kept
+    assert sum(rows) // 2 > tokens.shape[1]  # more was computed than stayed
     assert len(recording.runs) == 1
     seen = recording[0].shape[2]
     assert seen >= tokens.shape[1] - 1
@@ -231,10 +231,10 @@ def test_layers_of_record_and_edit_count_encoder_and_decoder_as_a_recording_does
 def test_runs_of_one_prefix_are_separate() -> None:
     model, prefix = llama(), ids(1, 8)
     with torch.no_grad():
-        held = model(prefix).past_key_values
+        cache = model(prefix).past_key_values
         with record(model) as recording:
             for number in range(3):
-                model(ids(1, 3) + number, past_key_values=copy.deepcopy(held))
+                model(ids(1, 3) + number, past_key_values=copy.deepcopy(cache))
     assert [[tuple(matrix.shape) for matrix in run] for run in recording.runs] == [[(1, 6, 3, 11)] * 2] * 3
     for number, run in enumerate(recording.runs):
         whole = eager_maps(model, {"input_ids": torch.cat([prefix, ids(1, 3) + number], 1)})
@@ -260,14 +260,14 @@ def test_rejected_drafts_leave_no_rows_of_cross_attention() -> None:
     recording, tokens = generated(model, text, attention_mask=mask, assistant_model=helper, max_new_tokens=12)
     handle.remove()
     keep = tokens.shape[1] - 1
-    assert sum(rows) // 2 > keep  # more was computed than was kept
+    assert sum(rows) // 2 > keep  # more was computed than stayed
     assert len({tuple(site.shape[2:3]) for site in recording.sites if "decoder" in site.name}) == 1
     wanted = eager_maps(model, {"input_ids": text, "attention_mask": mask, "decoder_input_ids": tokens[:, :-1]})
     assert len(recording) == len(wanted)
     for name, matrix, whole in zip((site.name for site in recording.sites), recording, wanted, strict=True):
         text_rows = slice(0, 6) if "encoder.layers" in name else slice(0, whole.shape[2])
-        found = matrix.dense()[:, :, : whole.shape[2], : whole.shape[3]]
-        assert (found - whole)[:, :, text_rows].abs().max() < 1e-4
+        weights = matrix.dense()[:, :, : whole.shape[2], : whole.shape[3]]
+        assert (weights - whole)[:, :, text_rows].abs().max() < 1e-4
 
 
 def test_knock_out_in_cross_attention_counts_rows_without_rejected_drafts() -> None:

@@ -124,14 +124,14 @@ def test_monitor_changes_nothing_and_lists_every_head(name: str) -> None:
 
 
 def test_monitor_measures_every_third_step() -> None:
-    model, x, told = own(), torch.randn(B, L, E), []
-    watch = monitor(model, every=3, log=lambda name, value, step: told.append((name, value, step)))
+    model, x, logged = own(), torch.randn(B, L, E), []
+    watch = monitor(model, every=3, log=lambda name, value, step: logged.append((name, value, step)))
     for _ in range(8):
         with watch:
             model(x)
     assert [stats.step for stats in watch.history] == [0, 3, 6]
-    assert len(told) == 3 * 2 * H * 4
-    name, value, step = told[0]
+    assert len(logged) == 3 * 2 * H * 4
+    name, value, step = logged[0]
     assert (name, step) == ("heads/0.0/entropy", 0)
     assert value == pytest.approx(float(watch.history[0].entropy[0, 0]))
 
@@ -319,12 +319,12 @@ def test_padding_of_the_source_leaves_all_rows_of_the_target(length: int) -> Non
     model, source, target = bart(), ids(B, 9), ids(B, length)
     shown = torch.ones_like(source)
     shown[:, 5:] = 0
-    given = {"input_ids": source, "attention_mask": shown, "decoder_input_ids": target}
+    inputs = {"input_ids": source, "attention_mask": shown, "decoder_input_ids": target}
     watch = monitor(model, every=1)
     with watch, torch.no_grad():
-        model(**given)
+        model(**inputs)
     with record(model) as recording, torch.no_grad():
-        model(**given)
+        model(**inputs)
     rows = {"self_attn": slice(1, None), "encoder_attn": slice(None)}
     decoder = [i for i, site in enumerate(recording.sites) if "decoder" in site.name]
     assert len(decoder) == 4
@@ -338,7 +338,7 @@ class Across(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.layer = MultiHeadAttention(E, H) if name == "ours" else nn.MultiheadAttention(E, H, batch_first=True)
+        self.layer = MultiHeadAttention(E, H) if name == "headscope" else nn.MultiheadAttention(E, H, batch_first=True)
 
     def forward(self, x: Tensor, source: Tensor) -> Tensor:
         half = torch.arange(L) < L // 2
@@ -347,7 +347,7 @@ class Across(nn.Module):
         return self.layer(x, source, source, key_padding_mask=~half.expand(len(x), -1))[0]
 
 
-@pytest.mark.parametrize("name", ["ours", "torch.nn"])
+@pytest.mark.parametrize("name", ["headscope", "torch.nn"])
 def test_padded_source_as_long_as_the_target_leaves_all_rows(name: str) -> None:
     torch.manual_seed(0)
     model, x, source = Across(name), torch.randn(B, L, E), torch.randn(B, L, E)
@@ -368,15 +368,15 @@ def test_self_attention_may_have_other_values() -> None:
 
 
 def test_table_log_and_warnings_have_only_heads_that_exist() -> None:
-    model, told = own(), []
+    model, logged = own(), []
     model.layers[1] = MultiHeadAttention(E, 2)
-    watch = monitor(model, every=1, log=lambda name, value, step: told.append(name))
+    watch = monitor(model, every=1, log=lambda name, value, step: logged.append(name))
     with warnings.catch_warnings(), watch:
         warnings.simplefilter("error")
         model(torch.randn(B, L, E))
     listed = [(row["layer"], row["head"]) for row in watch.table()]
     assert listed == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
-    assert {name.split("/")[1] for name in told} == {f"{layer}.{head}" for layer, head in listed}
+    assert {name.split("/")[1] for name in logged} == {f"{layer}.{head}" for layer, head in listed}
     assert watch.history[0].num_heads == (3, 2)
 
 
@@ -434,9 +434,9 @@ def test_warning_names_only_the_head_that_is_not_finite(part: str) -> None:
     good = quiet(layer, x)
     layer.in_proj.weight.data[{"query": 0, "key": E, "value": 2 * E}[part] + 4] = math.nan
     watch = monitor(layer, every=1)
-    with pytest.warns(HeadWarning, match=r"head 0\.1 .*NaN or infinite") as told, watch:
+    with pytest.warns(HeadWarning, match=r"head 0\.1 .*NaN or infinite") as caught, watch:
         layer(x)
-    assert len(told) == 1
+    assert len(caught) == 1
     assert watch.history[0].finite.tolist() == [[True, False, True]]
     torch.testing.assert_close(watch.history[0].entropy[0, [0, 2]], good.entropy[0, [0, 2]])
     assert watch.history[0].largest_logit[0, 1].isnan() == watch.history[0].entropy[0, 1].isnan() == (part != "value")

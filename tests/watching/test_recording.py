@@ -1,4 +1,4 @@
-"""A recording: sites, runs, what is kept, and what is said of what was not seen."""
+"""A recording: sites, runs, kept tensors, and modules that were not seen."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -272,9 +272,9 @@ def test_repr_gives_the_proof() -> None:
 
 
 def test_on_call_gets_each_call() -> None:
-    told: list[str] = []
-    recording = recorded(llama(), ids(2, 7), on_call=lambda call: told.append(call.name))
-    assert told == NAMES
+    names: list[str] = []
+    recording = recorded(llama(), ids(2, 7), on_call=lambda call: names.append(call.name))
+    assert names == NAMES
     assert len(recording) == 2
 
 
@@ -367,15 +367,15 @@ class Ring(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.maps = nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])
-        self.held: list[Tensor] = []
+        self.cache: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (layer(x).unflatten(-1, (2, 8)).transpose(1, 2) for layer in self.maps)
-        if self.held:
-            self.held[0][:, :, :1], self.held[1][:, :, :1] = k, v
+        if self.cache:
+            self.cache[0][:, :, :1], self.cache[1][:, :, :1] = k, v
         else:
-            self.held = [k, v]
-        return F.scaled_dot_product_attention(q, *self.held)
+            self.cache = [k, v]
+        return F.scaled_dot_product_attention(q, *self.cache)
 
 
 def test_matrix_is_refused_if_recorded_tensors_were_written_into() -> None:

@@ -1,4 +1,4 @@
-"""Saved recordings come back as they were; what is not one of ours is refused, and nothing is half-written."""
+"""Recordings are saved and loaded unchanged; other files are refused; no file is half-written."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def test_save_in_half_precision_is_close_and_unproved(tmp_path: Path, dtype: tor
     assert half.proof is None
     for old, new in zip(whole, half, strict=True):
         torch.testing.assert_close(new.dense(), old.dense(), atol=close, rtol=0)
-    kept = [[site.scores().key, site.value(), site.output()] for site in half.sites]
-    assert {tensor.dtype for site in kept for tensor in site if tensor is not None} == {dtype}
+    tensors = [[site.scores().key, site.value(), site.output()] for site in half.sites]
+    assert {tensor.dtype for site in tensors for tensor in site if tensor is not None} == {dtype}
 
 
 def test_save_refuses_numbers_too_large_for_half_precision(tmp_path: Path) -> None:

@@ -89,8 +89,8 @@ def test_sdpa_reads_masks_of_each_kind_and_shape(shape: tuple[int, ...], kind: s
     seen = torch.rand(shape) < 0.6
     seen[..., 0] = True
     bias = torch.randn(shape) if kind == "additive" else None
-    given = seen if kind == "bool" else bias if bias is not None else torch.where(seen, 0.0, -torch.inf)
-    got, _ = recorded_weights(Sdpa(), q, k, v, attn_mask=given)
+    mask = seen if kind == "bool" else bias if bias is not None else torch.where(seen, 0.0, -torch.inf)
+    got, _ = recorded_weights(Sdpa(), q, k, v, attn_mask=mask)
     assert_close(got, weights(q, k, bias=bias, seen=None if bias is not None else seen))
 
 

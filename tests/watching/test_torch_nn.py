@@ -37,8 +37,8 @@ def test_multihead_attention_between_two_texts_gives_its_weights(
 ) -> None:
     layer = layer_of(batch_first=batch_first).train(training)
     query, key = torch.randn(B, L, E), torch.randn(B, S, E)
-    given = [x if batch_first else x.transpose(0, 1) for x in (query, key, key)]
-    got, _ = recorded_weights(layer, *given, need_weights=need_weights)
+    inputs = [x if batch_first else x.transpose(0, 1) for x in (query, key, key)]
+    got, _ = recorded_weights(layer, *inputs, need_weights=need_weights)
     assert_close(got, weights(*heads_of(layer, query, key)))
 
 

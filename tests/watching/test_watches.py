@@ -172,19 +172,19 @@ def test_record_in_two_threads_gives_a_run_per_forward() -> None:
         wanted.append(alone[1].dense())
     ready = threading.Barrier(2)
 
-    def run(text: Tensor) -> None:
+    def forwards(text: Tensor) -> None:
         ready.wait()
         for _ in range(3):
             model(text)
 
     with record(model) as recording:
-        threads = [threading.Thread(target=run, args=(text,)) for text in texts]
+        threads = [threading.Thread(target=forwards, args=(text,)) for text in texts]
         [t.start() for t in threads]
         [t.join() for t in threads]
     assert len(recording.runs) == 6
-    for found in recording.runs:
-        assert_close(found[1].dense(), wanted[0] if found[1].shape[2] == 5 else wanted[1])
-    assert sorted(found[0].shape[2] for found in recording.runs) == [5, 5, 5, 8, 8, 8]
+    for run in recording.runs:
+        assert_close(run[1].dense(), wanted[0] if run[1].shape[2] == 5 else wanted[1])
+    assert sorted(run[0].shape[2] for run in recording.runs) == [5, 5, 5, 8, 8, 8]
     assert_untouched(model)
 
 
@@ -215,11 +215,11 @@ def test_record_of_a_model_and_of_its_module_agree() -> None:
         model(x)
     with record(model.blocks[1]) as part_first, record(model) as whole_second:
         model(x)
-    for found in (whole, whole_second):
-        assert [site.name for site in found.sites] == ["blocks.0", "blocks.1"]
-    for found in (part, part_first):
-        assert [site.name for site in found.sites] == [""]
-        assert_close(found[0].dense(), whole[1].dense())
+    for recording in (whole, whole_second):
+        assert [site.name for site in recording.sites] == ["blocks.0", "blocks.1"]
+    for recording in (part, part_first):
+        assert [site.name for site in recording.sites] == [""]
+        assert_close(recording[0].dense(), whole[1].dense())
 
 
 def test_record_leaves_out_calls_of_another_model() -> None:
