@@ -323,6 +323,19 @@ def test_rejected_draft_leaves_each_row_and_head_its_own_mask(padded: int) -> No
     torch.testing.assert_close(recording[0].dense(), layer.matrix(changed, mask=mask).dense())
 
 
+def test_matrix_read_while_recording_is_read_again_after_as_many_rows_were_replaced() -> None:
+    layer, x, cache = MultiHeadAttention(12, 3), torch.randn(2, 7, 12), KVCache(20)
+    with torch.no_grad(), record(layer) as recording:
+        layer(x, mask=masks.causal(), cache=cache)
+        before = recording[0].dense()
+        cache.truncate(4)
+        layer(x[:, 4:] + 1, mask=masks.causal(), cache=cache)
+        after = recording[0].dense()
+    changed = torch.cat([x[:, :4], x[:, 4:] + 1], 1)
+    torch.testing.assert_close(before, layer.matrix(x, mask=masks.causal()).dense())
+    torch.testing.assert_close(after, layer.matrix(changed, mask=masks.causal()).dense())
+
+
 def alibi_layer() -> MultiHeadAttention:
     torch.manual_seed(0)
     return MultiHeadAttention(12, 3, position=positions.alibi([0.5, 0.25, 0.125]))

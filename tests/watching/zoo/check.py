@@ -97,9 +97,9 @@ class Ways(TorchFunctionMode):
         def get_interface(self: AttentionInterface, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
             return ways.counted(original(self, name, default))
 
-        found = [m for m in model.modules() if _LOOKS_LIKE_ATTENTION.search(type(m).__name__)]
-        hooks = [m.register_forward_pre_hook(self.enter) for m in found]
-        hooks += [m.register_forward_hook(self.leave) for m in found]
+        attentions = [m for m in model.modules() if _LOOKS_LIKE_ATTENTION.search(type(m).__name__)]
+        hooks = [m.register_forward_pre_hook(self.enter) for m in attentions]
+        hooks += [m.register_forward_hook(self.leave) for m in attentions]
         AttentionInterface.get_interface = get_interface
         try:
             with self:

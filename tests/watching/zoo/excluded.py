@@ -1,4 +1,4 @@
-"""The model types that are not in the catalogue, with the reason found by trying."""
+"""The model types that are not in the catalogue, with the reason, from trying."""
 
 
 def _because(reasons: dict[str, str]) -> dict[str, str]:

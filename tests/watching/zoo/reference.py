@@ -13,7 +13,7 @@ from transformers.modeling_utils import AttentionInterface
 
 @dataclass
 class EagerCall:
-    """One call of an eager attention function: what it was given and what it returned."""
+    """One call of an eager attention function: its arguments and what it returned."""
 
     module: nn.Module
     name: str
@@ -39,10 +39,10 @@ def eager_calls(model: nn.Module, inputs: dict[str, Any]) -> list[EagerCall]:
 
     def record(arguments: tuple[Any, ...], kwargs: dict[str, Any], result: tuple[Tensor, Any]) -> None:
         fields = ("module", "query", "key", "value", "attention_mask")
-        given = dict(zip(fields, arguments, strict=False)) | kwargs
-        module, query, key, value, mask = (given.pop(name, None) for name in fields)
+        options = dict(zip(fields, arguments, strict=False)) | kwargs
+        module, query, key, value, mask = (options.pop(name, None) for name in fields)
         output, weights = result
-        calls.append(EagerCall(module, names[id(module)], query, key, value, mask, output, weights, given))
+        calls.append(EagerCall(module, names[id(module)], query, key, value, mask, output, weights, options))
 
     with _watched(record), torch.no_grad():
         copied(**copy.deepcopy(inputs))

@@ -1,4 +1,4 @@
-"""Inputs, per model type, that cannot be told from the names that a forward accepts."""
+"""Inputs, per model type, that do not follow from the names that a forward accepts."""
 
 from collections.abc import Callable
 from functools import partial

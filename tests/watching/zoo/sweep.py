@@ -181,12 +181,12 @@ def _compare(row: Row, model: nn.Module, recording: Recording) -> Row:
 
 def _differences(recording: Recording, calls: list[EagerCall], inputs: dict[str, Any]) -> Iterator[float]:
     """The largest difference of each eager call's map from the one recorded, on rows that are text."""
-    found = {(s.name, s.occurrence): m for run in recording.runs for s, m in zip(run.sites, run, strict=True)}
+    matrices = {(s.name, s.occurrence): m for run in recording.runs for s, m in zip(run.sites, run, strict=True)}
     counts: dict[str, int] = {}
     for call in calls:
         occurrence = counts.get(call.name, 0)
         counts[call.name] = occurrence + 1
-        matrix = found.get((call.name, occurrence))
+        matrix = matrices.get((call.name, occurrence))
         if matrix is None or call.weights is None:
             yield float("inf")
             continue
@@ -238,12 +238,12 @@ def table(rows: Iterable[Row]) -> str:
 
 def read_table(page: str) -> dict[str, tuple[str, ...]]:
     """The fixed columns of each type's row, by type, from a page that this script wrote."""
-    found = {}
+    rows = {}
     for line in page.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == len(_COLUMNS) and cells[0] in ZOO:
-            found[cells[0]] = (*cells[:5], cells[8])
-    return found
+            rows[cells[0]] = (*cells[:5], cells[8])
+    return rows
 
 
 def page(rows: list[Row]) -> str:

@@ -68,8 +68,8 @@ class Run(Sequence[AttentionMatrix]):
     def __init__(self, sites: Iterable[Site] = (), valid: Tensor | None = None) -> None:
         self.sites = list(sites)
         self.valid = valid
-        self.witness: Site | None = None  # a self-attention that was not asked for, where all sites are cross-attention
-        self._matrices: dict[int, tuple[torch.Size, AttentionMatrix]] = {}
+        self.witness: Site | None = None  # a self-attention outside ``layers``, where all sites are cross-attention
+        self._matrices: dict[int, tuple[CallRows, AttentionMatrix]] = {}  # with the last call that each includes
 
     def __len__(self) -> int:
         return len(self.sites)
@@ -79,10 +79,10 @@ class Run(Sequence[AttentionMatrix]):
             return [self[i] for i in range(len(self))[which]]
         index = self._find(which) if isinstance(which, str) else range(len(self))[which]
         site = self.sites[index]
-        shape, matrix = self._matrices.get(index, (None, None))
-        if matrix is None or shape != site.shape:
+        last, matrix = self._matrices.get(index, (None, None))
+        if matrix is None or last is not site.calls[-1]:
             matrix = site.matrix()
-            self._matrices[index] = site.shape, matrix
+            self._matrices[index] = site.calls[-1], matrix
         return matrix
 
     def _find(self, name: str) -> int:
