@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from headscope import AttentionMatrix, KVCache, MultiHeadAttention, SlidingWindowCache, attention, masks, positions
 from headscope.errors import NothingSeen, RecordingError
 from headscope.ops.reductions import Entropy, Received
+from headscope.ops.scores import make_scores
 from headscope.watching.recording import Recording, record
+from headscope.watching.recording.continuation import at_own_positions
 from tests.tiny import bart, ids, llama
 from tests.watching.zoo.catalog import ZOO
 from tests.watching.zoo.reference import eager_maps
@@ -334,6 +336,16 @@ def test_matrix_read_while_recording_is_read_again_after_as_many_rows_were_repla
     changed = torch.cat([x[:, :4], x[:, 4:] + 1], 1)
     torch.testing.assert_close(before, layer.matrix(x, mask=masks.causal()).dense())
     torch.testing.assert_close(after, layer.matrix(changed, mask=masks.causal()).dense())
+
+
+def test_rows_cut_from_a_larger_matrix_keep_their_weights() -> None:
+    query, key = torch.randn(2, 6, 7, 4), torch.randn(2, 3, 7, 4)
+    bias = positions.alibi([0.5, 0.25, 0.125, 0.1, 0.2, 0.3])
+    whole = make_scores(query, key, masks.causal(), bias, None)
+    part = at_own_positions(whole.narrow(slice(0, 2), slice(0, 6), slice(2, 4)))
+    assert part.origin == (0, 0, 5)
+    got, wanted = (AttentionMatrix._from_scores(scores).dense() for scores in (part, whole))
+    torch.testing.assert_close(got, wanted[:, :, 2:4])
 
 
 def alibi_layer() -> MultiHeadAttention:
