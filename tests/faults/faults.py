@@ -302,11 +302,11 @@ def the_sink_counts_as_text(original: Any) -> Any:
     "headscope.heads.measures.measure:Visibility.rows", "heads/test_measures.py::test_every_measure_is_its_definition"
 )
 def means_are_over_padded_rows_too(original: Any) -> Any:
-    return property(lambda self: self.text_keys >= 2)
+    return property(lambda self: self.text_keys_per_query >= 2)
 
 
 @fault(
-    "headscope.heads.measures.sums:Sums.value",
+    "headscope.heads.measures.sums:MeasureSums.value",
     "heads/test_measures.py::test_a_head_is_reported_on_the_half_that_did_not_pick_it",
 )
 def heads_are_reported_on_the_texts_that_picked_them(original: Any) -> Any:
@@ -334,7 +334,7 @@ def p_values_are_not_corrected_for_the_number_of_heads(original: Any) -> Any:
 
 
 @fault(
-    "headscope.heads.effects.answers:next_token_loss", "heads/test_effects.py::test_next_token_loss_counts_text_only"
+    "headscope.heads.effects.metrics:next_token_loss", "heads/test_effects.py::test_next_token_loss_counts_text_only"
 )
 def the_loss_compares_each_token_with_its_own_logits(original: Any) -> Any:
     return lambda logits, *args: original(logits.roll(-1, 1), *args)

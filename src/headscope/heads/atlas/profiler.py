@@ -222,24 +222,24 @@ def profile(
         raise AtlasError(f"{count} processes share work through a folder: give shards=, or --out on the command line.")
     loaded, documents = _loaded(model, tokenizer), _documents(texts)
     collections, notes = readable(loaded, relations or {})
-    examples = collections_of(collections)
-    work = _Work(
-        loaded,
-        documents,
-        collections,
-        standard() if measures is None else measures,
-        plan or Plan(),
-        head_counts(loaded),
-    )
-    info = _info(work)
+    measures = standard() if measures is None else measures
+    work = _Work(loaded, documents, collections, measures, plan or Plan(), head_counts(loaded))
+    atlas = _run(work, shards, on_progress)
+    notes += notes_on(atlas.info["examples"], collections)
+    atlas.measurements.notes = list(dict.fromkeys(atlas.measurements.notes + notes))
+    return atlas
+
+
+def _run(work: _Work, shards: Path | None, on_progress: OnProgress | None) -> HeadAtlas:
+    """Compute all shards and add them up."""
+    info, examples = _info(work), collections_of(work.examples)
     atlas = HeadAtlas(info | {"documents": {}, "texts": {}, "examples": examples})
-    identity = {"info": info, "documents": [document.name for document in documents], "examples": examples}
-    folder = ShardFolder(shards, identity, documents, on_progress)
+    identity = {"info": info, "documents": [document.name for document in work.documents], "examples": examples}
+    folder = ShardFolder(shards, identity, work.documents, on_progress)
     _add(atlas, folder.run(work.first_round(), len(work.second_round())))
     work.means = _means(atlas.measurements.outputs)
     _add(atlas, folder.run(work.second_round(), 0))
-    atlas.worth, notes = atlas.worth.sorted(), notes + notes_on(atlas.info["examples"], collections)
-    atlas.measurements.notes = list(dict.fromkeys(atlas.measurements.notes + notes))
+    atlas.worth = atlas.worth.sorted()
     return atlas
 
 

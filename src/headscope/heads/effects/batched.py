@@ -1,8 +1,8 @@
-"""Many changed forwards as rows of one batch, which grows from layer to layer and shares what comes before.
+"""Many changed forwards as rows of one batch, which grows from layer to layer.
 
-Row 0 is the unchanged text. Before the layer that holds an attention site, a copy of row 0 is appended for each
-change at that site; the change happens in its own row. A layer thus runs only for the changes made in it or
-before it, and each weight is read once for all of them.
+Row 0 is the unchanged text. Before the layer with an attention site, a copy of row 0 is appended for each change at
+that site; the change is applied to its own row. So a layer runs only for the changes in it or before it, and each
+weight is read once for all of them.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from headscope.errors import EditError, HeadscopeError, is_out_of_memory
-from headscope.heads.effects.answers import ask, options
+from headscope.heads.effects.metrics import forward_options, run_model
 from headscope.watching.hooks import AttentionCall, Forward, unwatched, watch, with_output
 
-__all__ = ["Change", "Rows", "SiteShape", "Survey", "Target", "survey"]
+__all__ = ["BatchedForwards", "Change", "ChangedRow", "CleanForward", "SiteShape", "clean_forward"]
 
 Change = Callable[[AttentionCall, int], Tensor]
-"""A call and the number of its site → the head outputs that changed heads should have, [B, H, L, Dv]."""
+"""A call and the number of its site → the new outputs of changed heads, [B, H, L, Dv]."""
 
 _CLOSE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
-class Target:
-    """One changed row: these heads of this attention site."""
+class ChangedRow:
+    """A row in which these heads of this attention site are changed."""
 
     layer: int
     heads: tuple[int, ...]
@@ -37,51 +37,53 @@ class Target:
 
 @dataclass(frozen=True)
 class SiteShape:
-    """Name and size of an attention site, from a plain forward."""
+    """The name and the shape of an attention site in an unchanged forward."""
 
     name: str
     occurrence: int
     heads: int
     head_dim: int
-    sees_ahead: bool
+    sees_ahead: bool  # whether the first position of the text sees the last
 
 
 @dataclass(frozen=True, eq=False)
-class Survey:
-    """A plain forward of one row: its answer, its sites, and what a row takes."""
+class CleanForward:
+    """An unchanged forward of one row: its output, its sites, and how much memory a row needs."""
 
-    answer: Tensor  # [1, T, V] or [1, T, E]
+    output: Tensor  # [1, T, V] or [1, T, E]
     sites: tuple[SiteShape, ...]
     row_bytes: int
 
 
-def survey(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, extra: dict[str, Any]) -> Survey:
-    """Run the model as it is on one row [1, T].
+def clean_forward(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, extra: dict[str, Any]
+) -> CleanForward:
+    """Run the unchanged model on one row [1, T].
 
     Raises:
-        EditError: no attention call was seen.
+        EditError: the model made no attention call.
     """
     sites: list[SiteShape] = []
     largest = [0]
 
-    def saw(call: AttentionCall, forward: Forward) -> None:
+    def on_call(call: AttentionCall, forward: Forward) -> None:
         _, heads, queries, keys = call.shape
         size = call.value.shape[3]
         sites.append(SiteShape(call.name, call.occurrence, heads, size, _sees_ahead(call, forward)))
         weights, states = heads * queries * keys, 8 * heads * queries * size
         largest[0] = max(largest[0], (weights + states) * call.value.element_size())
 
-    with torch.no_grad(), watch(model, saw):
-        answer = ask(model, input_ids, attention_mask, extra)
+    with torch.no_grad(), watch(model, on_call):
+        output = run_model(model, input_ids, attention_mask, extra)
     if not sites:
         raise EditError(
             f"{type(model).__name__} ran and no attention call was seen, so there are no heads to change: see record()."
         )
-    return Survey(answer, tuple(sites), largest[0] + answer[0].numel() * answer.element_size())
+    return CleanForward(output, tuple(sites), largest[0] + output[0].numel() * output.element_size())
 
 
 def _sees_ahead(call: AttentionCall, forward: Forward) -> bool:
-    """Whether the first position of the text may look at the last."""
+    """Whether the first position of the text sees the last."""
     _, heads, queries, keys = call.shape
     if call.is_cross or queries != keys or queries < 2:
         return False
@@ -92,20 +94,20 @@ def _sees_ahead(call: AttentionCall, forward: Forward) -> bool:
         text = forward.valid[0].nonzero().flatten().tolist() or text
     with unwatched():
         first, last = slice(text[0], text[0] + 1), slice(text[-1], text[-1] + 1)
-        seen = call.scores.visible(slice(0, 1), slice(0, heads), first, last)
-    return text[0] < text[-1] and bool(seen.any())
+        visible = call.scores.visible(slice(0, 1), slice(0, heads), first, last)
+    return text[0] < text[-1] and bool(visible.any())
 
 
 @dataclass(eq=False)
-class Rows:
-    """Runs targets in groups that fit the memory; remembers what it learned for the next text.
+class BatchedForwards:
+    """Runs changed rows in groups that fit the memory; remembers for the next text what did not work.
 
     Attributes:
         model: whose forwards are run.
-        change: what a changed head writes.
+        change: the new outputs of changed heads.
         extra: arguments of every forward.
-        batch_bytes: what the rows of one forward may take.
-        notes: what did not go the usual way.
+        batch_bytes: memory for the rows of one forward.
+        notes: what was done in another way than usual, and why.
     """
 
     model: nn.Module
@@ -113,23 +115,23 @@ class Rows:
     batch_bytes: int = 1 << 30
     extra: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    _most: int | None = None
+    _limit: int | None = None
     _grows: bool = True
 
     def __post_init__(self) -> None:
-        self.extra = {**options(self.model, use_cache=False), **self.extra}
+        self.extra = {**forward_options(self.model, use_cache=False), **self.extra}
 
     def run(
-        self, plain: Survey, input_ids: Tensor, attention_mask: Tensor | None, targets: Sequence[Target]
-    ) -> Iterator[tuple[list[Target], Tensor]]:
-        """Groups of targets, each with the answers [1 + N, …] of row 0, unchanged, and of its targets."""
-        layers = self._layers(plain) if self._grows else None
-        waiting = sorted(targets, key=lambda target: target.layer)
+        self, clean: CleanForward, input_ids: Tensor, attention_mask: Tensor | None, rows: Sequence[ChangedRow]
+    ) -> Iterator[tuple[list[ChangedRow], Tensor]]:
+        """Groups of rows, each with the outputs [1 + N, …] of the unchanged row 0 and of its rows."""
+        layers = self._layers(clean) if self._grows else None
+        waiting = sorted(rows, key=lambda row: row.layer)
         while waiting:
-            most = max(1, self.batch_bytes // plain.row_bytes - 1)
-            group = waiting[: min(most, self._most or most)]
+            limit = max(1, self.batch_bytes // clean.row_bytes - 1)
+            group = waiting[: min(limit, self._limit or limit)]
             try:
-                answers = self._forward(input_ids, attention_mask, group, layers if self._grows else None)
+                outputs = self._forward(input_ids, attention_mask, group, layers if self._grows else None)
             except _NotGrown as error:
                 self._replicate(str(error))
                 continue
@@ -137,8 +139,8 @@ class Rows:
                 if is_out_of_memory(error):
                     if len(group) == 1:
                         raise
-                    self._most = len(group) // 2
-                    self.notes.append(f"out of memory with {len(group)} heads at a time: went on with {self._most}")
+                    self._limit = len(group) // 2
+                    self.notes.append(f"out of memory with {len(group)} heads at a time: went on with {self._limit}")
                 elif layers is None or not self._grows:
                     raise
                 else:
@@ -149,37 +151,37 @@ class Rows:
                     raise
                 self._replicate(f"{type(error).__name__}: {str(error)[:100]}")
                 continue
-            if layers is not None and self._grows and not _same(answers[:1], plain.answer):
+            if layers is not None and self._grows and not _same(outputs[:1], clean.output):
                 self._replicate("the unchanged row came out differently")
                 continue
-            yield group, answers
-            del answers
+            yield group, outputs
+            del outputs
             waiting = waiting[len(group) :]
 
     def _replicate(self, why: str) -> None:
         self._grows = False
         self.notes.append(f"each changed row ran from the first layer on, not from its own ({why})")
 
-    def _layers(self, plain: Survey) -> list[nn.Module] | None:
-        found = layer_modules(self.model, plain.sites)
-        if isinstance(found, str):
-            self._replicate(found)
+    def _layers(self, clean: CleanForward) -> list[nn.Module] | None:
+        layers = layer_modules(self.model, clean.sites)
+        if isinstance(layers, str):
+            self._replicate(layers)
             return None
-        return found
+        return layers
 
     def _forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None, group: list[Target], layers: list[nn.Module] | None
+        self, input_ids: Tensor, attention_mask: Tensor | None, group: list[ChangedRow], layers: list[nn.Module] | None
     ) -> Tensor:
-        own: dict[int, list[tuple[int, int]]] = {}  # site → (row, head)
+        changed: dict[int, list[tuple[int, int]]] = {}  # site → (row, head)
         added: dict[int, int] = {}  # site → rows appended before it
-        for row, target in enumerate(group, start=1):
-            own.setdefault(target.layer, []).extend((row, head) for head in target.heads)
-            added[target.layer] = added.get(target.layer, 0) + 1
+        for number, row in enumerate(group, start=1):
+            changed.setdefault(row.layer, []).extend((number, head) for head in row.heads)
+            added[row.layer] = added.get(row.layer, 0) + 1
 
         def change(call: AttentionCall, forward: Forward) -> AttentionCall:
-            if forward.number not in own:
+            if forward.number not in changed:
                 return call
-            rows, heads = (list(part) for part in zip(*own[forward.number], strict=True))
+            rows, heads = (list(part) for part in zip(*changed[forward.number], strict=True))
             new = self.change(call, forward.number)
             outputs = call.head_outputs().clone()
             outputs[rows, heads] = new[rows, heads].to(outputs.dtype)
@@ -190,12 +192,12 @@ class Rows:
             input_ids = input_ids.expand(rows, -1)
             attention_mask = None if attention_mask is None else attention_mask.expand(rows, -1)
             with torch.no_grad(), watch(self.model, edit=change):
-                return ask(self.model, input_ids, attention_mask, self.extra)
+                return run_model(self.model, input_ids, attention_mask, self.extra)
         with torch.no_grad(), growing(layers, added), watch(self.model, edit=change):
-            answers = ask(self.model, input_ids, attention_mask, self.extra)
-        if answers.shape[0] != len(group) + 1:
-            raise _NotGrown(f"{answers.shape[0]} rows came out of {len(group) + 1}")
-        return answers
+            outputs = run_model(self.model, input_ids, attention_mask, self.extra)
+        if outputs.shape[0] != len(group) + 1:
+            raise _NotGrown(f"{outputs.shape[0]} rows came out of {len(group) + 1}")
+        return outputs
 
 
 class _NotGrown(Exception):
@@ -203,24 +205,24 @@ class _NotGrown(Exception):
 
 
 def layer_modules(model: nn.Module, sites: Sequence[SiteShape]) -> list[nn.Module] | str:
-    """For each site the layer that holds it, a direct child of one ModuleList; or why there is no such list."""
+    """The layer of each site, a direct child of one ModuleList; or a string that says why there is none."""
     if any(site.occurrence for site in sites):
         return "an attention module is called more than once in a forward"
     names = [site.name.split(".") for site in sites]
-    for inmost in (False, True):
-        found = [_layer(model, name, inmost) for name in names]
-        lists = {parent for parent, _ in found}
-        if None not in lists and len(lists) == 1 and len({layer for _, layer in found}) == len(sites):
-            return [model.get_submodule(layer) for _, layer in found]
+    for innermost in (False, True):
+        pairs = [_layer(model, name, innermost) for name in names]
+        lists = {parent for parent, _ in pairs}
+        if None not in lists and len(lists) == 1 and len({layer for _, layer in pairs}) == len(sites):
+            return [model.get_submodule(layer) for _, layer in pairs]
     return "its attention sites are not one in each layer of one ModuleList"
 
 
-def _layer(model: nn.Module, name: list[str], inmost: bool) -> tuple[str | None, str]:
-    """The name of a ModuleList above a module, and of its child on the way there."""
-    at = [i for i in range(len(name)) if isinstance(model.get_submodule(".".join(name[:i])), nn.ModuleList)]
-    if not at:
+def _layer(model: nn.Module, name: list[str], innermost: bool) -> tuple[str | None, str]:
+    """The name of a ModuleList above a module, and of the child of that list which contains the module."""
+    lists = [i for i in range(len(name)) if isinstance(model.get_submodule(".".join(name[:i])), nn.ModuleList)]
+    if not lists:
         return None, ""
-    cut = at[-1] if inmost else at[0]
+    cut = lists[-1] if innermost else lists[0]
     return ".".join(name[:cut]), ".".join(name[: cut + 1])
 
 
@@ -245,8 +247,8 @@ def _append(rows: int, more: int) -> Callable[[nn.Module, Any, dict[str, Any]], 
         in_place = bool(args) and isinstance(args[0], Tensor)
         hidden = args[0] if in_place else kwargs.get("hidden_states")
         if not isinstance(hidden, Tensor) or hidden.shape[0] != rows:
-            came = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-            raise _NotGrown(f"a layer received {came} where {rows} rows of hidden states were wanted")
+            received = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+            raise _NotGrown(f"a layer received {received} where {rows} rows of hidden states were wanted")
         grown = torch.cat([hidden, hidden[:1].expand(more, *hidden.shape[1:])])
         if in_place:
             return (grown, *args[1:]), kwargs
@@ -256,7 +258,7 @@ def _append(rows: int, more: int) -> Callable[[nn.Module, Any, dict[str, Any]], 
 
 
 def _same(row: Tensor, plain: Tensor) -> bool:
-    """Whether the unchanged row is what the model gives alone, up to the order of sums."""
+    """Whether the unchanged row in the batch is what the model gives alone, up to rounding."""
     if row.shape != plain.shape:
         return False
     size = plain.float().abs().max().clamp(min=1e-12)

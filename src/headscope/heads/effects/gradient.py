@@ -1,4 +1,4 @@
-"""Gradient importance: one backward pass says how much each head's gate matters to first order."""
+"""Gradient importance of heads: the derivative of a metric by each head's gate, by one backward pass."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headscope.heads.effects.answers import Metric, ask, checked
+from headscope.heads.effects.metrics import Metric, checked_metric, run_model
 from headscope.watching.edits import Edit, edit
 from headscope.watching.hooks import AttentionCall, with_output
 from headscope.watching.recording import Place
@@ -18,14 +18,14 @@ __all__ = ["gate_gradients"]
 
 @dataclass(frozen=True)
 class _Gates(Edit):
-    """Each head's output times its gate, 1; the gates are kept in the order of calls."""
+    """Multiplies each head's output by a gate of 1; collects the gates in the order of calls."""
 
-    made: list[Tensor]
+    gates: list[Tensor]
 
     def apply(self, call: AttentionCall, place: Place) -> AttentionCall:
         outputs = call.head_outputs()
         gate = torch.ones(outputs.shape[:2], dtype=outputs.dtype, device=outputs.device, requires_grad=True)
-        self.made.append(gate)
+        self.gates.append(gate)
         return with_output(call, outputs * gate[:, :, None, None])
 
 
@@ -41,16 +41,16 @@ def gate_gradients(
 
     A gate g multiplies a head's output o, so that its derivative at g = 1 is Σ_t o[t]·∂metric/∂o[t] (Michel et al.
     2019, arXiv 1905.10650). Rows are independent, so the gradient of their sum is each row's own. Parameters and
-    their ``.grad`` are left alone.
+    their ``.grad`` do not change.
     """
-    made: list[Tensor] = []
-    with torch.enable_grad(), edit(model, _Gates(None, made)):
-        logits = ask(model, input_ids, attention_mask, extra)
-        values = checked(metric(logits, input_ids, text), input_ids.shape[0])
-        gradients = torch.autograd.grad(values.sum(), made, allow_unused=True)
-    most = max(gate.shape[1] for gate in made)
-    table = torch.full((input_ids.shape[0], len(made), most), torch.nan, dtype=torch.float64)
-    for layer, (gate, gradient) in enumerate(zip(made, gradients, strict=True)):
-        found = torch.zeros_like(gate) if gradient is None else gradient
-        table[:, layer, : gate.shape[1]] = found.double().cpu()
+    gates: list[Tensor] = []
+    with torch.enable_grad(), edit(model, _Gates(None, gates)):
+        logits = run_model(model, input_ids, attention_mask, extra)
+        values = checked_metric(metric(logits, input_ids, text), input_ids.shape[0])
+        gradients = torch.autograd.grad(values.sum(), gates, allow_unused=True)
+    most = max(gate.shape[1] for gate in gates)
+    table = torch.full((input_ids.shape[0], len(gates), most), torch.nan, dtype=torch.float64)
+    for layer, (gate, gradient) in enumerate(zip(gates, gradients, strict=True)):
+        known = torch.zeros_like(gate) if gradient is None else gradient
+        table[:, layer, : gate.shape[1]] = known.double().cpu()
     return table, values.detach().cpu()

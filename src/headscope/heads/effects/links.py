@@ -1,4 +1,4 @@
-"""What a link is worth: the next token's distribution with and without it."""
+"""What a link between two words is worth: the next token's distribution with and without it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from headscope.errors import EditError
-from headscope.heads.effects.answers import ask, options
-from headscope.heads.effects.batched import Rows, Target, survey
+from headscope.heads.effects.batched import BatchedForwards, ChangedRow, clean_forward
+from headscope.heads.effects.metrics import forward_options, run_model
 from headscope.watching.edits import KnockOut, edit, knock_out
 from headscope.watching.hooks import AttentionCall
 from headscope.watching.recording import Layers, Place
@@ -22,7 +22,7 @@ Positions = int | Iterable[int]
 
 @dataclass(frozen=True)
 class TokenChange:
-    """A token's probability of coming next, with the link and without it."""
+    """The probability that a token comes next, with the link and without it."""
 
     token_id: int
     clean: float
@@ -36,11 +36,11 @@ class TokenChange:
 
 @dataclass(frozen=True)
 class LinkEffect:
-    """What came of hiding a link.
+    """The effect of hiding a link.
 
     Attributes:
         kl: KL(with ‖ without) of the next token after the text, in nats.
-        clean: the likeliest next tokens with the link, likeliest first, as (token id, probability).
+        clean: the most likely next tokens with the link, as (token id, probability), the most likely first.
         edited: the same without it.
         changes: every token of the two lists, largest change of probability first.
     """
@@ -53,13 +53,13 @@ class LinkEffect:
 
 @dataclass(frozen=True, eq=False)
 class LinkEffects:
-    """What came of hiding a link in one head, in one layer, everywhere; numbers are KL(with ‖ without) in nats.
+    """The effects of hiding a link in each head, in each layer, and everywhere: KL(with ‖ without) in nats.
 
     Attributes:
         heads: [layers, H]; NaN where a site has fewer heads than others.
         layers: [layers], hidden in all heads of that site.
         everywhere: hidden in all heads of all sites.
-        notes: how it was computed, where that was not the usual way.
+        notes: how it was computed, where not in the usual way.
     """
 
     heads: Tensor
@@ -78,16 +78,16 @@ def link_effect(
     heads: Positions | None = None,
     top: int = 5,
 ) -> LinkEffect:
-    """Forbid ``query`` to look at ``key`` and see what the model then expects to come next.
+    """The next token's distribution when ``query`` may not attend to ``key``, compared with the unchanged one.
 
     Args:
         model: a language model; as for record().
         input_ids: [1, T].
-        query: positions that may not look, counted from 0.
-        key: positions that they may not look at.
+        query: positions that may not attend to ``key``, counted from 0.
+        key: positions of the hidden keys.
         layers: as for knock_out(); None means every attention site.
         heads: None means all.
-        top: how many of the likeliest tokens to give.
+        top: how many of the most likely tokens to return.
 
     Raises:
         EditError: a model without logits, positions or layers that are not there.
@@ -102,13 +102,13 @@ def link_effect(
     _check_text(input_ids)
     if top < 1:
         raise ValueError(f"top is {top}: wanted at least 1.")
-    extra = options(model, use_cache=False, logits_to_keep=1)
+    extra = forward_options(model, use_cache=False, logits_to_keep=1)
     with torch.no_grad():
-        clean = _last(ask(model, input_ids, None, extra), model)[0]
+        clean = _last(run_model(model, input_ids, None, extra), model)[0]
         _check_positions(input_ids, query=_tuple(query), key=_tuple(key))
         with edit(model, knock_out(_tuple(query), _tuple(key), layers=layers, heads=heads)):
-            edited = _last(ask(model, input_ids, None, extra), model)[0]
-    best = [_likeliest(logs, top) for logs in (clean, edited)]
+            edited = _last(run_model(model, input_ids, None, extra), model)[0]
+    best = [_most_likely(logs, top) for logs in (clean, edited)]
     union = dict.fromkeys(token for tokens in best for token, _ in tokens)
     changes = [TokenChange(token, float(clean[token].exp()), float(edited[token].exp())) for token in union]
     changes.sort(key=lambda token: -abs(token.change))
@@ -118,15 +118,15 @@ def link_effect(
 def link_effects(
     model: nn.Module, input_ids: Tensor, query: Positions, key: Positions, *, top: int = 5, batch_bytes: int = 1 << 30
 ) -> LinkEffects:
-    """The same for every head alone, every layer whole, and the whole model; heads and layers share forwards.
+    """The effects for each head alone, each layer and the whole model; heads and layers share forwards.
 
     Args:
         model: a language model; as for record().
         input_ids: [1, T].
-        query: positions that may not look, counted from 0.
-        key: positions that they may not look at.
-        top: how many of the likeliest tokens to give.
-        batch_bytes: about what the rows of one forward may take in memory.
+        query: positions that may not attend to ``key``, counted from 0.
+        key: positions of the hidden keys.
+        top: how many of the most likely tokens to return.
+        batch_bytes: about how much memory the rows of one forward may use.
 
     Raises:
         EditError: a model without logits, positions that are not there.
@@ -137,23 +137,25 @@ def link_effects(
     _check_positions(input_ids, query=queries, key=keys)
     everywhere = link_effect(model, input_ids, queries, keys, top=top)
     hide = knock_out(queries, keys)
-    rows = Rows(model, lambda call, index: _hidden(hide, call), batch_bytes, options(model, logits_to_keep=1))
-    plain = survey(model, input_ids, None, rows.extra)
-    clean = _last(plain.answer, model)[0]
-    targets = []
-    for layer, site in enumerate(plain.sites):
-        targets += [Target(layer, (head,)) for head in range(site.heads)]
-        targets.append(Target(layer, tuple(range(site.heads))))
-    table = torch.full((len(plain.sites), max(site.heads for site in plain.sites)), torch.nan, dtype=torch.float64)
-    whole = torch.zeros(len(plain.sites), dtype=torch.float64)
-    for group, answers in rows.run(plain, input_ids, None, targets):
-        found = _kl(clean, _last(answers, model)[1:])
-        for target, value in zip(group, found.tolist(), strict=True):
-            if len(target.heads) == plain.sites[target.layer].heads:
-                whole[target.layer] = value
-            if len(target.heads) == 1:
-                table[target.layer, target.heads[0]] = value
-    return LinkEffects(table, whole, everywhere, tuple(rows.notes))
+    batched = BatchedForwards(
+        model, lambda call, index: _hidden(hide, call), batch_bytes, forward_options(model, logits_to_keep=1)
+    )
+    forward = clean_forward(model, input_ids, None, batched.extra)
+    clean = _last(forward.output, model)[0]
+    rows = []
+    for layer, site in enumerate(forward.sites):
+        rows += [ChangedRow(layer, (head,)) for head in range(site.heads)]
+        rows.append(ChangedRow(layer, tuple(range(site.heads))))
+    table = torch.full((len(forward.sites), max(site.heads for site in forward.sites)), torch.nan, dtype=torch.float64)
+    whole = torch.zeros(len(forward.sites), dtype=torch.float64)
+    for group, outputs in batched.run(forward, input_ids, None, rows):
+        divergences = _kl(clean, _last(outputs, model)[1:])
+        for row, value in zip(group, divergences.tolist(), strict=True):
+            if len(row.heads) == forward.sites[row.layer].heads:
+                whole[row.layer] = value
+            if len(row.heads) == 1:
+                table[row.layer, row.heads[0]] = value
+    return LinkEffects(table, whole, everywhere, tuple(batched.notes))
 
 
 def _hidden(hide: KnockOut, call: AttentionCall) -> Tensor:
@@ -174,18 +176,18 @@ def _last(logits: Tensor, model: nn.Module) -> Tensor:
 
 def _kl(clean: Tensor, edited: Tensor) -> Tensor:
     """KL(clean ‖ edited) of log-probabilities [V] and [N, V], [N] on the CPU; rounding below zero is zero."""
-    shares = clean.exp()
-    gaps = torch.where(shares > 0, clean - edited, torch.zeros_like(edited))
-    return (shares * gaps).sum(-1).clamp(min=0).cpu()
+    probabilities = clean.exp()
+    gaps = torch.where(probabilities > 0, clean - edited, torch.zeros_like(edited))
+    return (probabilities * gaps).sum(-1).clamp(min=0).cpu()
 
 
-def _likeliest(logs: Tensor, top: int) -> tuple[tuple[int, float], ...]:
+def _most_likely(logs: Tensor, top: int) -> tuple[tuple[int, float], ...]:
     values, tokens = logs.exp().topk(min(top, logs.shape[0]))
     return tuple(zip(tokens.tolist(), values.tolist(), strict=True))
 
 
-def _tuple(given: Positions) -> tuple[int, ...]:
-    return (given,) if isinstance(given, int) else tuple(given)
+def _tuple(positions: Positions) -> tuple[int, ...]:
+    return (positions,) if isinstance(positions, int) else tuple(positions)
 
 
 def _check_text(input_ids: Tensor) -> None:
@@ -193,9 +195,9 @@ def _check_text(input_ids: Tensor) -> None:
         raise ValueError(f"input_ids is {tuple(input_ids.shape)}: wanted one text, [1, T], without padding.")
 
 
-def _check_positions(input_ids: Tensor, **given: tuple[int, ...]) -> None:
+def _check_positions(input_ids: Tensor, **named: tuple[int, ...]) -> None:
     length = input_ids.shape[1]
-    for name, positions in given.items():
+    for name, positions in named.items():
         wrong = [p for p in positions if not 0 <= p < length]
         if wrong or not positions:
             raise EditError(f"{name} is {positions}: wanted positions from 0 to {length - 1}, the text's tokens.")

@@ -1,4 +1,4 @@
-"""Mean head outputs over a corpus, what mean ablation writes in a head's place."""
+"""Mean head outputs over a corpus, which mean ablation needs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from headscope.errors import EditError
-from headscope.heads.effects.answers import ask, options
+from headscope.heads.effects.metrics import forward_options, run_model
 from headscope.watching.hooks import AttentionCall, Forward, unwatched, watch
 
 __all__ = ["head_means", "head_sums", "output_sum"]
@@ -17,7 +17,7 @@ Batches = Iterable[Tensor | Mapping[str, Tensor]]
 
 
 def head_sums(model: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
-    """Sums of head outputs over positions that are text, and how many there were.
+    """Sums of head outputs over positions that are text, and the number of these positions.
 
     Sums of parts of a corpus add up: ``(sums_a + sums_b) / (counts_a + counts_b)[:, None, None]``.
 
@@ -39,18 +39,18 @@ def head_sums(model: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
             text = forward.valid
             if text is None or tuple(text.shape) != (call.shape[0], call.shape[2]):
                 text = torch.ones(call.shape[0], call.shape[2], dtype=torch.bool)
-            here = output_sum(call, text)
+            output = output_sum(call, text)
             if forward.number == len(sums):
-                sums.append(torch.zeros_like(here))
+                sums.append(torch.zeros_like(output))
                 counts.append(0.0)
-            sums[forward.number] += here
+            sums[forward.number] += output
             counts[forward.number] += float(text.sum())
 
-    extra = options(model, use_cache=False)
+    extra = forward_options(model, use_cache=False)
     with torch.no_grad(), watch(model, add):
         for batch in batches:
-            given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-            ask(model, given["input_ids"], given.get("attention_mask"), extra)
+            inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+            run_model(model, inputs["input_ids"], inputs.get("attention_mask"), extra)
     shapes = {tuple(part.shape) for part in sums}
     if len(shapes) != 1:
         raise EditError(
@@ -65,14 +65,14 @@ def output_sum(call: AttentionCall, text: Tensor) -> Tensor:
     outputs = call.head_outputs()
     if not bool(text.all()):
         outputs = outputs.masked_fill(~text.to(outputs.device)[:, None, :, None], 0)
-    own = outputs.sum(2, dtype=torch.promote_types(outputs.dtype, torch.float32))  # of each text: a tenth of the time
-    return own.sum(0, dtype=torch.float64).cpu()
+    per_text = outputs.sum(2, dtype=torch.promote_types(outputs.dtype, torch.float32))  # a tenth of float64's time
+    return per_text.sum(0, dtype=torch.float64).cpu()
 
 
 def head_means(model: nn.Module, batches: Batches) -> Tensor:
     """Each head's mean output over all positions that are text, [layers, H, Dv] in float32.
 
-    For ``ablate(layer, head, to=means)`` and ``head_effects(…, to=means)``. One batch is held at a time.
+    For ``ablate(layer, head, to=means)`` and ``head_effects(…, to=means)``. One batch is in memory at a time.
 
     Args:
         model: as for record().

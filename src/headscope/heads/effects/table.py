@@ -1,4 +1,4 @@
-"""HeadEffects: what each head is worth, how sure that is, and how two such tables agree."""
+"""HeadEffects: what each head is worth, with intervals, and the agreement of two such tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["HeadEffects", "agreement"]
 
 @dataclass(frozen=True, eq=False)
 class HeadEffects:
-    """What heads are worth on some texts. NaN stands for heads that were not asked about.
+    """What heads are worth on some texts; NaN for heads that were not measured.
 
     Attributes:
         values: [layers, H], the mean of ``per_example`` over examples; layers are attention sites in the order
@@ -23,9 +23,9 @@ class HeadEffects:
         per_example: [B, layers, H]; for "ablate" the metric without the head minus the metric with it, for
             "gradient" the absolute derivative by the head's gate.
         clean: [B], the metric of the unchanged model.
-        unit: of all these, "nats per token" for a language model's loss.
+        unit: the unit of all these, "nats per token" for a language model's loss.
         method: "ablate" or "gradient".
-        notes: how it was computed, where that was not the usual way.
+        notes: how it was computed, where not in the usual way.
     """
 
     values: Tensor
@@ -54,7 +54,7 @@ class HeadEffects:
         """Percentile bootstrap over examples (Efron 1979): lower and upper end of ``values``, each [layers, H].
 
         Raises:
-            ValueError: fewer than two examples, or a level that is no share.
+            ValueError: fewer than two examples, or a level that is not between 0 and 1.
         """
         examples = self.per_example.shape[0]
         if examples < 2:
