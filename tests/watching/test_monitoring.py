@@ -16,6 +16,9 @@ from headscope.watching.monitoring import HeadStats
 from tests.options import unchecked
 from tests.tiny import bart, ids, llama
 
+# A run that is made to go wrong warns more than once; each test says which warning it wants.
+pytestmark = pytest.mark.filterwarnings("ignore::headscope.watching.monitoring.HeadWarning")
+
 B, L, E, H = 2, 7, 12, 3
 
 
