@@ -182,7 +182,7 @@ def weights_are_dropped_in_evaluation(original: Any) -> Any:
     return forward
 
 
-@fault("headscope.nn.weights:rows", "nn/test_multihead.py::test_it_is_the_articles_formula")
+@fault("headscope.nn.weights:packed_rows", "nn/test_multihead.py::test_it_is_the_articles_formula")
 def weights_of_keys_and_values_are_swapped(original: Any) -> Any:
     def rows(module: Any) -> Any:
         query, key, value = original(module)

@@ -234,7 +234,7 @@ def test_torchs_module_and_back(bias: bool, widths: dict[str, int]) -> None:
 @pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
 def test_torchs_extra_keys_are_refused(option: str) -> None:
     theirs = nn.MultiheadAttention(E, H, **{option: True})
-    with pytest.raises(ValueError, match=f"{option}=True adds a key that no position has"):
+    with pytest.raises(ValueError, match=f"{option}=True adds a key without a position"):
         MultiHeadAttention.from_torch(theirs)
     if option == "add_bias_kv":
         with pytest.raises(ValueError, match=r"bias_k \(add_bias_kv\)"):
@@ -549,7 +549,7 @@ def _gone(module: MultiHeadAttention) -> None:
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
-        (_full, "room for 5 positions; 0 are taken and 7 come"),
+        (_full, "room for 5 positions; 0 are used and 7 come"),
         (_other_batch, "holds batch 2, 3 heads of 4, torch.float64; what comes is batch 1"),
         (_other_layer, "belongs to another attention module"),
         (_other_source, "holds 11 positions of a source, batch 2, but the source has 4, batch 2"),
@@ -558,7 +558,7 @@ def _gone(module: MultiHeadAttention) -> None:
         (_source_into_a_text, "holds the text itself, but the source has 11"),
         (_gone, r"truncate\(1\): of 7 positions only the last"),
         (lambda m: KVCache(0), "KVCache got room for 0 positions: at least 1"),
-        (lambda m: KVCache(5).truncate(3), r"truncate\(3\): the cache has read 0 positions"),
+        (lambda m: KVCache(5).truncate(3), r"truncate\(3\): the cache has 0 positions"),
     ],
 )
 def test_a_cache_used_wrongly(wrong: Callable[[MultiHeadAttention], object], text: str) -> None:
@@ -576,7 +576,7 @@ def test_a_full_cache_is_as_it_was() -> None:
     module, cache = made(E, H), KVCache(8)
     with torch.no_grad():
         module(x_of(), mask=masks.causal(), cache=cache)
-        with pytest.raises(ValueError, match="room for 8 positions; 7 are taken and 7 come"):
+        with pytest.raises(ValueError, match="room for 8 positions; 7 are used and 7 come"):
             module(x_of(), cache=cache)
     assert cache.length == 7
 
@@ -671,7 +671,7 @@ def test_training_and_caches_go_on_after_inference_mode(make: Callable[[], KVCac
             lambda: MultiHeadAttention(12, 3).load_weights(
                 nn.MultiheadAttention(12, 3).state_dict() | {"rel_bias": torch.ones(3)}
             ),
-            "the weights hold rel_bias besides the four maps",
+            "the weights hold rel_bias besides the four projections",
         ),
         (lambda: MultiHeadAttention.from_torch(nn.Linear(3, 3)), "got Linear: give it an nn.MultiheadAttention"),
         (lambda: MultiHeadAttention(12, 3).weights_as("jax"), "layout is 'jax'"),

@@ -1,4 +1,4 @@
-"""Keys and values of what was read before, so that the next token need not compute them again."""
+"""Caches of keys and values, so that the next token need not compute those of earlier positions again."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ __all__ = ["KVCache", "SlidingWindowCache"]
 
 
 class KVCache:
-    """The keys and values of one attention module, in memory taken once; it belongs to the caller.
+    """The keys and values of one attention module, in memory that is allocated once; it belongs to the caller.
 
     B batch, G key/value heads, D head size. Pass it to :meth:`MultiHeadAttention.forward`, under
-    ``torch.no_grad()``; the first call binds it to that module. In self-attention each call adds its positions; in
-    cross-attention the first call keeps the source's keys and values, of whatever length, and later ones compute none.
+    ``torch.no_grad()``; the first call binds it to that module. In self-attention each call adds its positions. In
+    cross-attention the first call stores the keys and values of the source, of any length, and later calls use them.
 
     Args:
-        max_length: how many positions there is room for.
+        max_length: the number of positions that fit into it.
 
     Raises:
-        ValueError: max_length below 1; on use: a full cache, another batch size, another module, gradients wanted.
+        ValueError: max_length below 1; on use: a full cache, another batch size, another module, gradients required.
 
     Example:
         >>> import torch, headscope
@@ -34,7 +34,7 @@ class KVCache:
         5
     """
 
-    window: int | None = None  # how far back a query sees through this cache; None: to the beginning
+    window: int | None = None  # positions that a query may attend to, itself included; None: all
 
     def __init__(self, max_length: int) -> None:
         if max_length < 1:
@@ -47,11 +47,11 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """The memory it holds."""
-        return sum(part.nbytes for part in self._store or ())
+        """The size of its memory."""
+        return sum(tensor.nbytes for tensor in self._store or ())
 
     def append(self, owner: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values [B, G, L, D]; gives all that are held, [B, G, length, D], as views.
+        """Add keys and values [B, G, L, D]; returns all stored ones, [B, G, length, D], as views.
 
         Raises:
             ValueError: see the class.
@@ -60,17 +60,17 @@ class KVCache:
         added = key.shape[2]
         if self.length + added > self.max_length:
             raise ValueError(
-                f"the cache has room for {self.max_length} positions; {self.length} are taken and {added} come: make "
+                f"the cache has room for {self.max_length} positions; {self.length} are used and {added} come: make "
                 "it larger, truncate() or reset() it, or use a SlidingWindowCache."
             )
-        keys, values = self._room(owner, key, value, self.max_length)
-        now = slice(self.length, self.length + added)
-        keys[:, :, now], values[:, :, now] = key, value
+        keys, values = self._allocated(owner, key, value, self.max_length)
+        slots = slice(self.length, self.length + added)
+        keys[:, :, slots], values[:, :, slots] = key, value
         self.length += added
         return keys[:, :, : self.length], values[:, :, : self.length]
 
     def source(self, owner: nn.Module, source: Tensor) -> tuple[Tensor, Tensor] | None:
-        """What was kept of a ``source`` [B, S, width], whose numbers are not looked at; None if nothing was yet.
+        """The stored keys and values of a ``source`` [B, S, width], of which only the shape is read; None if empty.
 
         Raises:
             ValueError: it belongs to another module, or to a source of another shape, or to self-attention.
@@ -80,33 +80,33 @@ class KVCache:
             return None
         batch, _, length, _ = self._store[0].shape
         if not self.is_cross or (batch, length) != source.shape[:2]:
-            held = f"{length} positions of a source, batch {batch}" if self.is_cross else "the text itself"
+            content = f"{length} positions of a source, batch {batch}" if self.is_cross else "the text itself"
             raise ValueError(
-                f"the cache holds {held}, but the source has {source.shape[1]}, batch {source.shape[0]}: reset() it or "
-                "use another."
+                f"the cache holds {content}, but the source has {source.shape[1]}, batch {source.shape[0]}: reset() "
+                "it or use another."
             )
         return self._store
 
-    def keep_source(self, owner: nn.Module, key: Tensor, value: Tensor) -> None:
-        """Keep a source's keys and values [B, G, S, D]."""
+    def store_source(self, owner: nn.Module, key: Tensor, value: Tensor) -> None:
+        """Store a source's keys and values [B, G, S, D]."""
         self._check(owner, key, value, cross=True)
         self._owner = weakref.ref(owner)
         self._store, self.is_cross = (key.detach(), value.detach()), True
 
     def truncate(self, length: int) -> None:
-        """Forget what came after the first ``length`` positions. Raises ValueError if there are not so many."""
+        """Drop all but the first ``length`` positions. Raises ValueError if there are fewer."""
         if not 0 <= length <= self.length:
-            raise ValueError(f"truncate({length}): the cache has read {self.length} positions.")
+            raise ValueError(f"truncate({length}): the cache has {self.length} positions.")
         self.length = length
 
     def reset(self) -> None:
-        """Forget everything, the module and the memory too."""
+        """Drop all positions, the memory, and the bond to the module."""
         self.length, self.is_cross, self._owner, self._store = 0, False, None, None
 
-    def _room(self, owner: nn.Module, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    def _allocated(self, owner: nn.Module, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:
         if self._store is None:
             self._owner = weakref.ref(owner)
-            with torch.inference_mode(False):  # it is written into later, perhaps outside of that mode
+            with torch.inference_mode(False):  # later calls may write outside of that mode
                 self._store = tuple(x.new_empty((*x.shape[:2], length, x.shape[3])) for x in (key, value))  # type: ignore
         assert self._store is not None
         return self._store
@@ -123,23 +123,24 @@ class KVCache:
             return
         if self.is_cross != cross:
             raise ValueError("the cache holds a source (cross-attention), so it cannot take positions of the text.")
-        held = self._store[0]
-        if held.shape[:2] != key.shape[:2] or held.shape[3] != key.shape[3] or held.dtype != key.dtype:
+        stored = self._store[0]
+        if stored.shape[:2] != key.shape[:2] or stored.shape[3] != key.shape[3] or stored.dtype != key.dtype:
             raise ValueError(
-                f"the cache holds batch {held.shape[0]}, {held.shape[1]} heads of {held.shape[3]}, {held.dtype}; what "
-                f"comes is batch {key.shape[0]}, {key.shape[1]} heads of {key.shape[3]}, {key.dtype}: reset() it first."
+                f"the cache holds batch {stored.shape[0]}, {stored.shape[1]} heads of {stored.shape[3]}, "
+                f"{stored.dtype}; what comes is batch {key.shape[0]}, {key.shape[1]} heads of {key.shape[3]}, "
+                f"{key.dtype}: reset() it first."
             )
 
 
 class SlidingWindowCache(KVCache):
-    """A cache that holds only what a window still needs: a query sees itself and the ``window`` − 1 before it.
+    """A cache of the last positions only: a query attends to itself and the ``window`` − 1 positions before it.
 
-    The module hides what is farther back, so that chunks of any size give what one forward pass with
-    ``masks.sliding_window(window − 1)`` gives. Texts may be of any length. There is room for two windows, so that most
-    steps need not move what is held.
+    The module masks farther positions, so that chunks of any size give the same output as one forward pass with
+    ``masks.sliding_window(window − 1)``. Texts may have any length. The memory has slots for two windows, so that most
+    steps move nothing.
 
     Args:
-        window: how many positions a query sees, itself included.
+        window: the number of positions that a query may attend to, itself included.
 
     Example:
         >>> import torch, headscope
@@ -154,35 +155,35 @@ class SlidingWindowCache(KVCache):
     def __init__(self, window: int) -> None:
         super().__init__(window)
         self.window = window
-        self._first = self._held = 0  # where in the memory the window begins, and how much it holds
+        self._start = self._count = 0  # the first slot of the window, and the number of its positions
 
     def append(self, owner: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values [B, G, L, D]; gives those that some of the L new queries may see, the last at the end."""
+        """Add keys and values [B, G, L, D]; returns those in the windows of the L new queries, in order."""
         self._check(owner, key, value, cross=False)
         added, before = key.shape[2], self.max_length - 1
-        keys, values = self._room(owner, key, value, 2 * self.max_length)
+        keys, values = self._allocated(owner, key, value, 2 * self.max_length)
         self.length += added
-        old = slice(self._first + max(0, self._held - before), self._first + self._held)
+        old = slice(self._start + max(0, self._count - before), self._start + self._count)
         if old.stop + added <= keys.shape[2]:
-            now = slice(old.stop, old.stop + added)
-            keys[:, :, now], values[:, :, now] = key, value
-            self._first, self._held = old.start, now.stop - old.start
-            return keys[:, :, old.start : now.stop], values[:, :, old.start : now.stop]
-        whole = torch.cat((keys[:, :, old], key), 2), torch.cat((values[:, :, old], value), 2)
-        kept = min(whole[0].shape[2], self.max_length)
-        keys[:, :, :kept], values[:, :, :kept] = whole[0][:, :, -kept:], whole[1][:, :, -kept:]
-        self._first, self._held = 0, kept
-        return whole
+            new = slice(old.stop, old.stop + added)
+            keys[:, :, new], values[:, :, new] = key, value
+            self._start, self._count = old.start, new.stop - old.start
+            return keys[:, :, old.start : new.stop], values[:, :, old.start : new.stop]
+        joined = torch.cat((keys[:, :, old], key), 2), torch.cat((values[:, :, old], value), 2)
+        count = min(joined[0].shape[2], self.max_length)
+        keys[:, :, :count], values[:, :, :count] = joined[0][:, :, -count:], joined[1][:, :, -count:]
+        self._start, self._count = 0, count
+        return joined
 
     def truncate(self, length: int) -> None:
-        """Forget the last positions. Raises ValueError where those that would be needed again are gone."""
-        gone = self.length - length
-        if length and gone and (gone > self._held or self._held - gone < min(length, self.max_length - 1)):
-            raise ValueError(f"truncate({length}): of {self.length} positions only the last {self._held} are held.")
+        """Drop the last positions. Raises ValueError if positions of the window before them are no longer stored."""
+        dropped = self.length - length
+        if length and dropped and (dropped > self._count or self._count - dropped < min(length, self.max_length - 1)):
+            raise ValueError(f"truncate({length}): of {self.length} positions only the last {self._count} are stored.")
         super().truncate(length)
-        self._held = self._held - gone if length else 0
+        self._count = self._count - dropped if length else 0
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Drop everything."""
         super().reset()
-        self._first = self._held = 0
+        self._start = self._count = 0

@@ -20,27 +20,27 @@ from headscope.ops.scores import Scores, checked_mask
 __all__ = ["MultiHeadAttention"]
 
 _NORM_EPS = 1e-6  # as in the models whose weights may be loaded
-_LONG = 2048  # positions from which on a copy that puts each head by itself is worth its time
+_LONG = 2048  # positions from which a copy with each head contiguous is faster, see docs/log.md
 
 
 class MultiHeadAttention(nn.Module):
-    """Several attentions side by side, each in a space of its own, concatenated and mapped once more.
+    """Multi-head attention: input projections, :func:`headscope.attention` per head, output projection.
 
-    ``query`` attends to itself (self-attention), or to ``key`` and ``value`` (cross-attention). The result of each
-    head is what :func:`headscope.attention` says, so that a query that may see nothing gives zeros before the last map.
+    ``query`` attends to itself (self-attention), or to ``key`` and ``value`` (cross-attention). A query that may attend
+    to no key has the head output zero.
 
     Args:
-        embed_dim: E, the width of what comes in and goes out.
-        num_heads: H.
-        num_kv_heads: G, key/value heads, each shared by H / G query heads (arXiv 2305.13245); H unless given.
-        head_dim: D, E / H unless given.
-        kdim: width of the keys that come in, if it is not E; vdim: that of the values.
-        vdim: see kdim.
-        bias: whether the four maps add a vector.
-        dropout_p: share of the weights that are dropped in training.
-        position: ``positions.rotary()``, ``positions.alibi(slopes)`` or None; sinusoidal positions are added to the
+        embed_dim: E, the width of the input and the output.
+        num_heads: H, query heads.
+        num_kv_heads: G, key/value heads, each shared by H / G query heads (arXiv 2305.13245); H by default.
+        head_dim: D; E / H by default.
+        kdim: the width of ``key``; E by default.
+        vdim: the width of ``value``; E by default.
+        bias: whether the four projections have a bias.
+        dropout_p: the share of attention weights that are dropped in training.
+        position: ``positions.rotary()``, ``positions.alibi(slopes)`` or None. Sinusoidal positions are added to the
             input instead.
-        qk_norm: whether queries and keys are brought to the same size before they meet (RMSNorm, arXiv 2302.05442).
+        qk_norm: whether queries and keys are RMS-normalised per head (arXiv 2302.05442).
 
     Raises:
         ValueError: sizes that do not fit each other.
@@ -51,7 +51,7 @@ class MultiHeadAttention(nn.Module):
         >>> x = torch.randn(2, 10, 512)
         >>> layer(x, mask=headscope.masks.causal()).shape
         torch.Size([2, 10, 512])
-        >>> layer.matrix(x).entropy().shape  # what each of the 8 heads attends to
+        >>> layer.matrix(x).entropy().shape  # of each of the 8 heads' rows
         torch.Size([2, 8, 10])
     """
 
@@ -75,12 +75,12 @@ class MultiHeadAttention(nn.Module):
         self.head_dim = embed_dim // max(num_heads, 1) if head_dim is None else head_dim
         self.kdim, self.vdim = kdim or embed_dim, vdim or embed_dim
         self.dropout_p, self.position = dropout_p, position
-        self.is_cross = False  # whether the last call had keys of another sequence; for those who watch
-        _check_sizes(self, divided=head_dim is None)
+        self.is_cross = False  # whether the last call was cross-attention; hooks read it
+        _check_sizes(self, divides=head_dim is None)
         wide, narrow = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self._packed = self.kdim == self.vdim == embed_dim
         if self._packed:
-            self.in_proj = nn.Linear(embed_dim, wide + 2 * narrow, bias)  # queries, keys, values in one product
+            self.in_proj = nn.Linear(embed_dim, wide + 2 * narrow, bias)  # queries, keys and values in one product
         else:
             self.q_proj = nn.Linear(embed_dim, wide, bias)
             self.k_proj, self.v_proj = nn.Linear(self.kdim, narrow, bias), nn.Linear(self.vdim, narrow, bias)
@@ -90,12 +90,12 @@ class MultiHeadAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Each of the maps starts as Xavier's uniform one by its own size, biases at zero."""
-        for name, part in layouts.parts(self).items():
+        """Initialise each projection with Xavier's uniform distribution for its own size, and biases with zero."""
+        for name, tensor in layouts.projection_weights(self).items():
             if name.endswith("weight"):
-                nn.init.xavier_uniform_(part)
+                nn.init.xavier_uniform_(tensor)
             else:
-                nn.init.zeros_(part)
+                nn.init.zeros_(tensor)
 
     def forward(
         self,
@@ -106,15 +106,15 @@ class MultiHeadAttention(nn.Module):
         mask: Mask | Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "B L E"]:
-        """What each position of ``query`` takes from those it attends to.
+        """The attention output for each position of ``query``.
 
         Args:
             query: [B, L, E]
             key: [B, S, kdim], of another sequence; None (or the query itself) for self-attention.
-            value: [B, S, vdim]; the key unless given.
-            mask: who may see whom, see :mod:`headscope.masks`; True: may attend. Queries are the last L positions;
-                keys are counted from the first that was read, also where a cache no longer holds it.
-            cache: keys and values of what was read before; they come first.
+            value: [B, S, vdim]; the key by default.
+            mask: which query may attend to which key (True), see :mod:`headscope.masks`. Queries are the last L
+                positions. Keys count from the first position of the text, also where a cache has dropped it.
+            cache: keys and values of earlier positions.
 
         Raises:
             ValueError: shapes that do not fit; see :class:`headscope.KVCache` for the cache's.
@@ -122,15 +122,15 @@ class MultiHeadAttention(nn.Module):
         if key is query and (value is None or value is query):
             key = value = None  # torch's way to write self-attention
         _check_inputs(self, query, key, value)
-        before = 0 if cache is None else cache.length
-        keys = before + query.shape[1] if key is None else key.shape[1]
-        seen = checked_mask(mask, (query.shape[0], self.num_heads, query.shape[1], keys))
+        cached = 0 if cache is None else cache.length
+        keys = cached + query.shape[1] if key is None else key.shape[1]
+        visible = checked_mask(mask, (query.shape[0], self.num_heads, query.shape[1], keys))
         q, k, v = self._heads(query, key, value, cache)
         if key is None and cache is not None and cache.window is not None:
-            near = sliding_window(cache.window - 1)
-            seen = near if seen is None else near & shifted(seen, keys, k.shape[2])
-        heads = product(self._scores(q, k, seen), v, self.dropout_p if self.training else 0.0)
-        return self.out_proj(heads.transpose(1, 2).flatten(2))
+            window = sliding_window(cache.window - 1)
+            visible = window if visible is None else window & shifted(visible, keys, k.shape[2])
+        head_outputs = product(self._scores(q, k, visible), v, self.dropout_p if self.training else 0.0)
+        return self.out_proj(head_outputs.transpose(1, 2).flatten(2))
 
     def matrix(
         self,
@@ -139,24 +139,24 @@ class MultiHeadAttention(nn.Module):
         *,
         mask: Mask | Tensor | None = None,
     ) -> AttentionMatrix:
-        """What :meth:`forward` attends to, [B, H, L, S]: weights before dropout, one map a head, never built.
+        """The attention matrix [B, H, L, S] of :meth:`forward`, before dropout; computed when you ask, never stored.
 
         Raises:
             ValueError: shapes that do not fit.
         """
         key = None if key is query else key
         _check_inputs(self, query, key, None if self.vdim != self.kdim else key, matrix=True)
-        q = self._placed(self._queries(query), self.q_norm)
-        k = self._placed(self._keys(query if key is None else key), self.k_norm)
+        q = self._positioned(self._queries(query), self.q_norm)
+        k = self._positioned(self._keys(query if key is None else key), self.k_norm)
         bias = self.position if isinstance(self.position, Alibi) else None
         return AttentionMatrix(q, k, mask=mask, bias=bias)
 
     @classmethod
     def from_torch(cls, module: nn.MultiheadAttention) -> MultiHeadAttention:
-        """The same attention as torch's module, with a copy of its weights; always batch first.
+        """A module with a copy of the weights of torch's module; always batch first.
 
         Raises:
-            ValueError: add_bias_kv or add_zero_attn, which add keys that no position has.
+            ValueError: add_bias_kv or add_zero_attn, which add keys without a position.
         """
         return layouts.from_torch(cls, module)
 
@@ -164,27 +164,27 @@ class MultiHeadAttention(nn.Module):
         """Torch's module with a copy of the weights (batch_first=True).
 
         Raises:
-            ValueError: fewer key/value heads, another head size, positions or norms, which it does not have.
+            ValueError: grouped heads, another head size, positions or norms, which torch's module does not have.
         """
         return layouts.to_torch(self)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy weights that another library has named: torch's, the article's ``linears.0…3``, ``q_proj … o_proj``.
+        """Copy weights under another library's names: torch's, the article's ``linears.0…3``, ``q_proj … o_proj``.
 
-        With ``qk_norm`` they must hold ``q_norm`` and ``k_norm`` as well.
+        With ``qk_norm`` they must contain ``q_norm`` and ``k_norm`` as well.
 
         Raises:
-            ValueError: names of no known layout, shapes that do not fit, or weights that have no place here.
+            ValueError: names of an unknown layout, shapes that do not fit, or weights that this module does not have.
         """
-        layouts.load(self, weights)
+        layouts.load_weights(self, weights)
 
     def weights_as(self, layout: str) -> dict[str, Tensor]:
         """The weights under the names of ``layout``: "torch", "linears" or "huggingface".
 
         Raises:
-            ValueError: another layout, or one without names for what this module has.
+            ValueError: an unknown layout, or one without names for this module's weights.
         """
-        return layouts.dump(self, layout)
+        return layouts.weights_as(self, layout)
 
     def extra_repr(self) -> str:
         """Sizes for print(module)."""
@@ -196,72 +196,72 @@ class MultiHeadAttention(nn.Module):
     def _heads(
         self, query: Tensor, key: Tensor | None, value: Tensor | None, cache: KVCache | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, H, L, D], keys and values [B, G, S, D], placed and with what the cache holds."""
+        """Queries [B, H, L, D], keys and values [B, G, S, D], with positions and the cached keys and values."""
         across = key is not None and key is not query
         if across is not self.is_cross:
             self.is_cross = across
         if key is not None:
-            return self._heads_across(query, key, key if value is None else value, cache)
+            return self._cross_heads(query, key, key if value is None else value, cache)
         if self._packed:
             sizes = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-            heads = self._split(self.in_proj(query))
-            if heads.shape[2] >= _LONG:
-                heads = heads.contiguous()  # the kernel reads a head's keys again and again
-            q, k, v = torch.split_with_sizes(heads, sizes, 1)
+            packed = self._split(self.in_proj(query))
+            if packed.shape[2] >= _LONG:
+                packed = packed.contiguous()  # the kernel reads a head's keys many times
+            q, k, v = torch.split_with_sizes(packed, sizes, 1)
         else:
             q, k, v = self._queries(query), self._keys(query), self._values(query)
         first = 0 if cache is None else cache.length
-        q, k = self._placed(q, self.q_norm, first), self._placed(k, self.k_norm, first)
+        q, k = self._positioned(q, self.q_norm, first), self._positioned(k, self.k_norm, first)
         return (q, k, v) if cache is None else (q, *cache.append(self, k, v))
 
-    def _heads_across(
+    def _cross_heads(
         self, query: Tensor, key: Tensor, value: Tensor, cache: KVCache | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q = self._placed(self._queries(query), self.q_norm)
-        kept = None if cache is None else cache.source(self, key)
-        if kept is not None:
-            return q, *kept
-        k, v = self._placed(self._keys(key), self.k_norm), self._values(value)
+        q = self._positioned(self._queries(query), self.q_norm)
+        cached = None if cache is None else cache.source(self, key)
+        if cached is not None:
+            return q, *cached
+        k, v = self._positioned(self._keys(key), self.k_norm), self._values(value)
         if cache is not None:
-            cache.keep_source(self, k, v)
+            cache.store_source(self, k, v)
         return q, k, v
 
-    def _placed(self, x: Tensor, norm: nn.Module | None, first: int = 0) -> Tensor:
-        """Queries or keys, normed, and turned for positions from ``first`` on."""
+    def _positioned(self, x: Tensor, norm: nn.Module | None, first: int = 0) -> Tensor:
+        """Queries or keys, normalised, and rotated for positions from ``first`` on."""
         x = x if norm is None else norm(x)
         return self.position.rotate(x, first) if isinstance(self.position, Rotary) else x
 
     def _queries(self, x: Tensor) -> Tensor:
-        return self._split(self._map(x, 0))
+        return self._split(self._project(x, 0))
 
     def _keys(self, x: Tensor) -> Tensor:
-        return self._split(self._map(x, 1))
+        return self._split(self._project(x, 1))
 
     def _values(self, x: Tensor) -> Tensor:
-        return self._split(self._map(x, 2))
+        return self._split(self._project(x, 2))
 
-    def _map(self, x: Tensor, which: int) -> Tensor:
-        """Query (0), key (1) or value (2) map alone."""
+    def _project(self, x: Tensor, which: int) -> Tensor:
+        """The query (0), key (1) or value (2) projection alone."""
         if not self._packed:
             return (self.q_proj, self.k_proj, self.v_proj)[which](x)
-        rows = layouts.rows(self)[which]
+        rows = layouts.packed_rows(self)[which]
         return F.linear(x, self.in_proj.weight[rows], None if self.in_proj.bias is None else self.in_proj.bias[rows])
 
     def _split(self, x: Tensor) -> Tensor:
         """[B, L, n·D] as [B, n, L, D]."""
         return x.view(x.shape[0], x.shape[1], -1, self.head_dim).transpose(1, 2)
 
-    def _scores(self, q: Tensor, k: Tensor, seen: Mask | None) -> Scores:
-        """The operands, which are known to fit; as :func:`headscope.attention` makes them."""
+    def _scores(self, q: Tensor, k: Tensor, visible: Mask | None) -> Scores:
+        """Scores as in :func:`headscope.attention`, without its checks: the shapes fit."""
         bias = self.position if isinstance(self.position, Alibi) else None
-        return Scores(q, k, seen, bias, self.head_dim**-0.5, None, None, (0, 0, k.shape[2] - q.shape[2]))
+        return Scores(q, k, visible, bias, self.head_dim**-0.5, None, None, (0, 0, k.shape[2] - q.shape[2]))
 
 
-def _check_sizes(module: MultiHeadAttention, divided: bool) -> None:
+def _check_sizes(module: MultiHeadAttention, divides: bool) -> None:
     m = module
     if m.embed_dim < 1 or m.num_heads < 1 or m.head_dim < 1:
         raise ValueError(f"embed_dim {m.embed_dim} and num_heads {m.num_heads} leave no head: both are at least 1.")
-    if divided and m.embed_dim % m.num_heads:
+    if divides and m.embed_dim % m.num_heads:
         raise ValueError(
             f"embed_dim {m.embed_dim} cannot be cut into {m.num_heads} heads: make it a multiple, or give head_dim."
         )
@@ -271,7 +271,7 @@ def _check_sizes(module: MultiHeadAttention, divided: bool) -> None:
             "num_heads must be a multiple of num_kv_heads."
         )
     if not 0 <= m.dropout_p < 1:
-        raise ValueError(f"dropout_p is {m.dropout_p}: a share of the weights, from 0 up to but not 1.")
+        raise ValueError(f"dropout_p is {m.dropout_p}: the share of dropped weights must be at least 0 and below 1.")
     if isinstance(m.position, Rotary):
         m.position.frequencies(m.head_dim)
     elif isinstance(m.position, Alibi):
