@@ -173,9 +173,9 @@ def test_what_is_not_found_is_told_with_its_null(atlas: HeadAtlas, monkeypatch: 
     rows = [row for row in atlas.relation_scores() if row.relation == "coreference"]
     best = max(rows, key=lambda row: row.accuracy - row.null)
     shown = " ".join(out.getvalue().split())
-    told = f"nearest to it, {best.layer}.{best.head}, is right in {best.accuracy:.0%} of {best.pairs} pairs"
-    assert told in shown
-    assert f"(null: {best.null:.0%}, p = {best.p_holm:.1g})" in shown
+    sentence = f"the best head, {best.layer}.{best.head}, is right in {best.accuracy * 100:.0f} % of {best.pairs} pairs"
+    assert sentence in shown
+    assert f"(null: {best.null * 100:.0f} %, p = {best.p_holm:.1g})" in shown
 
 
 def test_atlases_of_other_plans_are_not_merged(atlas: HeadAtlas, decoder: object) -> None:  # noqa: F811

@@ -61,8 +61,8 @@ def test_json_is_whole_and_alone_on_the_standard_output() -> None:
     assert first["distance"] == {"words": -6, "tokens": -7}
     assert answer["tokens"][0] == {"id": 0, "piece": "<|endoftext|>", "special": True, "start": 0, "end": 0}
     assert answer["words"][2] == {"text": "didn't", "start": 11, "end": 17, "tokens": [3, 4]}
-    assert len(answer["rest"][0]["special"]) == 30
-    assert all(0 <= share <= 1 for row in answer["rest"][0]["special"] for share in row)
+    assert len(answer["unlisted"][0]["special"]) == 30
+    assert all(0 <= share <= 1 for row in answer["unlisted"][0]["special"] for share in row)
     assert answer["proof"] < 1e-4
     assert answer["text"] == TEXT
 
@@ -131,8 +131,8 @@ def test_one_head() -> None:
     for link in answer["links"]:
         best.setdefault(link["from"]["text"], link["to"]["text"])
     assert (best["it"], best["cross"], best["tired"]) == ("animal", "animal", "it")
-    assert answer["rest"][0]["special"][0][0] is None  # heads that were not asked about
-    assert answer["asked"]["head"] == "13.8"
+    assert answer["unlisted"][0]["special"][0][0] is None  # heads that were not read
+    assert answer["selection"]["head"] == "13.8"
 
 
 def test_figure_and_recording_are_written_and_told(tmp_path: Path) -> None:

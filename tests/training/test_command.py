@@ -68,10 +68,10 @@ def test_command_trains_and_prints_the_result(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(cli.app, ["train", "copy", *OPTIONS, "--steps", "20"])
     assert done.exit_code == 0, done.output
-    assert "On 256 held-out rows, none of which it was trained on: " in done.stdout
-    assert "Written without a mistake, token after token: 0.0% of them." in done.stdout
+    assert "On 256 held-out rows, none of them in the training data: " in done.stdout
+    assert "Predicted without a mistake, token after token: 0.0\N{NO-BREAK SPACE}% of them." in done.stdout
     assert "Checkpoint: runs/copy/step-00000020.safetensors" in done.stdout
-    assert re.search(r"Heads at step 0 .*decoder\.layers\.0\.cross_attention +\d+% +\d+% ", done.stdout, re.DOTALL)
+    assert re.search(r"Heads at step 0 .*decoder\.layers\.0\.cross_attention +\d+\s% +\d+\s% ", done.stdout, re.DOTALL)
     assert re.search(r"training copy: 20/20 loss \d\.\d{4}", done.stderr)
     assert list(Path("runs/copy/tensorboard").glob("events.out.tfevents.*"))
     again = CliRunner().invoke(cli.app, ["train", "copy", *OPTIONS, "--steps", "20"])

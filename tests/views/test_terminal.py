@@ -14,7 +14,7 @@ from headscope.models.tokens import tokenize
 from headscope.views import links
 from headscope.views.links import Head
 from headscope.views.terminal import console as terminal
-from headscope.views.terminal.links import print_view
+from headscope.views.terminal.links import print_links
 from headscope.views.terminal.training import print_head_stats
 from headscope.watching.monitoring import HeadStats
 from headscope.watching.texts import record_text
@@ -22,19 +22,19 @@ from headscope.watching.texts import record_text
 TEXT = "The animal didn't cross the street because it was too tired."
 
 
-def shown(loaded: models.Loaded, text: str, capsys: pytest.CaptureFixture[str], **asked: object) -> str:
+def shown(loaded: models.Loaded, text: str, capsys: pytest.CaptureFixture[str], **options: object) -> str:
     tokens = tokenize(text, loaded.tokenizer, start_token_id=loaded.start_token_id)
-    target = asked.pop("target", None)
-    view = links.ask(
+    target = options.pop("target", None)
+    view = links.find_links(
         record_text(loaded, tokens),
         tokens,
-        [tokens.find(word) for word in asked.pop("sources", [])],  # type: ignore[attr-defined]
+        [tokens.find(word) for word in options.pop("sources", [])],  # type: ignore[attr-defined]
         target=tokens.find(str(target)) if target else None,
         causal=loaded.causal,
-        **asked,
+        **options,
     )
     capsys.readouterr()
-    print_view(view, model=loaded.name, causal=loaded.causal)
+    print_links(view, model=loaded.name, causal=loaded.causal, command="headscope see {}".format)
     return capsys.readouterr().out
 
 
@@ -45,9 +45,10 @@ def test_the_table_says_what_a_learner_needs(smollm2: models.Loaded, capsys: pyt
     text = " ".join(out.split())
     assert "30 layers × 9 = 270 heads" in text
     assert "both counted from 0" in text
-    assert "Proof: rebuilt to" in text
-    assert "<|endoftext|> 48%" in text
-    assert "Try, with the same text: --head 3.8" in text
+    assert "For “it”, this head puts 96 % of its attention on “because”." in text
+    assert "Checked: these weights × values give the model's own attention output (error" in text
+    assert "not listed: start token 48 %, the word itself 8 % (mean of" in text
+    assert "Try: headscope see --head 3.8 headscope see --from it --to animal" in text
 
 
 def test_no_colour_when_piped(smollm2: models.Loaded, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,12 +77,12 @@ def test_square_brackets_in_a_text_are_text(minilm: models.Loaded, capsys: pytes
     assert "[" in [row.split()[0] for row in out.splitlines() if "1 back" in row] + out.split()
 
 
-def test_unproved_is_said(smollm2: models.Loaded, capsys: pytest.CaptureFixture[str]) -> None:
+def test_links_that_were_not_checked_say_so(smollm2: models.Loaded, capsys: pytest.CaptureFixture[str]) -> None:
     tokens = tokenize("a b", smollm2.tokenizer, start_token_id=0)
-    view = links.ask(record_text(smollm2, tokens), tokens)
+    view = links.find_links(record_text(smollm2, tokens), tokens)
     object.__setattr__(view, "proof", None)
-    print_view(view, model="m", causal=True)
-    assert "Unproved" in capsys.readouterr().out
+    print_links(view, model="m", causal=True)
+    assert "Not checked" in capsys.readouterr().out
 
 
 def test_a_terminal_that_cannot_show_a_character_does_not_stop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,13 +99,13 @@ def test_each_head_in_training_is_a_number_or_a_word(capsys: pytest.CaptureFixtu
     print_head_stats(HeadStats(50, ("layers.0",), share, share, share, share, dead, finite, (4,)))
     out = capsys.readouterr().out
     assert "Heads at step 50" in out
-    assert re.search(r"layers\.0 +42% +dead +– +not finite", out)
+    assert re.search(r"layers\.0 +42\s% +dead +– +not finite", out)
 
 
 def test_stages_are_timed_and_silent_when_piped(capsys: pytest.CaptureFixture[str]) -> None:
     stages = terminal.Stages()
-    with stages.stage("counting") as tell:
-        tell(1, 2)
+    with stages.stage("counting") as on_progress:
+        on_progress(1, 2)
     assert capsys.readouterr() == ("", "")
     terminal.print_stages(stages, {"text": "12 words"})
     out, err = capsys.readouterr()

@@ -21,7 +21,7 @@ _ONE_OR_MANY = """Do several heads beat one? Models of equal size, trained equal
 
 Models with 1, 2, 4 and 8 heads (each head as much smaller as there are more of them) are trained with five seeds each
 on two tasks: "lookups", where each position must look at four places at once, and "bytes", Python source. The table
-gives the mean over seeds and its 95% interval of the loss on unseen rows, and how differently the heads look.
+gives the mean over seeds and its 95 % interval of the loss on unseen rows, and how differently the heads look.
 
 Finished runs are saved: the same command goes on where it was stopped. It takes up to 20 minutes on 2 slow cores;
 --quick takes less than two, with 1 and 4 heads, three seeds and fewer steps.

@@ -1,4 +1,4 @@
-"""The command `headscope forbid`: what does the model lose when a word may not look at another?"""
+"""The command `headscope forbid`: what the model loses when a word is stopped from looking at another."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from headscope.commands.models import DEFAULT_MODEL, pull_default
 from headscope.errors import TextError
 from headscope.heads.effects import link_effects
 from headscope.models.tokens import tokenize
-from headscope.views.data import forbidden_as_data, print_json
+from headscope.views.data import effects_as_data, print_json
 from headscope.views.terminal import console as terminal
-from headscope.views.terminal import forbidden as terminal_links
+from headscope.views.terminal.link_effects import print_link_effects
 from headscope.views.words import label
 
 __all__ = ["app"]
@@ -31,17 +31,19 @@ layer alone, and in each head alone, and the next token's probabilities are comp
 
 \b
 Examples:
-  headscope forbid                                 "it" may not look at "animal"
+  headscope forbid                                 "it" is stopped from looking at "animal"
   headscope forbid "The cup fell because it was" --from it --to cup
   headscope forbid --from too --to animal --json
 """
 
 TextArgument = Annotated[
-    str | None, typer.Argument(help="The text, up to where the model goes on.", show_default=DEFAULT_TEXT)
+    str | None, typer.Argument(help="The text, up to the token to predict.", show_default=DEFAULT_TEXT)
 ]
 Model = Annotated[str, typer.Option("--model", metavar="NAME", help="smollm2, a folder, a .gguf file or a hub name.")]
-From = Annotated[str, typer.Option("--from", metavar="WORD", help="The word that may not look; it#2 is the second it.")]
-To = Annotated[str, typer.Option("--to", metavar="WORD", help="The word that it may not look at.")]
+From = Annotated[
+    str, typer.Option("--from", metavar="WORD", help="The word that is stopped from looking; it#2 is the second it.")
+]
+To = Annotated[str, typer.Option("--to", metavar="WORD", help="The word that it cannot look at.")]
 Top = Annotated[int, typer.Option("--top", metavar="N", min=1, help="How many tokens, layers and heads.")]
 AsJson = Annotated[bool, typer.Option("--json", help="The whole answer as JSON, on the standard output.")]
 
@@ -67,16 +69,16 @@ def forbid(
     if loaded.causal and target.tokens[0] > source.tokens[-1]:
         raise TextError(
             f"{label(tokens, target)!r} comes after {label(tokens, source)!r}, and {loaded.name} sees only "
-            f"what comes before: there is nothing to forbid. Try --from {to} --to {from_}."
+            f"what comes before: there is no link to stop. Try: headscope forbid --from {to} --to {from_}"
         )
     ids = torch.tensor([tokens.ids], device=loaded.model.device)
-    with stages.stage("forbidding the link in each head"):
+    with stages.stage("stopping the link in each head"):
         effects = link_effects(loaded.model, ids, source.tokens, target.tokens, top=top)
     ids_shown = [change.token_id for change in effects.everywhere.changes]
     pieces = {i: str(loaded.tokenizer.decode([i])) for i in ids_shown}
     names = {"source": label(tokens, source), "target": label(tokens, target)}
     if as_json:
-        data = forbidden_as_data(effects, pieces, tokens.text, **names)
+        data = effects_as_data(effects, pieces, tokens.text, **names)
         print_json({"model": {"name": loaded.name, "source": loaded.source}} | data)
     else:
-        terminal_links.print_forbidden(effects, pieces, model=loaded.name, **names, top=top)
+        print_link_effects(effects, pieces, model=loaded.name, **names, top=top)

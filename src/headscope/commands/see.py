@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -14,10 +16,10 @@ from headscope.commands.pipe import is_piped, read_pipe
 from headscope.errors import TextError
 from headscope.files import check_writable
 from headscope.models.tokens import Tokens, tokenize
-from headscope.views.data import as_data, print_json
-from headscope.views.links import View, ask, head_of
+from headscope.views.data import links_as_data, print_json
+from headscope.views.links import TextLinks, find_links, head_of
 from headscope.views.terminal import console as terminal
-from headscope.views.terminal.links import print_view
+from headscope.views.terminal.links import print_links
 from headscope.views.words import label
 from headscope.watching.recording import Recording
 from headscope.watching.texts import record_text
@@ -31,7 +33,7 @@ app = typer.Typer(rich_markup_mode=None)
 _SEE = """Show which words look at which, in every head of a model.
 
 For a few words of the text (or those that you name) you see the words that they look at, and the heads that do so:
-13.8 is layer 13, head 8, both counted from 0. Shares add up to 100% for each head and word.
+13.8 is layer 13, head 8, both counted from 0. Shares add up to 100 % for each head and word.
 
 \b
 Examples:
@@ -98,7 +100,7 @@ def see(
     if text is not None and file is not None:
         raise typer.BadParameter("give a text or --file, not both.")
     stages = terminal.Stages(shown=not as_json)
-    text = _read_text(text, file)
+    argument, text = text, _read_text(text, file)
     _check_outputs(figure, save)
     pull_default(model, stages)
     with stages.stage("loading the model"):
@@ -110,7 +112,7 @@ def see(
         recording = record_text(loaded, tokens, on_progress=on_progress)
     one_head = None if head is None else head_of(head, recording)
     with stages.stage("reading the heads") as on_progress:
-        view = ask(
+        view = find_links(
             recording,
             tokens,
             sources,
@@ -118,15 +120,26 @@ def see(
             head=one_head,
             top=top,
             causal=loaded.causal,
-            on_layer=on_progress,
+            on_progress=on_progress,
         )
     if as_json:
-        print_json(as_data(view, model=loaded.name, source=loaded.source))
+        print_json(links_as_data(view, model=loaded.name, source=loaded.source))
     else:
-        print_view(view, model=loaded.name, causal=loaded.causal)
+        print_links(view, model=loaded.name, causal=loaded.causal, command=_command_for(argument, file, model))
     _write(recording, tokens, view, loaded.name, figure, save, stages, quiet=as_json)
     if verbose:
         terminal.print_stages(stages, _facts(loaded, tokens))
+
+
+def _command_for(text: str | None, file: Path | None, model: str) -> Callable[[str], str]:
+    """A function that puts options into the command that shows the same text with the same model."""
+    model_option = "" if model == DEFAULT_MODEL else f" --model {quote(model)}"
+    if file is not None:
+        return lambda options: f"headscope see{model_option} --file {quote(str(file))} {options}"
+    if text is None:
+        return lambda options: f"headscope see{model_option} {options}"
+    dashes = "-- " if text.startswith("-") and text != "-" else ""
+    return lambda options: f"headscope see{model_option} {options} {dashes}{quote(text)}"
 
 
 def _read_text(text: str | None, file: Path | None) -> str:
@@ -157,7 +170,7 @@ def _check_outputs(figure: Path | None, save: Path | None) -> None:
 def _write(
     recording: Recording,
     tokens: Tokens,
-    view: View,
+    view: TextLinks,
     model: str,
     figure: Path | None,
     save: Path | None,
@@ -171,7 +184,7 @@ def _write(
 
         with stages.stage("drawing") as on_progress:
             if view.head is None:
-                drawn = figures.thumbnails(recording, tokens, figure, model=model, on_layer=on_progress)
+                drawn = figures.thumbnails(recording, tokens, figure, model=model, on_progress=on_progress)
             else:
                 drawn = figures.head_map(recording, tokens, view.head, figure, model=model)
         terminal.print_line(f"Figure: {figure}", error=quiet)

@@ -18,6 +18,7 @@ from headscope.training import TASKS, Stopped, TrainConfig, TrainingStep, TrainR
 from headscope.training.logs import has_tensorboard, tensorboard
 from headscope.views.terminal import console as terminal
 from headscope.views.terminal.training import print_head_stats
+from headscope.views.words import percent
 
 __all__ = ["app"]
 
@@ -33,14 +34,14 @@ The tasks need no download:
 {tasks}
 
 Everything goes into --out: checkpoints (safetensors), and TensorBoard's logs of the loss and of what each head does.
-The heads are looked at every 50 steps: you are told at once of one whose logits explode or whose entropy collapses,
-and at the end what each of them does.
+The heads are measured every 50 steps: a warning names a head whose logits explode or whose entropy collapses, and a
+table at the end has all of them.
 A run that was stopped, by Ctrl-C or by a power cut, goes on from its last checkpoint when you give the same command
 again, to the same result.
 
 \b
 Examples:
-  headscope train copy                       two minutes; 100% of unseen sequences copied
+  headscope train copy                       two minutes; 100 % of unseen sequences copied
   headscope train sort --heads 1             can one head sort?
   headscope train bytes --steps 3000 --out runs/longer
   tensorboard --logdir runs                  look at the logs (pip install 'headscope[train]')
@@ -53,9 +54,9 @@ Out = Annotated[
 ]
 Steps = Annotated[int, typer.Option("--steps", min=0, help="Updates of the weights; 0: the task's own number.")]
 BatchSize = Annotated[
-    int, typer.Option("--batch-size", min=0, help="Rows a step, over all processes; 0: the task's own number.")
+    int, typer.Option("--batch-size", min=0, help="Rows per step, over all processes; 0: the task's own number.")
 ]
-Length = Annotated[int, typer.Option("--length", min=0, help="Positions a row; 0: the task's own number.")]
+Length = Annotated[int, typer.Option("--length", min=0, help="Positions per row; 0: the task's own number.")]
 Rate = Annotated[float, typer.Option("--learning-rate", help="The highest; after a warm-up it falls along a cosine.")]
 Warmup = Annotated[int, typer.Option("--warmup", min=0, help="Steps until the highest learning rate.")]
 EmbedDim = Annotated[int, typer.Option("--embed-dim", min=0, help="The model's width; 0: the task's own.")]
@@ -128,10 +129,10 @@ def _silent_unless_main() -> Iterator[None]:
 def _train(config: TrainConfig, folder: Path, save_every: int, device: str, as_json: bool) -> None:
     is_main = rank() == 0
     with ExitStack() as stack:
-        tell = stack.enter_context(terminal.running(f"training {config.task}", shown=is_main))
+        show_progress = stack.enter_context(terminal.running(f"training {config.task}", shown=is_main))
 
         def on_progress(step: TrainingStep) -> None:
-            tell(step.done, step.of, f"loss {step.loss:.4f}")
+            show_progress(step.done, step.of, f"loss {step.loss:.4f}")
 
         log = None
         if is_main and has_tensorboard():
@@ -149,14 +150,17 @@ def _train(config: TrainConfig, folder: Path, save_every: int, device: str, as_j
         except Stopped as stop:
             stack.close()
             if is_main:
-                kept = f"its state is in {stop.path}. To go on, give the same command again."
-                terminal.print_line(f"Stopped after step {stop.step} of {config.steps}; {kept}", error=True)
+                terminal.print_line(
+                    f"Stopped after step {stop.step} of {config.steps}; its state is in {stop.path}. "
+                    "To go on, give the same command again.",
+                    error=True,
+                )
             raise typer.Exit(130) from None
     if is_main:
-        _tell_result(config, result, as_json)
+        _print_result(config, result, as_json)
 
 
-def _tell_result(config: TrainConfig, result: TrainResult, as_json: bool) -> None:
+def _print_result(config: TrainConfig, result: TrainResult, as_json: bool) -> None:
     held_out, heads, task = result.held_out, result.heads, config.make_task()
     if as_json:
         data = {
@@ -177,11 +181,11 @@ def _tell_result(config: TrainConfig, result: TrainResult, as_json: bool) -> Non
         terminal.print_line(f"Went on after step {result.first_step}.")
     guess = math.log2(task.vocab_size)
     terminal.print_line(
-        f"On {held_out.rows} held-out rows, none of which it was trained on: {held_out.bits:.4f} bits a {task.unit} "
-        f"({held_out.loss:.4f} nats; guessing costs {guess:.2f} bits)."
+        f"On {held_out.rows} held-out rows, none of them in the training data: "
+        f"{held_out.bits:.4f} bits per {task.unit} ({held_out.loss:.4f} nats; guessing costs {guess:.2f} bits)."
     )
     if held_out.exact is not None:
-        terminal.print_line(f"Written without a mistake, token after token: {held_out.exact:.1%} of them.")
+        terminal.print_line(f"Predicted without a mistake, token after token: {percent(held_out.exact, 1)} of them.")
     if heads is not None:
         print_head_stats(heads)
     terminal.print_line(f"Checkpoint: {result.checkpoint}")

@@ -1,4 +1,4 @@
-"""Answers as data."""
+"""Links and the effects of a link as JSON data; docs/json.md describes each entry."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from torch import Tensor
 
 from headscope.heads.effects import LinkEffects
 from headscope.models.tokens import Word
-from headscope.views.links import Link, View
+from headscope.views.links import Link, TextLinks
 from headscope.views.words import label
 
-__all__ = ["as_data", "forbidden_as_data", "print_json"]
+__all__ = ["effects_as_data", "links_as_data", "print_json"]
 
-VERSION = 1
+VERSION = 2
 
 
-def as_data(view: View, *, model: str, source: str) -> dict[str, Any]:
-    """An answer as JSON data; docs/json.md describes each entry.
+def links_as_data(view: TextLinks, *, model: str, source: str) -> dict[str, Any]:
+    """The links of a text as JSON data.
 
     Args:
-        view: The answer.
+        view: The links.
         model: The model's name.
         source: Where it was read from.
     """
     tokens = view.tokens
     index = {word.start: i for i, word in enumerate(tokens.words)}
 
-    def word(given: Word) -> dict[str, Any]:
-        return {"text": given.text, "word": index[given.start], "name": label(tokens, given)}
+    def word_data(word: Word) -> dict[str, Any]:
+        return {"text": word.text, "word": index[word.start], "name": label(tokens, word)}
 
-    def link(given: Link) -> dict[str, Any]:
+    def link_data(link: Link) -> dict[str, Any]:
         return {
-            "layer": given.layer,
-            "head": given.head,
-            "weight": _number(given.weight),
-            "from": word(given.source),
-            "to": word(given.target),
-            "distance": {"words": given.words, "tokens": given.tokens},
+            "layer": link.layer,
+            "head": link.head,
+            "weight": _number(link.weight),
+            "from": word_data(link.source),
+            "to": word_data(link.target),
+            "distance": {"words": link.word_distance, "tokens": link.token_distance},
         }
 
     return {
@@ -53,32 +53,37 @@ def as_data(view: View, *, model: str, source: str) -> dict[str, Any]:
             )
         ],
         "words": [{"text": w.text, "start": w.start, "end": w.end, "tokens": list(w.tokens)} for w in tokens.words],
-        "asked": {
-            "from": [word(w) for w in view.sources],
-            "to": None if view.target is None else word(view.target),
+        "selection": {
+            "from": [word_data(word) for word in view.sources],
+            "to": None if view.target is None else word_data(view.target),
             "head": None if view.head is None else str(view.head),
         },
-        "links": [link(one) for one in view.links],
-        "rest": [
-            {"from": word(r.source), "special": _table(r.special), "itself": _table(r.itself), "blank": _table(r.blank)}
-            for r in view.rest
+        "links": [link_data(link) for link in view.links],
+        "unlisted": [
+            {
+                "from": word_data(part.source),
+                "special": _table(part.special),
+                "itself": _table(part.itself),
+                "blank": _table(part.blank),
+            }
+            for part in view.unlisted
         ],
         "proof": view.proof,
         "notes": list(view.notes),
     }
 
 
-def forbidden_as_data(
+def effects_as_data(
     effects: LinkEffects, pieces: dict[int, str], text: str, *, source: str, target: str
 ) -> dict[str, Any]:
-    """What forbidding a link does, as JSON data; docs/json.md describes each entry.
+    """The effects of stopping a link, as JSON data.
 
     Args:
-        effects: Of forbidding it.
-        pieces: How the tokens whose probabilities are compared are written.
+        effects: The effects.
+        pieces: The text of each token whose probabilities are compared.
         text: The text.
-        source: The word that may not look.
-        target: The word that it may not look at.
+        source: The word that is stopped from looking.
+        target: The word that it cannot look at.
     """
     return {
         "version": VERSION,

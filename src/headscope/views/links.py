@@ -1,8 +1,8 @@
-"""What a person asks of a text's heads: which word looks at which, in which head, and how much.
+"""The strongest links between the words of a text: which word looks at which, in which head, and how much.
 
 A model's weights are between tokens; here they become weights between words by Clark's rule: the
-columns of a split word are summed, its rows averaged (arXiv 1906.04341). What rests on special tokens (the
-start token, [CLS], [SEP]) or on the word itself is kept apart from what goes to other words.
+columns of a split word are summed, its rows averaged (arXiv 1906.04341). The weight on special tokens (the
+start token, [CLS], [SEP]) and on the word itself is not listed among the links: it would hide them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from headscope.models.tokens import Tokens, Word
 from headscope.ops.matrix import AttentionMatrix
-from headscope.views.words import FEW_WORDS, Positions, all_words, chosen_words, column_of, label, rows_of
+from headscope.views.words import FEW_WORDS, Positions, all_words, column_of, default_words, label, percent, rows_of
 from headscope.watching.recording import Recording
 
-__all__ = ["Head", "Link", "Rest", "View", "ask", "head_of", "split_head"]
+__all__ = ["Head", "Link", "TextLinks", "Unlisted", "find_links", "head_of", "split_head"]
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -47,8 +47,8 @@ class Link:
         source: The word that looks (the query).
         target: The word that is looked at (the key).
         weight: The share of the head's attention, from 0 to 1.
-        words: How many words further the target stands; -1 is the word before.
-        tokens: The same between their first tokens.
+        word_distance: How many words further the target stands; -1 is the word before.
+        token_distance: The same between their first tokens.
     """
 
     layer: int
@@ -56,13 +56,13 @@ class Link:
     source: Word
     target: Word
     weight: float
-    words: int
-    tokens: int
+    word_distance: int
+    token_distance: int
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Rest:
-    """Where a word's attention goes that goes to no other word: each [layers, heads]; NaN where not asked.
+class Unlisted:
+    """A word's attention on no other word: each [layers, heads]; NaN for heads that were not read.
 
     Attributes:
         source: The word.
@@ -78,21 +78,21 @@ class Rest:
 
 
 @dataclass(frozen=True, eq=False)
-class View:
-    """An answer about one text. Made by `ask`.
+class TextLinks:
+    """The strongest links of one text. Made by `find_links`.
 
     Attributes:
         tokens: The text.
-        sources: The words that were asked about; empty if every word was (with a target only).
-        target: The word that all links lead to, if one was asked for.
-        head: The head that was asked for, if one was.
+        sources: The words that look; empty if that is every word (with a target only).
+        target: The word that all links lead to; None for any.
+        head: The one head of the links; None for all heads.
         links: The strongest links: by source in the order of `sources`, then by weight.
-        rest: What goes to no other word, for each word in `sources`.
-        over: For a source and a target: how many heads give it more than a tenth.
+        unlisted: The attention on no other word, for each word in `sources`.
+        heads_above_tenth: For a target: how many heads give it more than a tenth.
         heads: Heads in each layer.
-        proof: How closely weights times values match what the model's own attention returned: the
-            largest relative difference; None if it could not be proved.
-        notes: What a reader should know about this answer.
+        proof: The largest relative difference between weights × values and the output of the model's own
+            attention; None if they could not be compared.
+        notes: What a reader should know about these links.
     """
 
     tokens: Tokens
@@ -100,14 +100,14 @@ class View:
     target: Word | None
     head: Head | None
     links: tuple[Link, ...]
-    rest: tuple[Rest, ...]
-    over: int
+    unlisted: tuple[Unlisted, ...]
+    heads_above_tenth: int
     heads: tuple[int, ...]
     proof: float | None
     notes: tuple[str, ...]
 
 
-def ask(
+def find_links(
     recording: Recording,
     tokens: Tokens,
     sources: Sequence[Word] = (),
@@ -116,24 +116,24 @@ def ask(
     head: Head | None = None,
     top: int | None = None,
     causal: bool = False,
-    on_layer: Callable[[int, int], None] | None = None,
-) -> View:
+    on_progress: Callable[[int, int], None] | None = None,
+) -> TextLinks:
     """The strongest links between words.
 
-    Memory grows with the text, not with its square: each layer is read for the words asked about,
+    Memory grows with the text, not with its square: each layer is read for the sources only,
     and only the strongest heads of each pair of words are kept.
 
     Args:
         recording: The model's run over the text.
         tokens: The text.
-        sources: The words that look. By default `chosen_words`; every word with a target alone, or with a
+        sources: The words that look. By default `default_words`; every word with a target alone, or with a
             head if the text is short.
         target: Only links to this word.
         head: Only this head.
         top: How many words for each word, and how many heads for each pair of words. By default 5
-            and 4; 10 heads for a pair that was asked for, 3 words for each word of a head.
+            and 4; 10 heads for a source and a target, 3 words for each word of a head.
         causal: Whether a word sees only those before it (for the notes alone).
-        on_layer: Told after each layer: how many are done, and of how many.
+        on_progress: Called after each layer with how many are done, and of how many.
 
     Raises:
         ValueError: There is no such head, or `top` is below 1.
@@ -142,30 +142,30 @@ def ask(
         raise ValueError(f"top is {top}: how many links to show, at least 1.")
     if head is not None:
         head = head_of(str(head), recording)
-    everyone = target is not None and not sources
-    if not sources and not everyone:
+    every_source = target is not None and not sources
+    if not sources and not every_source:
         short = head is not None and len(tokens.words) <= FEW_WORDS
-        sources = tokens.words if short else chosen_words(tokens)
-    asked = tokens.words if everyone else tuple(sources)
-    keep = 1 if head else top or (10 if target and not everyone else 4)
-    finder = _Finder(tokens, asked, target, keep)
+        sources = tokens.words if short else default_words(tokens)
+    sources = tokens.words if every_source else tuple(sources)
+    heads_per_pair = 1 if head else top or (10 if target and not every_source else 4)
+    finder = _Finder(tokens, sources, target, heads_per_pair)
     layers = range(len(recording)) if head is None else [head.layer]
     for done, layer in enumerate(layers, 1):
         finder.add(layer, recording[layer], None if head is None else head.head)
-        if on_layer is not None:
-            on_layer(done, len(layers))
+        if on_progress is not None:
+            on_progress(done, len(layers))
     heads = tuple(int(site.shape[1]) for site in recording.sites)
-    return View(
+    return TextLinks(
         tokens=tokens,
-        sources=() if everyone else asked,
+        sources=() if every_source else sources,
         target=target,
         head=head,
-        links=finder.links(top or (5 if head is None else 10 if everyone else 3), by_source=not everyone),
-        rest=() if everyone else finder.rest(heads),
-        over=finder.over,
+        links=finder.links(top or (5 if head is None else 10 if every_source else 3), by_source=not every_source),
+        unlisted=() if every_source else finder.unlisted(heads),
+        heads_above_tenth=finder.heads_above_tenth,
         heads=heads,
         proof=recording.proof,
-        notes=_notes(recording, tokens, () if everyone else asked, target, causal),
+        notes=_notes(recording, tokens, () if every_source else sources, target, causal),
     )
 
 
@@ -204,42 +204,42 @@ def head_of(text: str, recording: Recording) -> Head:
 class _Finder:
     """Takes one layer after another; keeps the strongest heads for each pair of words."""
 
-    def __init__(self, tokens: Tokens, asked: Sequence[Word], target: Word | None, keep: int) -> None:
-        self.tokens, self.asked, self.target = tokens, asked, target
+    def __init__(self, tokens: Tokens, sources: Sequence[Word], target: Word | None, heads_per_pair: int) -> None:
+        self.tokens, self.sources, self.target = tokens, sources, target
         self.positions = Positions(tokens)
-        self.index = torch.tensor([self.positions.index[word.start] for word in asked])
-        self.alone = target is not None and len(asked) == len(tokens.words)  # a target and no source
-        self.keep, self.over = keep, 0
+        self.index = torch.tensor([self.positions.index[word.start] for word in sources])
+        self.every_source = target is not None and len(sources) == len(tokens.words)
+        self.heads_per_pair, self.heads_above_tenth = heads_per_pair, 0
         width = self.positions.count if target is None else 1
-        self.weights = torch.zeros(len(asked), width, keep)
-        self.layers = torch.full((len(asked), width, keep), -1)
-        self.heads = torch.full((len(asked), width, keep), -1)
-        self.apart: dict[int, Tensor] = {}
+        self.weights = torch.zeros(len(sources), width, heads_per_pair)
+        self.layers = torch.full((len(sources), width, heads_per_pair), -1)
+        self.heads = torch.full((len(sources), width, heads_per_pair), -1)
+        self.unlisted_weights: dict[int, Tensor] = {}
 
     def add(self, layer: int, matrix: AttentionMatrix, head: int | None) -> None:
         """Read one layer."""
-        given = self._read(layer, matrix)  # [H, n, W']
+        shares = self._read(layer, matrix)  # [H, n, W']
         if head is not None:
-            given = torch.zeros_like(given).index_copy_(0, torch.tensor([head]), given[[head]])
-        self.over += int((given > 0.1).sum()) if self.target is not None else 0
-        weights = torch.cat([self.weights, given.permute(1, 2, 0)], -1)
-        numbers = torch.arange(len(given)).expand(*given.shape[1:], -1)
+            shares = torch.zeros_like(shares).index_copy_(0, torch.tensor([head]), shares[[head]])
+        self.heads_above_tenth += int((shares > 0.1).sum()) if self.target is not None else 0
+        weights = torch.cat([self.weights, shares.permute(1, 2, 0)], -1)
+        numbers = torch.arange(len(shares)).expand(*shares.shape[1:], -1)
         heads = torch.cat([self.heads, numbers], -1)
         layers = torch.cat([self.layers, torch.full_like(numbers, layer)], -1)
-        self.weights, best = weights.topk(self.keep, -1)
+        self.weights, best = weights.topk(self.heads_per_pair, -1)
         self.heads, self.layers = heads.gather(-1, best), layers.gather(-1, best)
 
     def _read(self, layer: int, matrix: AttentionMatrix) -> Tensor:
         few = self.positions.count <= FEW_WORDS
-        if self.alone and not few and self.target is not None:
+        if self.every_source and not few and self.target is not None:
             return column_of(matrix, self.positions, self.target)
         if few:
             rows = all_words(matrix, self.positions)[:, self.index]
         else:
-            rows = rows_of(matrix, self.positions, self.asked)
+            rows = rows_of(matrix, self.positions, self.sources)
         count = self.positions.count
         itself = rows.gather(-1, self.index.view(1, -1, 1).expand(len(rows), -1, 1))
-        self.apart[layer] = torch.cat([rows[..., count:], itself], -1)
+        self.unlisted_weights[layer] = torch.cat([rows[..., count:], itself], -1)
         if self.target is None:
             return rows[..., :count]
         column = self.positions.index[self.target.start]
@@ -247,17 +247,17 @@ class _Finder:
 
     def links(self, top: int, *, by_source: bool) -> tuple[Link, ...]:
         """The strongest: for each source its ``top`` targets; or the ``top`` sources of the target."""
-        found = [self._of_source(i, top) for i in range(len(self.asked))]
+        groups = [self._of_source(i, top) for i in range(len(self.sources))]
         if not by_source:
-            found = sorted((links for links in found if links), key=lambda links: -links[0].weight)[:top]
-        return tuple(link for links in found for link in links)
+            groups = sorted((links for links in groups if links), key=lambda links: -links[0].weight)[:top]
+        return tuple(link for links in groups for link in links)
 
     def _of_source(self, i: int, top: int) -> list[Link]:
-        source = self.asked[i]
+        source = self.sources[i]
         best = self.weights[i, :, 0].clone()
         if self.target is None:
             best[self.index[i]] = 0
-        elif self.alone and self.target.start == source.start:
+        elif self.every_source and self.target.start == source.start:
             best[0] = 0
         links = []
         for column in best.topk(min(top, len(best))).indices[: int((best > 0).sum())].tolist():
@@ -272,13 +272,14 @@ class _Finder:
                     links.append(Link(layer, head, source, target, weight, words, tokens))
         return sorted(links, key=lambda link: -link.weight)
 
-    def rest(self, heads: Sequence[int]) -> tuple[Rest, ...]:
-        """What goes to no other word."""
-        whole = torch.full((len(heads), max(heads), len(self.asked), 3), torch.nan)
-        for layer, part in self.apart.items():
+    def unlisted(self, heads: Sequence[int]) -> tuple[Unlisted, ...]:
+        """The attention on no other word."""
+        whole = torch.full((len(heads), max(heads), len(self.sources), 3), torch.nan)
+        for layer, part in self.unlisted_weights.items():
             whole[layer, : len(part)] = part
         return tuple(
-            Rest(word, whole[:, :, i, 0], whole[:, :, i, 2], whole[:, :, i, 1]) for i, word in enumerate(self.asked)
+            Unlisted(word, whole[:, :, i, 0], whole[:, :, i, 2], whole[:, :, i, 1])
+            for i, word in enumerate(self.sources)
         )
 
 
@@ -298,5 +299,5 @@ def _notes(
     if causal and target is None and first in sources:
         notes.append(f"{label(tokens, first)!r} is the first word: in a decoder it has no word to look back at.")
     if tokens.unknown_share > 0.05:
-        notes.append(f"The model does not know {tokens.unknown_share:.0%} of this text's tokens.")
+        notes.append(f"{percent(tokens.unknown_share)} of this text's tokens are unknown to the model.")
     return tuple(notes)

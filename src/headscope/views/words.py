@@ -1,8 +1,8 @@
-"""Weights between words, and which words to ask about.
+"""Weights between words, which words to show, and how words and shares are written.
 
 Tokens become words by Clark's rule: the columns of a split word are summed, its rows averaged
-(arXiv 1906.04341). After the columns of the words come two more: what goes to special tokens (the start
-token, [CLS], [SEP]), and to tokens of spaces alone.
+(arXiv 1906.04341). After the columns of the words come two more: the weight on special tokens (the start
+token, [CLS], [SEP]), and on tokens of spaces alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,17 @@ from headscope.errors import TextError
 from headscope.models.tokens import Tokens, Word
 from headscope.ops.matrix import AttentionMatrix
 
-__all__ = ["FEW_WORDS", "Positions", "all_words", "chosen_words", "column_of", "label", "rows_of", "word_map"]
+__all__ = [
+    "FEW_WORDS",
+    "Positions",
+    "all_words",
+    "column_of",
+    "default_words",
+    "label",
+    "percent",
+    "rows_of",
+    "word_map",
+]
 
 FEW_WORDS = 400  # up to here the map of all words by all words is made, one layer at a time
 
@@ -25,6 +35,15 @@ def label(tokens: Tokens, word: Word) -> str:
     """How to ask for a word: its text, and its number if it is there more than once, as in "it#2"."""
     same = [other.start for other in tokens.words if other.text == word.text]
     return word.text if len(same) == 1 else f"{word.text}#{same.index(word.start) + 1}"
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """A share as people read it, on one line: "96 %".
+
+    >>> percent(0.9612).split()
+    ['96', '%']
+    """
+    return f"{share * 100:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def _words(listed: str) -> frozenset[str]:
@@ -41,8 +60,8 @@ _FUNCTION = _words(
 )
 
 
-def chosen_words(tokens: Tokens, most: int = 4) -> tuple[Word, ...]:
-    """The words that are shown when none is asked for: at most four.
+def default_words(tokens: Tokens, limit: int = 4) -> tuple[Word, ...]:
+    """The words that are shown when none is named: at most four.
 
     The last two pronouns of the third person (it, she, 他 …), because they stand for another word, then
     the last words that are not function words (the, because, was …), because they have the most to look
@@ -52,7 +71,7 @@ def chosen_words(tokens: Tokens, most: int = 4) -> tuple[Word, ...]:
     visible = [i for i, text in enumerate(folded) if any(c.isalnum() for c in text)] or list(range(len(folded)))
     pronouns = [i for i in visible if folded[i] in _PRONOUNS][-2:]
     content = [i for i in reversed(visible) if folded[i] not in _PRONOUNS | _FUNCTION]
-    chosen = list(dict.fromkeys(pronouns + content))[:most] or visible[-most:]
+    chosen = list(dict.fromkeys(pronouns + content))[:limit] or visible[-limit:]
     return tuple(tokens.words[i] for i in chosen)
 
 
@@ -93,17 +112,18 @@ def rows_of(matrix: AttentionMatrix, positions: Positions, words: Sequence[Word]
     out = torch.zeros(heads, len(words), positions.count + 2)
     for i, word in enumerate(words):
         first, last = word.tokens[0], word.tokens[-1]
-        mine = [t - first for t in word.tokens]
-        row = matrix[0, :, first : last + 1][:, mine].mean(1).float()
+        offsets = [token - first for token in word.tokens]
+        row = matrix[0, :, first : last + 1][:, offsets].mean(1).float()
         out[:, i].index_add_(1, positions.columns, row)
     return out
 
 
 def column_of(matrix: AttentionMatrix, positions: Positions, target: Word) -> Tensor:
-    """What every word gives to one word, [H, W, 1]."""
+    """The weight of every word on one word, [H, W, 1]."""
     first, last = target.tokens[0], target.tokens[-1]
-    given = matrix[0, :, :, first : last + 1][..., [t - first for t in target.tokens]].sum(-1).float()
+    offsets = [token - first for token in target.tokens]
+    weights = matrix[0, :, :, first : last + 1][..., offsets].sum(-1).float()
     inside = positions.rows >= 0
     rows = positions.rows[inside]
-    sums = torch.zeros(len(given), positions.count).index_add_(1, rows, given[:, inside])
+    sums = torch.zeros(len(weights), positions.count).index_add_(1, rows, weights[:, inside])
     return (sums / torch.bincount(rows, minlength=positions.count)).unsqueeze(-1)

@@ -21,7 +21,7 @@ from headscope.files import whole_file
 from headscope.models.tokens import Tokens
 from headscope.ops.matrix import AttentionMatrix
 from headscope.views.links import Head
-from headscope.views.words import FEW_WORDS, label, word_map
+from headscope.views.words import FEW_WORDS, label, percent, word_map
 from headscope.watching.recording import Recording
 
 __all__ = ["EXTENSIONS", "Drawn", "check_extension", "head_map", "thumbnails"]
@@ -31,7 +31,7 @@ _BINS = 64  # a thumbnail has at most so many rows and columns
 _INCH = 0.62  # a thumbnail with its gap
 _LABELLED = 60  # up to so many words stand on a map's axes, each
 _WORDS = LinearSegmentedColormap.from_list("words", ["#ffffff", "#c6dbef", "#4292c6", "#08519c", "#041f45"])
-_REST = LinearSegmentedColormap.from_list("rest", ["#ffffff", "#bdbdbd", "#404040"])
+_SPECIAL = LinearSegmentedColormap.from_list("rest", ["#ffffff", "#bdbdbd", "#404040"])
 _HIDDEN = "#f3f0ea"  # what the mask hides
 _TICKS = [0, 0.05, 0.25, 0.5, 1]
 _FALLBACKS = (
@@ -69,7 +69,7 @@ class Drawn:
 
 
 def check_extension(path: Path) -> None:
-    """Find out before the work is done whether such a figure can be made.
+    """Raise an error before the work is done if such a figure cannot be drawn.
 
     Raises:
         ValueError: The name ends in something else than .png, .svg or .pdf.
@@ -85,12 +85,12 @@ def thumbnails(
     path: str | Path,
     *,
     model: str = "",
-    on_layer: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Drawn:
     """Every head of a model over one text, in one figure: layers are rows, heads are columns.
 
     Each thumbnail is a head's map: a row for each word that looks, a column for each word that is
-    looked at. What rests on special tokens is the grey strip at its left. A text of more than 64 words
+    looked at. The grey strip at its left is the weight on special tokens. A text of more than 64 words
     is cut into 64 parts, each drawn as if it were one word.
 
     Args:
@@ -98,7 +98,7 @@ def thumbnails(
         tokens: The text.
         path: Where to write it: .png, .svg or .pdf.
         model: The model's name, for the title.
-        on_layer: Told after each layer: how many are done, and of how many.
+        on_progress: Called after each layer with how many are done, and of how many.
 
     Raises:
         ValueError: Another extension.
@@ -119,8 +119,8 @@ def thumbnails(
             y, x = layer * tall, head * wide
             mosaic[y : y + side, x + first : x + first + side] = one
             strips[y : y + side, x : x + strip] = beside[:, None]
-        if on_layer is not None:
-            on_layer(layer + 1, layers)
+        if on_progress is not None:
+            on_progress(layer + 1, layers)
     fonts = _Fonts(tokens.text)
     parts = side if len(tokens.words) > _BINS else 0
     broad, high = heads * _INCH * wide / tall, layers * _INCH
@@ -161,7 +161,7 @@ def head_map(recording: Recording, tokens: Tokens, head: Head, path: str | Path,
     fonts = _Fonts(tokens.text)
     if count <= FEW_WORDS:
         full = word_map(recording[head.layer], tokens, head.head)
-        main, rest = _unseen_blank(full[:, :count], recording[head.layer]), full[:, count]
+        main, rest = _hidden_blank(full[:, :count], recording[head.layer]), full[:, count]
     else:
         maps, rests = _small_maps(recording[head.layer], tokens, 4 * _BINS)
         main, rest = maps[head.head], rests[head.head]
@@ -186,7 +186,7 @@ def head_map(recording: Recording, tokens: Tokens, head: Head, path: str | Path,
 
 
 def _small_maps(matrix: AttentionMatrix, tokens: Tokens, parts: int) -> tuple[Tensor, Tensor]:
-    """The maps of a layer's heads [H, n, n], and what rests on special tokens [H, n].
+    """The maps of a layer's heads [H, n, n], and the weight on special tokens [H, n].
 
     A word is a row and a column; a text of more words than `parts` is cut into so many parts, each taken
     as if it were one word.
@@ -197,10 +197,10 @@ def _small_maps(matrix: AttentionMatrix, tokens: Tokens, parts: int) -> tuple[Te
     columns = torch.where(torch.tensor(tokens.special), count, ids)
     pooled = matrix.pool(ids, columns, "mass")[0].float()
     rest = pooled[..., count] if pooled.shape[-1] > count else pooled.new_zeros(pooled.shape[:2])
-    return _unseen_blank(pooled[..., :count], matrix), rest
+    return _hidden_blank(pooled[..., :count], matrix), rest
 
 
-def _unseen_blank(maps: Tensor, matrix: AttentionMatrix) -> Tensor:
+def _hidden_blank(maps: Tensor, matrix: AttentionMatrix) -> Tensor:
     """NaN above the diagonal where no word may look ahead."""
     mask = matrix.operands.mask
     if mask is not None and mask.is_causal:
@@ -215,7 +215,7 @@ def _draw(axes: Any, words: Tensor, rest: Tensor) -> Any:
     hidden = torch.where(rows & _within(inside) & words.isnan() & rest.isnan(), 1.0, torch.nan)
     options = {"interpolation": "nearest", "aspect": "auto"}
     axes.imshow(hidden.numpy(), cmap=LinearSegmentedColormap.from_list("hidden", [_HIDDEN] * 2), **options)
-    axes.imshow(rest.numpy(), cmap=_REST, norm=PowerNorm(0.5, 0, 1), **options)
+    axes.imshow(rest.numpy(), cmap=_SPECIAL, norm=PowerNorm(0.5, 0, 1), **options)
     return axes.imshow(words.numpy(), cmap=_WORDS, norm=PowerNorm(0.5, 0, 1), **options)
 
 
@@ -253,16 +253,19 @@ def _caption(tokens: Tokens, recording: Recording, fonts: _Fonts, parts: int) ->
     read = "Rows: words that look, from the top. Columns: words looked at, from the left. "
     if parts:
         read = f"The text is cut into {parts} equal parts, and a part drawn as if it were a word. " + read
-    read += f"Grey strip: what rests on {special}." if special else ""
-    proof = "unproved" if recording.proof is None else f"rebuilt to {recording.proof:.0e}"
-    return [quoted, read, f"Weights {proof}: weights × values match what the model's own attention returned."]
+    read += f"Grey strip: the weight on {special}." if special else ""
+    if recording.proof is None:
+        check = "Not checked: these weights × values could not be compared with the model's own attention output."
+    else:
+        check = f"Checked: these weights × values give the model's own attention output (error {recording.proof:.0e})."
+    return [quoted, read, check]
 
 
 def _page(room: tuple[float, float, float, float], title: str, lines: Sequence[str]) -> tuple[Figure, Any]:
     """A figure with its title and lines at the top; axes with some room left and above, so wide and high (inches)."""
     left, above, broad, high = room
     width = max(6.0, left + broad + 1.0)
-    wrapped = [line for given in lines for line in textwrap.wrap(given, int((width - 0.4) * 15.5))]
+    wrapped = [part for line in lines for part in textwrap.wrap(line, int((width - 0.4) * 15.5))]
     top = 0.6 + 0.165 * len(wrapped) + above
     height = top + high + 0.3
     figure = Figure(figsize=(width, height), dpi=150)
@@ -276,9 +279,9 @@ def _bar(figure: Figure, axes: Any, image: Any) -> None:
     """The colour bar, at the right of the axes' upper end."""
     width, height = figure.get_size_inches()
     box = axes.get_position()
-    place = (box.x1 + 0.25 / width, box.y1 - 1.8 / height, 0.12 / width, 1.6 / height)
-    bar = figure.colorbar(image, cax=figure.add_axes(place), ticks=_TICKS)
-    bar.ax.set_yticklabels([f"{tick:.0%}" for tick in _TICKS], fontsize=7)
+    rectangle = (box.x1 + 0.25 / width, box.y1 - 1.8 / height, 0.12 / width, 1.6 / height)
+    bar = figure.colorbar(image, cax=figure.add_axes(rectangle), ticks=_TICKS)
+    bar.ax.set_yticklabels([percent(tick) for tick in _TICKS], fontsize=7)
     bar.ax.set_title("share", fontsize=8)
 
 

@@ -1,4 +1,4 @@
-"""The terminal itself: its width, lines, errors, and what is under way at the moment."""
+"""The terminal itself: its width, lines, errors and progress bars."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _WIDEST = 110
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Its reader has gone, as in ``headscope heads | head``: said to the command, which ends without a word."""
+        """Raise BrokenPipeError where the reader has gone, as in ``headscope heads | head``: the command then ends."""
         raise BrokenPipeError
 
 
@@ -44,7 +44,7 @@ def console_for(file: Any = None) -> Console:
 
 
 def width() -> int:
-    """How wide what is printed may be."""
+    """The widest line that may be printed, in characters."""
     return console_for().width
 
 
@@ -60,21 +60,21 @@ def print_line(line: str, *, error: bool = False) -> None:
 
 
 def print_error(message: str) -> None:
-    """What went wrong, on the error stream."""
+    """An error message, on the error stream."""
     console = console_for(sys.stderr)
     console.print(Text.assemble(("Error: ", "bold red"), message), soft_wrap=not console.is_terminal)
 
 
 @dataclass
 class Stages:
-    """What is being done, with a bar once it takes longer than a second, and how long each took."""
+    """The stages of a command, each with a progress bar, and how long each took."""
 
     shown: bool = True
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
-        """A stage; its block may call what it is given with how much is done, and of how much."""
+        """A stage; gives its block a function to call with how much is done, and of how much."""
         console = console_for(sys.stderr)
         began = time.monotonic()
         progress = Progress(
@@ -89,18 +89,18 @@ class Stages:
         with progress:
             task = progress.add_task(name, total=None)
 
-            def tell(done: int, of: int) -> None:
+            def on_progress(done: int, of: int) -> None:
                 progress.update(task, completed=done, total=of, description=f"{name} {done}/{of}")
 
-            yield tell
+            yield on_progress
         self.seconds[name] = time.monotonic() - began
 
 
 @contextmanager
 def running(name: str, *, shown: bool = True) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar, on the error stream, for what takes minutes; where that is no terminal, a line for each tenth.
+    """A progress bar on the error stream for what takes minutes; where that is no terminal, a line for each tenth.
 
-    The block calls what it is given with how much is done, of how much, and a word about it.
+    Gives its block a function to call with how much is done, of how much, and a few words about it.
     """
     console = console_for(sys.stderr)
     progress = Progress(
@@ -116,12 +116,12 @@ def running(name: str, *, shown: bool = True) -> Iterator[Callable[[int, int, st
     with progress:
         task = progress.add_task(name, total=None, word="")
 
-        def tell(done: int, of: int, word: str) -> None:
+        def on_progress(done: int, of: int, word: str) -> None:
             progress.update(task, completed=done, total=of, word=word)
             if shown and not console.is_terminal and done * 10 // of > (done - 1) * 10 // of:
                 print_line(f"{name}: {done}/{of} {word}", error=True)
 
-        yield tell
+        yield on_progress
 
 
 def print_stages(stages: Stages, facts: dict[str, str]) -> None:

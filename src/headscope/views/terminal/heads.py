@@ -1,4 +1,4 @@
-"""An atlas as tables in the terminal: roles with their evidence, heads by worth, and all about one head."""
+"""An atlas as tables in the terminal: roles with their evidence, heads by worth, and everything about one head."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from headscope.heads.relations.counts import with_arrow
 from headscope.heads.relations.score import RelationScore
 from headscope.heads.roles import ROLES, Evidence
 from headscope.views.terminal.console import print_renderable, width
+from headscope.views.words import percent
 
 __all__ = ["print_atlas", "print_examples", "print_head", "print_pairs"]
 
@@ -42,9 +43,9 @@ def print_atlas(atlas: HeadAtlas, *, all_heads: bool = False) -> None:
     print_renderable(
         Text(
             "Heads are picked on one half of the texts and scored on the other (score, with its 95 % interval). null: "
-            "uniform attention; for words, the most that luck reaches: a fixed distance, a "
-            "word that others look at, too, any word of the right class. A role says where a head looks, not what it "
-            "is worth. ←: asked the other way round, from the verb to its subject, say.",
+            "uniform attention; for words, the most that chance reaches: a fixed distance, a word that "
+            "other words look at, too, any word of the right class. A role says where a head looks, not what it is "
+            "worth. ←: the other way round, such as from the verb to its subject.",
             style="dim",
         )
     )
@@ -56,13 +57,13 @@ def print_atlas(atlas: HeadAtlas, *, all_heads: bool = False) -> None:
 def _heading(atlas: HeadAtlas, roles: Sequence[Evidence]) -> Text:
     texts = len(atlas.info.get("texts", {}))
     with_role = len({(row.layer, row.head) for row in roles})
-    told = (
+    counts = (
         f": {len(atlas.heads)} layers, {len(atlas)} heads; {with_role} have a role, {len(atlas) - with_role} have none."
     )
-    words = (
+    sources = (
         f" From {texts} texts, {atlas.relations.examples} sentences with known relations, and repeated random tokens."
     )
-    return Text.assemble((atlas.name, "bold"), told, words)
+    return Text.assemble((atlas.name, "bold"), counts, sources)
 
 
 def _roles_table(roles: Sequence[Evidence], all_heads: bool) -> Table:
@@ -87,9 +88,9 @@ def _roles_table(roles: Sequence[Evidence], all_heads: bool) -> Table:
 def _evidence_cells(row: Evidence) -> dict[str, Any]:
     return {
         "head": Text(f"{row.layer}.{row.head}", style="cyan"),
-        "picked": f"{row.picked:.0%}",
-        "score, 95 %": Text.assemble((f"{row.score:.0%}", "bold"), f" {row.low * 100:3.0f}–{row.high * 100:<3.0f}"),
-        "null": f"{row.null:.0%}",
+        "picked": percent(row.picked),
+        "score, 95 %": Text.assemble((percent(row.score), "bold"), f" {row.low * 100:3.0f}–{row.high * 100:<3.0f}"),
+        "null": percent(row.null),
         "p": "" if math.isnan(row.p) else f"{row.p:.0e}",
         "examples": f"{row.examples}",
     }
@@ -111,8 +112,8 @@ def _worth(atlas: HeadAtlas, roles: Sequence[Evidence], most: int) -> Any:
     table.add_column("roles", min_width=9, overflow="fold")
     for index in order[:most]:
         layer, head = divmod(index, zero.shape[1])
-        mine = [with_arrow(row.role) for row in roles if (row.layer, row.head) == (layer, head)]
-        named = ", ".join(mine[:2]) + (f" +{len(mine) - 2}" if len(mine) > 2 else "")
+        names = [with_arrow(row.role) for row in roles if (row.layer, row.head) == (layer, head)]
+        role_cell = ", ".join(names[:2]) + (f" +{len(names) - 2}" if len(names) > 2 else "")
 
         def number(name: str, at: tuple[int, int] = (layer, head), sign: str = "+") -> str:
             value = float(columns[name][at]) if name in columns else math.nan
@@ -120,15 +121,15 @@ def _worth(atlas: HeadAtlas, roles: Sequence[Evidence], most: int) -> Any:
 
         cells = [number(name, sign="" if name == "gradient" else "+") for name in shown]
         cells.insert(1, f"{number('ablation_zero_low')} … {number('ablation_zero_high')}")
-        table.add_row(f"{layer}.{head}", *cells, named or Text("none", style="dim"))
+        table.add_row(f"{layer}.{head}", *cells, role_cell or Text("none", style="dim"))
     agreement = atlas.agreement()
-    told = (
+    caption = (
         f"What the model loses, in {atlas.worth.unit}, without the head, or with its mean output instead of its own; "
         f"on {atlas.info['plan']['worth_tokens']} tokens from each of {len(atlas.worth.documents)} texts."
     )
     if not math.isnan(agreement):
-        told += f" Rank correlation of its size with the gradient over all heads: {agreement:.2f}."
-    table.caption, table.caption_justify = told, "left"
+        caption += f" Rank correlation of its size with the gradient over all heads: {agreement:.2f}."
+    table.caption, table.caption_justify = caption, "left"
     return table
 
 
@@ -138,25 +139,25 @@ def _guesses(atlas: HeadAtlas) -> Text:
     scored = atlas.relation_scores()
     for name, about, relation in _GUESSES:
         rows = [row for row in scored if row.relation == relation]
-        held = [row for row in atlas.roles() if row.role.removesuffix(" (reverse)") == relation]
+        found = [row for row in atlas.roles() if row.role.removesuffix(" (reverse)") == relation]
         if not rows:
-            told = "not asked."
-        elif held:
-            best = max(held, key=lambda row: row.score)
-            several = f", and {len(held) - 1} more" if len(held) > 1 else ""
-            told = (
-                f"found: {best.layer}.{best.head} is right in {best.score:.0%} of {best.examples} pairs it was not "
-                f"picked on (null: {best.null:.0%}){several}."
+            answer = "not measured."
+        elif found:
+            best = max(found, key=lambda row: row.score)
+            several = f", and {len(found) - 1} more" if len(found) > 1 else ""
+            answer = (
+                f"found: {best.layer}.{best.head} is right in {percent(best.score)} of {best.examples} pairs "
+                f"it was not picked on (null: {percent(best.null)}){several}."
             )
         else:
             row = max(rows, key=lambda row: row.accuracy - row.null)
             fixed = " the pairs stand at too fixed a distance;" if row.too_fixed else ""
-            way = " (asked the other way round)" if row.direction != row.relation else ""
-            told = (
-                f"not found:{fixed} the nearest to it, {row.layer}.{row.head}, is right in {row.accuracy:.0%} of "
-                f"{row.pairs} pairs{way} (null: {row.null:.0%}, p = {row.p_holm:.1g})."
+            way = " (measured the other way round)" if row.direction != row.relation else ""
+            answer = (
+                f"not found:{fixed} the best head, {row.layer}.{row.head}, is right in {percent(row.accuracy)} of "
+                f"{row.pairs} pairs{way} (null: {percent(row.null)}, p = {row.p_holm:.1g})."
             )
-        text.append(f"  {name} ({about}): ", style="not bold bold").append(told + "\n", style="not bold")
+        text.append(f"  {name} ({about}): ", style="not bold bold").append(answer + "\n", style="not bold")
     return text
 
 
@@ -171,9 +172,9 @@ def print_head(atlas: HeadAtlas, layer: int, head: int) -> None:
     for name in ("value", "null", "rank"):
         table.add_column(name, justify="right", no_wrap=True, width=7)
     table.add_column("what it is", ratio=1, overflow="fold")
-    mine = [row for row in atlas.relation_scores() if (row.layer, row.head) == (layer, head)]
-    fixed = {f"relation:{row.direction}": row.null for row in mine}
-    more = {f"relation:{row.direction}": _among(row) for row in mine}
+    relations = [row for row in atlas.relation_scores() if (row.layer, row.head) == (layer, head)]
+    fixed = {f"relation:{row.direction}": row.null for row in relations}
+    more = {f"relation:{row.direction}": _among(row) for row in relations}
     columns = atlas.columns()
     for name in [name for name in columns if f"{name}_low" in columns]:
         low, high = (float(columns[f"{name}_{end}"][layer, head]) for end in ("low", "high"))
@@ -185,22 +186,22 @@ def print_head(atlas: HeadAtlas, layer: int, head: int) -> None:
         known = values[~values.isnan()]
         rank = int((known > value).sum()) + 1
         null = atlas.measurements.null.values.get(name)
-        even = "" if null is None else f"{float(atlas.measurements.null.value(name)[layer, 0]):.3f}"
-        even = f"{fixed[name]:.3f}" if name in fixed else even
+        null_cell = "" if null is None else f"{float(atlas.measurements.null.value(name)[layer, 0]):.3f}"
+        null_cell = f"{fixed[name]:.3f}" if name in fixed else null_cell
         about = atlas.info["columns"].get(name, {})
-        told = f"{about.get('about', _ABOUT.get(name.split(':')[0], ''))}{more.get(name, '')}"
+        description = f"{about.get('about', _ABOUT.get(name.split(':')[0], ''))}{more.get(name, '')}"
         table.add_row(
             with_arrow(name.removeprefix("relation:")),
             f"{value:.3f}",
-            even,
+            null_cell,
             f"{rank}/{len(known)}",
-            Text(told, style="dim"),
+            Text(description, style="dim"),
         )
     print_renderable(table)
 
 
 _ABOUT = {
-    "relation": "held-out pairs it is right in",
+    "relation": "held-out pairs in which it is right",
     "ablation_zero": "loss without the head minus loss with it",
     "ablation_mean": "loss with the head's mean output instead, minus loss",
     "gradient": "gradient importance, ÷ the layer's norm (arXiv 1905.10650)",
@@ -208,7 +209,7 @@ _ABOUT = {
 
 
 def _among(row: RelationScore) -> str:
-    """What is known of an accuracy."""
+    """The pairs, interval and p-value of an accuracy."""
     return f": {row.pairs}; 95 %: {row.low:.3f} to {row.high:.3f}; p = {row.p_holm:.1g}"
 
 
@@ -226,24 +227,24 @@ def _named(roles: Sequence[Evidence]) -> str:
 
 
 def print_examples(best: Sequence[TokenExample], worst: Sequence[TokenExample]) -> None:
-    """Where the head looks hardest, and where it spreads what it has."""
+    """The tokens with the largest and the smallest maximum weight of a head."""
     for title, looks in (("Looks hardest", best), ("Looks least", worst)):
         print_renderable(Text(title, style="bold"))
         for look in looks:
             before = " ".join(look.before.split())[-50:]
-            text = Text(f"  {look.weight:5.0%}  … {before} ")
+            text = Text(f"  {percent(look.weight):>6}  … {before} ")
             text.append(look.token or "␣", style="bold").append(" → ").append(look.target or "␣", style="bold cyan")
             print_renderable(text.append(f"  ({look.distance:+d} tokens; {look.document})", style="dim"))
 
 
 def print_pairs(looks: Sequence[PairExample], relation: str, most: int = 4) -> None:
-    """The sentences in which a head is surest of the right word, and those in which it chose another."""
+    """Sentences in which the head puts most weight on the right word, and those in which it chose another."""
     hits, misses = [look for look in looks if look.hit], [look for look in looks if not look.hit]
-    print_renderable(Text(f"{relation}: {len(hits)} of {len(looks)} pairs shown to it are right", style="bold"))
+    print_renderable(Text(f"{relation}: {len(hits)} of {len(looks)} pairs are right", style="bold"))
     for look in [*hits[:most], *misses[:most]]:
         mark = Text("  ✓ " if look.hit else "  ✗ ", style="green" if look.hit else "red")
-        chose = "" if look.hit else f", not “{look.gold}” ({look.weight:.0%})"
-        share = f" {look.weight:.0%}" if look.hit else ""
+        chose = "" if look.hit else f", not “{look.gold}” ({percent(look.weight)})"
+        share = f" {percent(look.weight)}" if look.hit else ""
         print_renderable(
             mark.append(f"{look.query} → {look.chosen}{share}{chose}", style="bold").append(
                 f"   {look.text}", style="not bold"

@@ -1,30 +1,31 @@
-"""The answer to a question about a text as a table: which word looks at which, in which head."""
+"""The links of a text as a table: which word looks at which, in which head."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
+from shlex import quote
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from headscope.views.links import Link, Rest, View
+from headscope.views.links import Link, TextLinks, Unlisted
 from headscope.views.terminal.console import console_for
-from headscope.views.words import label
+from headscope.views.words import label, percent
 
-__all__ = ["print_view"]
+__all__ = ["print_links"]
 
 
-def print_view(view: View, *, model: str, causal: bool, hints: bool = True) -> None:
-    """The table of an answer, and how to read it.
+def print_links(view: TextLinks, *, model: str, causal: bool, command: Callable[[str], str] | None = None) -> None:
+    """The table of a text's links, and how to read it.
 
     Args:
-        view: The answer.
+        view: The links.
         model: The model's name.
         causal: Whether a word sees only those before it.
-        hints: Whether to say what to try next.
+        command: The whole command that shows the same text with other options, for the hints; None for no hints.
     """
     console = console_for()
     console.print(_heading(view, model, causal))
@@ -35,27 +36,28 @@ def print_view(view: View, *, model: str, causal: bool, hints: bool = True) -> N
     console.print()
     console.print(_how_to_read(view))
     console.print(_proof_line(view))
-    if hints and (tries := _hints(view, causal)):
-        console.print(Text("Try, with the same text: ", style="bold").append(tries, style="not bold cyan"))
+    for number, options in enumerate(_hints(view) if command is not None else ()):
+        start = Text("     " if number else "Try: ", style="bold")
+        console.print(start.append(command(options) if command else "", style="not bold cyan"), soft_wrap=True)
 
 
-def _heading(view: View, model: str, causal: bool) -> Text:
+def _heading(view: TextLinks, model: str, causal: bool) -> Text:
     count = sum(view.heads)
     size = f"{len(view.heads)} layers × {view.heads[0]}" if len(set(view.heads)) == 1 else f"{len(view.heads)} layers"
     sees = "each word sees those before it" if causal else "each word sees all others"
-    asked = ""
+    selection = ""
     if view.target is not None:
-        sources = " or ".join(label(view.tokens, w) for w in view.sources)
-        asked = f" Which heads link {sources or 'any word'} to {label(view.tokens, view.target)}?"
+        sources = " or ".join(label(view.tokens, word) for word in view.sources)
+        selection = f" Which heads link {sources or 'any word'} to {label(view.tokens, view.target)}?"
     if view.head is not None:
-        asked += f" Head {view.head} alone."
-    text = Text.assemble((model, "bold"), f": {size} = {count} heads; {sees}.", asked)
+        selection += f" Head {view.head} only."
+    text = Text.assemble((model, "bold"), f": {size} = {count} heads; {sees}.", selection)
     if len(view.sources) == 1 and view.head is None and view.links and view.target is not None:
-        text.append(f" {view.over} heads give it more than 10%, the strongest first:")
+        text.append(f" {view.heads_above_tenth} heads give it more than {percent(0.1)}, the strongest first:")
     return text
 
 
-def _table(view: View, width: int) -> Table:
+def _table(view: TextLinks, width: int) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), expand=False)
     table.add_column("word", style="bold", overflow="ellipsis", no_wrap=True, max_width=max(8, width // 5))
     table.add_column("looks at", style="bold cyan", overflow="ellipsis", no_wrap=True, max_width=max(8, width // 5))
@@ -64,26 +66,27 @@ def _table(view: View, width: int) -> Table:
     if view.head is not None:
         table.add_column("special", justify="right")
         table.add_column("itself", justify="right")
-    rests = {rest.source.start: rest for rest in view.rest}
+    unlisted = {part.source.start: part for part in view.unlisted}
     for start, links in groupby(view.links, key=lambda link: link.source.start):
         first = True
         for row in _by_pair(links):
             name = label(view.tokens, row[0].source) if first else ""
-            cells: list[Any] = [Text(name), Text(label(view.tokens, row[0].target)), _away(row[0].words)]
+            cells: list[Any] = [Text(name), Text(label(view.tokens, row[0].target)), _away(row[0].word_distance)]
             cells.append(_shares(row, view))
             if view.head is not None:
-                cells += _rest_cells(rests.get(start), view) if first else ["", ""]
+                cells += _unlisted_cells(unlisted.get(start), view) if first else ["", ""]
             table.add_row(*cells)
             first = False
         if view.head is None:
-            if view.target is None and start in rests:
-                table.add_row("", Text("set apart", style="not bold dim"), "", _rest_line(view, rests[start]))
+            if view.target is None and start in unlisted:
+                line = Text(_unlisted_line(view, unlisted[start]), style="dim")
+                table.add_row("", Text("not listed:", style="not bold dim"), "", line)
             table.add_section()
     return table
 
 
 def _by_pair(links: Iterable[Link]) -> list[list[Link]]:
-    """The links of one word by what they lead to, the strongest first."""
+    """The links of one word, grouped by their target, the strongest first."""
     pairs: dict[int, list[Link]] = {}
     for link in links:
         pairs.setdefault(link.target.start, []).append(link)
@@ -94,71 +97,75 @@ def _away(words: int) -> Text:
     return Text(f"{-words} back" if words < 0 else f"{words} ahead" if words else "itself", style="dim")
 
 
-def _shares(row: Sequence[Link], view: View) -> Text:
+def _shares(row: Sequence[Link], view: TextLinks) -> Text:
     if view.head is not None:
-        return Text(_percent(row[0].weight))
+        return Text(_share(row[0].weight))
     text = Text()
     for i, link in enumerate(row):
         text.append("  " if i else "")
         text.append(f"{link.layer}.{link.head}\N{NO-BREAK SPACE}", style="green")
-        text.append(_percent(link.weight))
+        text.append(_share(link.weight))
     return text
 
 
-def _rest_cells(rest: Rest | None, view: View) -> list[Any]:
-    if rest is None or view.head is None:
+def _unlisted_cells(part: Unlisted | None, view: TextLinks) -> list[Any]:
+    if part is None or view.head is None:
         return ["", ""]
     at = (view.head.layer, view.head.head)
-    return [Text(_percent(float(part[at])), style="dim") for part in (rest.special, rest.itself)]
+    return [Text(_share(float(shares[at])), style="dim") for shares in (part.special, part.itself)]
 
 
-def _percent(share: float) -> str:
-    return f"{share:.0%}" if share >= 0.01 else "<1%"
+def _share(weight: float) -> str:
+    return percent(weight) if weight >= 0.01 else f"<{percent(0.01)}"
 
 
-def _rest_line(view: View, rest: Rest) -> Text:
-    special, itself = rest.special.nanmean().item(), rest.itself.nanmean().item()
-    names = [p for p, s in zip(view.tokens.pieces, view.tokens.special, strict=True) if s]
-    text = Text(style="dim")
-    if names:
-        text.append(f"{' '.join(dict.fromkeys(names))} {special:.0%}, ")
-    return text.append(f"itself {itself:.0%} on average")
+def _unlisted_line(view: TextLinks, part: Unlisted) -> str:
+    names = [piece for piece, special in zip(view.tokens.pieces, view.tokens.special, strict=True) if special]
+    alone = len(names) == 1 and view.tokens.special[0]
+    special = f"{'start token' if alone else ' '.join(dict.fromkeys(names))} {percent(part.special.nanmean().item())}, "
+    itself = f"the word itself {percent(part.itself.nanmean().item())}"
+    return f"{special if names else ''}{itself} (mean of all {sum(view.heads)} heads)"
 
 
-def _how_to_read(view: View) -> Text:
+def _how_to_read(view: TextLinks) -> Text:
     if not view.links:
         return Text("No such link: every head gives it 0.")
-    one = view.links[0]
-    says = f"{one.layer}.{one.head} {_percent(one.weight)}" if view.head is None else _percent(one.weight)
-    source, target = label(view.tokens, one.source), label(view.tokens, one.target)
+    link = view.links[0]
+    share = _share(link.weight)
+    cell = f"{link.layer}.{link.head} {share}" if view.head is None else share
+    source, target = label(view.tokens, link.source), label(view.tokens, link.target)
     return Text.assemble(
         ("How to read it: ", "bold"),
-        f"“{source} … {target} … {says}” means that in layer {one.layer}, head {one.head} (both counted from 0), "
-        f"“{source}” takes {_percent(one.weight)} of what this head passes on from “{target}”. A head's shares for a "
-        "word add up to 100%, together with what rests on special tokens and on the word itself.",
+        f"“{source} … {target} … {cell}” is about layer {link.layer}, head {link.head} (both counted from 0). For "
+        f"“{source}”, this head puts {share} of its attention on “{target}”. A head's shares for a word add up to "
+        f"{percent(1)}, together with the shares that are not listed.",
     )
 
 
-def _proof_line(view: View) -> Text:
+def _proof_line(view: TextLinks) -> Text:
     if view.proof is None:
-        return Text("Unproved: the model's own output could not be rebuilt from these weights.", style="yellow")
+        return Text(
+            "Not checked: these weights × values could not be compared with the model's own attention output.",
+            style="yellow",
+        )
     return Text.assemble(
-        ("Proof: ", "bold"),
-        f"rebuilt to {view.proof:.0e}. These weights times the model's values match what its own attention returned.",
+        ("Checked: ", "bold"),
+        f"these weights × values give the model's own attention output (error {view.proof:.0e}).",
     )
 
 
-def _hints(view: View, causal: bool) -> str:
+def _hints(view: TextLinks) -> list[str]:
+    """Options that show more about the first word's links."""
     if not view.links:
-        return ""
+        return []
     first = [link for link in view.links if link.source == view.links[0].source]
-    far = max(first, key=lambda link: (abs(link.words) > 1, link.weight))
-    source, target = label(view.tokens, far.source), label(view.tokens, far.target)
-    tries = []
+    far = max(first, key=lambda link: (abs(link.word_distance) > 1, link.weight))
+    source, target = quote(label(view.tokens, far.source)), quote(label(view.tokens, far.target))
+    hints = []
     if view.head is None:
-        tries.append(f"--head {far.layer}.{far.head}")
+        hints.append(f"--head {far.layer}.{far.head}")
     if view.target is None and view.head is None:
-        tries.append(f"--from {source} --to {target}")
+        hints.append(f"--from {source} --to {target}")
     if view.target is not None or view.head is not None:
-        tries.append(f"--from {source}")
-    return "   ".join(tries)
+        hints.append(f"--from {source}")
+    return hints

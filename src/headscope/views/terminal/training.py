@@ -11,13 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from headscope.views.terminal.console import console_for
+from headscope.views.words import percent
 from headscope.watching.monitoring import HeadStats
 
 __all__ = ["print_head_stats"]
 
 
 def print_head_stats(stats: HeadStats) -> None:
-    """What the heads of a model in training did at the last look: a row a layer, a column a head."""
+    """The heads of a model in training at the last measurement: a row per layer, a column per head."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title=f"Heads at step {stats.step}", title_justify="left")
     table.add_column("layer")
     for head in range(max(stats.num_heads)):
@@ -28,7 +29,10 @@ def print_head_stats(stats: HeadStats) -> None:
     console = console_for()
     console.print(table)
     console.print(
-        Text("Entropy, as a share of what looking evenly would have: 0% looks at one place, 100% at all alike.")
+        Text(
+            f"Entropy, as a share of that of uniform attention: {percent(0)} is all on one position, {percent(1)} is "
+            "the same on every position."
+        )
     )
 
 
@@ -38,4 +42,4 @@ def _head_state(row: dict[str, Any]) -> str:
         return "not finite"
     if row["dead"]:
         return "dead"
-    return "–" if math.isnan(row["entropy_share"]) else f"{row['entropy_share']:.0%}"
+    return "–" if math.isnan(row["entropy_share"]) else percent(row["entropy_share"])
