@@ -215,7 +215,7 @@ class Marked(Edit):
 
 def test_layers_of_record_and_edit_count_encoder_and_decoder_as_a_recording_does() -> None:
     model, text = t5(), ids(1, 7)  # generate() runs the encoder alone, before the decoder
-    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     marks = [Marked((number,)) for number in range(6)]
     with ExitStack() as stack:
         stack.enter_context(edit(model, *marks))

@@ -1,8 +1,8 @@
 """monitor(): what it says against the dense maps, that it changes nothing, and the heads that its warnings name."""
 
+import inspect
+import linecache
 import math
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from headscope import HeadWarning, MultiHeadAttention, Transformer, TransformerConfig, masks, monitor, record
 from headscope.errors import HeadscopeError, NothingSeen
-from headscope.watching.monitoring import HeadStats
+from headscope.watching.monitoring import HeadStats, Monitor
 from tests.options import unchecked
 from tests.tiny import bart, ids, llama
 
@@ -484,12 +484,11 @@ def test_step_without_a_forward_is_left_out() -> None:
     assert [stats.step for stats in watch.history] == [0, 2]
 
 
-def test_warning_points_at_the_line_of_the_with() -> None:
-    program = (
-        "import torch, warnings\nfrom headscope import MultiHeadAttention, monitor\n"
-        "layer = MultiHeadAttention(12, 3)\nlayer.in_proj.weight.data[:4] *= 1e5\n"
-        "warnings.simplefilter('always')\nwatch = monitor(layer, every=1)\n"
-        "def step():\n    with watch:\n        layer(torch.randn(2, 7, 12))\nstep()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stderr.startswith("<string>:8: HeadWarning: head 0.0")
+def test_warning_points_at_the_line_of_the_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Monitor, "__exit__", inspect.unwrap(Monitor.__exit__))  # shape checks are a frame between
+    layer = MultiHeadAttention(E, H)
+    layer.in_proj.weight.data[:4] *= 1e5
+    with pytest.warns(HeadWarning, match=r"head 0\.0") as caught, monitor(layer, every=1):  # this line
+        layer(torch.randn(B, L, E))
+    assert caught[0].filename == __file__
+    assert linecache.getline(__file__, caught[0].lineno).endswith("# this line\n")

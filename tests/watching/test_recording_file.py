@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from headscope.errors import RecordingError
 from tests.tiny import bart, ids, llama, mistral
 
 
-def generated(model: torch.nn.Module, **options: Any) -> Recording:
+def generated(model: Any) -> Recording:
     with torch.no_grad(), record(model, keep=("query", "key", "value", "output")) as recording:
-        model.generate(ids(2, 7), max_new_tokens=6, pad_token_id=0, do_sample=False, **options)
+        model.generate(ids(2, 7), max_new_tokens=6, pad_token_id=0, do_sample=False)
     return recording
 
 
+@cache
 def plain() -> Recording:
     model = llama()
     with torch.no_grad(), record(model) as recording:
@@ -30,7 +32,17 @@ def plain() -> Recording:
     return recording
 
 
-@pytest.mark.parametrize("make", [plain, lambda: generated(mistral(4)), lambda: generated(bart())])
+@cache
+def sliding() -> Recording:
+    return generated(mistral(4))
+
+
+@cache
+def encoder_decoder() -> Recording:
+    return generated(bart())
+
+
+@pytest.mark.parametrize("make", [plain, sliding, encoder_decoder])
 def test_load_gives_what_was_saved(tmp_path: Path, make: Any) -> None:
     recording = make()
     recording.save(tmp_path / "text.recording")
@@ -53,7 +65,7 @@ def test_load_gives_what_was_saved(tmp_path: Path, make: Any) -> None:
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
 def test_save_in_half_precision_is_close_and_unproved(tmp_path: Path, dtype: torch.dtype, close: float) -> None:
-    recording = generated(bart())
+    recording = encoder_decoder()
     recording.save(tmp_path / "whole")
     recording.save(tmp_path / "half", dtype=dtype)
     whole, half = Recording.load(tmp_path / "whole"), Recording.load(tmp_path / "half")
