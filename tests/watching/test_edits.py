@@ -255,19 +255,19 @@ def test_freeze_keeps_weights_while_an_early_head_is_ablated() -> None:
             model(TEXT)
         with (
             edit(model, ablate(0, 3), freeze(from_=clean)),
-            record(model, keep=("query", "key", "value", "output")) as frozen,
+            record(model, keep=("query", "key", "value", "output")) as recording,
         ):
-            frozen = model(TEXT).logits
-    torch.testing.assert_close(frozen[1].dense(), clean[1].dense(), atol=1e-6, rtol=0)
+            output = model(TEXT).logits
+    torch.testing.assert_close(recording[1].dense(), clean[1].dense(), atol=1e-6, rtol=0)
     assert (free[1].dense() - clean[1].dense()).abs().max() > 1e-2
-    sites = frozen.sites
+    sites = recording.sites
     assert sites[0].output()[:, 3].abs().max() == 0, "freeze does not undo the ablation, wherever it stands"
     assert sites[0].output()[:, 2].abs().max() > 0
     assert (sites[1].value() - clean.sites[1].value()).abs().max() > 1e-2, "values are of now"
     value = sites[1].value().repeat_interleave(3, 1)
     torch.testing.assert_close(sites[1].output(), clean[1].dense() @ value, atol=1e-5, rtol=0)
-    assert torch.equal(frozen, logits(model, freeze(from_=clean), ablate(0, 3)))
-    assert (frozen - logits(model, ablate(0, 3))).abs().max() > 1e-2
+    assert torch.equal(output, logits(model, freeze(from_=clean), ablate(0, 3)))
+    assert (output - logits(model, ablate(0, 3))).abs().max() > 1e-2
 
 
 def test_freeze_takes_layers() -> None:

@@ -71,6 +71,7 @@ def test_proof_refuses_an_attention_with_another_scale_or_softcap(lie: str) -> N
     assert_untouched(model)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use
 def test_flex_attention_gives_the_weights_of_sdpa() -> None:
     model, inputs = llama()
     with record(model) as wanted, torch.no_grad():
