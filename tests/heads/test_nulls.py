@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -41,8 +41,9 @@ def padded(rows: Sequence[Sequence[int]], value: int = -1) -> Tensor:
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
 
 
+@cache
 def lower_words(example: Example) -> list[str]:
-    return [example.word(i).lower() for i in range(len(example.words))]
+    return [example.text[start:end].lower() for start, end in example.words]
 
 
 def in_phrase(example: Example) -> list[bool]:
@@ -50,7 +51,7 @@ def in_phrase(example: Example) -> list[bool]:
     words, inside = lower_words(example), []
     for j in range(len(words)):
         i = j - 1
-        while i >= 0 and example.class_of(i) in ("determiner", "adjective"):
+        while i >= 0 and example.classes[i] in ("determiner", "adjective"):
             i -= 1
         inside.append(i >= 0 and words[i] in PREPOSITIONS)
     return inside
@@ -109,8 +110,8 @@ def strategies(examples: Sequence[Example], among: Tensor) -> dict[str, tuple[Te
 
 def members(example: Example, kind: str) -> list[bool]:
     """The words of a class; those that are 'because'; any."""
-    words = lower_words(example)
-    return [kind in ("any", example.class_of(i)) or kind == word == "because" for i, word in enumerate(words)]
+    pairs = zip(lower_words(example), example.classes, strict=True)
+    return [kind in ("any", its_class) or kind == word == "because" for word, its_class in pairs]
 
 
 def count_maps(
@@ -154,7 +155,7 @@ def test_a_head_for_a_class_and_a_position_has_no_role(
     """
     monkeypatch.setattr(score, "cluster_bootstrap", partial(cluster_bootstrap, replicates=1))  # of intervals
     sentences = one_per_frame(examples)
-    kinds = sorted({e.class_of(i) for e in sentences for i in range(len(e.words))} - {""} | {"because"})
+    kinds = sorted({kind for e in sentences for kind in e.classes} - {""} | {"because"})
     counts, ways = RelationCounts(), list[str]()
     for start in range(0, len(sentences), SENTENCES_AT_ONCE):
         some = sentences[start : start + SENTENCES_AT_ONCE]
