@@ -1,4 +1,4 @@
-"""Masks and biases of every kind, for any sizes: as headscope takes them, and as cells by brute force."""
+"""Masks and biases of every kind, for any sizes: as headscope takes them, and as cells by brute force; fixtures."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from headscope import masks
 from headscope.ops.masks import Mask
-from tests.reference import FINFO_MIN, all_in, seen_where
+from tests.reference import FINFO_MIN, all_in, visible_where
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """For modules that import it: on tensors this small, threads that wait for each other cost more than they do."""
+    """For modules that import it: on tensors this small, threads cost more time than they save."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -24,7 +24,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def unchecked() -> Iterator[None]:
-    """Without the tests' shape checks, so that it is our own errors that are seen."""
+    """Without the tests' shape checks, so that it is our own errors that are visible."""
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         yield
@@ -37,7 +37,7 @@ Rule = Callable[[int, int, int, int], bool]
 
 
 def _lengths(sizes: Sizes) -> list[int]:
-    """Text of falling length: the last batch row has least."""
+    """Falling lengths: the last batch row has the shortest text."""
     return [max(1, sizes[3] - 3 * b) for b in range(sizes[0])]
 
 
@@ -47,9 +47,9 @@ def _ids(sizes: Sizes) -> list[int]:
 
 def _random(sizes: Sizes) -> Tensor:
     """Two cells of three, and one query row that sees nothing."""
-    seen = torch.rand(sizes, generator=torch.Generator().manual_seed(5)) < 0.67
-    seen[-1, :, -1] = False
-    return seen
+    visible = torch.rand(sizes, generator=torch.Generator().manual_seed(5)) < 0.67
+    visible[-1, :, -1] = False
+    return visible
 
 
 def _left(sizes: Sizes) -> tuple[Mask, Rule]:
@@ -64,13 +64,13 @@ def _documents(sizes: Sizes) -> tuple[Mask, Rule]:
 
 
 def _dense(sizes: Sizes) -> tuple[Mask | Tensor, Rule]:
-    seen, first = _random(sizes), sizes[3] - sizes[2]
-    return seen, lambda b, h, i, j: bool(seen[b, h, i - first, j])
+    visible, first = _random(sizes), sizes[3] - sizes[2]
+    return visible, lambda b, h, i, j: bool(visible[b, h, i - first, j])
 
 
 def _packed(sizes: Sizes) -> tuple[Mask, Rule]:
-    seen, first = _random(sizes)[:, :1], sizes[3] - sizes[2]
-    return masks.packed(seen), lambda b, h, i, j: bool(seen[b, 0, i - first, j])
+    visible, first = _random(sizes)[:, :1], sizes[3] - sizes[2]
+    return masks.packed(visible), lambda b, h, i, j: bool(visible[b, 0, i - first, j])
 
 
 MASKS: dict[str, Callable[[Sizes], tuple[Mask | Tensor | None, Rule]]] = {
@@ -94,12 +94,12 @@ MASKS: dict[str, Callable[[Sizes], tuple[Mask | Tensor | None, Rule]]] = {
 def masked(name: str, sizes: Sizes) -> tuple[Mask | Tensor | None, Tensor]:
     """The mask, and its cells."""
     mask, rule = MASKS[name](sizes)
-    return mask, seen_where(rule, *sizes)
+    return mask, visible_where(rule, *sizes)
 
 
 def _with(value: float, where: Rule, sizes: Sizes) -> Tensor:
     bias = torch.randn(1, *sizes[1:])
-    return bias.masked_fill(seen_where(where, 1, *sizes[1:], origin=0), value)
+    return bias.masked_fill(visible_where(where, 1, *sizes[1:], origin=0), value)
 
 
 BIASES: dict[str, Callable[[Sizes], Tensor | None]] = {

@@ -1,6 +1,6 @@
-"""The definition of attention by brute force, in float64: what every answer is compared with.
+"""The definition of attention by brute force, in float64: every answer is compared with it.
 
-Nothing of headscope is used here. Masks come as bool tensors, and every formula is written as it is read.
+Nothing of headscope is used here. Masks are bool tensors, and every formula is written as in the article.
 """
 
 import math
@@ -38,7 +38,7 @@ def scores(
     query: Tensor,
     key: Tensor,
     *,
-    seen: Tensor | None = None,
+    visible: Tensor | None = None,
     bias: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -51,7 +51,7 @@ def scores(
         s = softcap * torch.tanh(s / softcap)
     if bias is not None:
         s = s + bias.double()
-    return s if seen is None else torch.where(seen, s, -math.inf)
+    return s if visible is None else torch.where(visible, s, -math.inf)
 
 
 def logsumexp(s: Tensor, sinks: Tensor | None = None) -> Tensor:
@@ -80,17 +80,17 @@ def entropy(p: Tensor) -> Tensor:
     return -torch.xlogy(p, p).sum(-1)
 
 
-def topk(p: Tensor, seen: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def topk(p: Tensor, visible: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest visible weights of each row and their keys; weight 0 and key −1 past the visible."""
-    found = torch.where(seen.expand(p.shape), p, -1.0).sort(dim=-1, descending=True, stable=True)
-    missing = found.values[..., :k] < 0
-    return found.values[..., :k].masked_fill(missing, 0), found.indices[..., :k].masked_fill(missing, -1)
+    ordered = torch.where(visible.expand(p.shape), p, -1.0).sort(dim=-1, descending=True, stable=True)
+    missing = ordered.values[..., :k] < 0
+    return ordered.values[..., :k].masked_fill(missing, 0), ordered.indices[..., :k].masked_fill(missing, -1)
 
 
-def received(p: Tensor, seen: Tensor | None = None) -> Tensor:
-    """Column sums; with ``seen`` ÷ the number of queries that may see the key."""
+def received(p: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Column sums; with ``visible`` ÷ the number of queries that may see the key."""
     sums = p.sum(-2)
-    return sums if seen is None else sums / seen.expand(p.shape).sum(-2).clamp(min=1)
+    return sums if visible is None else sums / visible.expand(p.shape).sum(-2).clamp(min=1)
 
 
 def offsets(p: Tensor, radius: int) -> Tensor:
@@ -130,17 +130,17 @@ def pool(p: Tensor, rows: Tensor, cols: Tensor, how: str) -> Tensor:
             for c in range(out.shape[3]):
                 part = p[b][:, rows[b] == r][:, :, cols[b] == c]
                 if part.numel():
-                    out[b, :, r, c] = _together(part, how)
+                    out[b, :, r, c] = _pooled(part, how)
     return out
 
 
-def _together(part: Tensor, how: str) -> Tensor:
+def _pooled(part: Tensor, how: str) -> Tensor:
     if how == "max":
         return part.amax((-2, -1))
     return part.mean((-2, -1)) if how == "mean" else part.sum(-1).mean(-1)
 
 
-def seen_where(
+def visible_where(
     rule: Callable[[int, int, int, int], bool],
     batch: int,
     heads: int,
@@ -148,7 +148,7 @@ def seen_where(
     keys: int,
     origin: int | None = None,
 ) -> Tensor:
-    """A mask by asking of each cell; the queries are the last of the key positions."""
+    """A mask from a rule for each cell; the queries are the last of the key positions."""
     first = keys - queries if origin is None else origin
     cells = [
         [[[rule(b, h, first + i, j) for j in range(keys)] for i in range(queries)] for h in range(heads)]

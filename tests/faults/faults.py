@@ -30,21 +30,21 @@ def fault(target: str, test: str) -> Callable[[Replace], Replace]:
 # ---------------------------------------------------------------- masks
 
 
-@fault("headscope.ops.masks.ranges:causal", "ops/test_masks.py::test_each_mask_is_its_rule")
+@fault("headscope.ops.masks.ranges:causal", "ops/test_masks.py::test_mask_equals_its_rule_in_every_cell")
 def a_token_attends_to_the_one_after_it(original: Any) -> Any:
     from headscope.ops.masks.ranges import window
 
     return lambda: window(None, 1)
 
 
-@fault("headscope.ops.masks.ranges:padding", "ops/test_masks.py::test_each_mask_is_its_rule")
+@fault("headscope.ops.masks.ranges:padding", "ops/test_masks.py::test_mask_equals_its_rule_in_every_cell")
 def padding_is_attended_to_and_text_is_hidden(original: Any) -> Any:
     return lambda *args, **kwargs: ~original(*args, **kwargs)
 
 
 @fault(
     "headscope.ops.scores:Scores.positions",
-    "ops/test_attention.py::test_a_step_with_a_cache_is_the_last_row_of_the_whole",
+    "ops/test_attention.py::test_causal_mask_aligns_queries_with_the_last_keys",
 )
 def with_a_cache_the_causal_mask_counts_from_the_top_left(original: Any) -> Any:
     return lambda self, rows: rows
@@ -53,22 +53,22 @@ def with_a_cache_the_causal_mask_counts_from_the_top_left(original: Any) -> Any:
 # ---------------------------------------------------------------- scores
 
 
-@fault("headscope.ops.kernels.fused:product", "ops/test_attention.py::test_it_is_its_definition")
+@fault("headscope.ops.kernels.fused:product", "ops/test_attention.py::test_attention_equals_its_definition")
 def scores_are_not_scaled(original: Any) -> Any:
     return lambda scores, *args: original(replace(scores, scale=1.0), *args)
 
 
-@fault("headscope.ops.kernels.fused:product", "ops/test_attention.py::test_it_is_its_definition")
+@fault("headscope.ops.kernels.fused:product", "ops/test_attention.py::test_attention_equals_its_definition")
 def query_heads_read_the_keys_of_another_group(original: Any) -> Any:
     return lambda scores, *args: original(replace(scores, key=scores.key.flip(1)), *args)
 
 
-@fault("headscope.ops.scores:Scores.bias_block", "ops/test_attention.py::test_it_is_its_definition")
+@fault("headscope.ops.scores:Scores.bias_block", "ops/test_attention.py::test_attention_equals_its_definition")
 def the_bias_is_added_twice(original: Any) -> Any:
     return lambda *args: 2 * original(*args)
 
 
-@fault("headscope.ops.kernels.blockwise:stream", "ops/test_matrix.py::test_every_answer_is_its_definition")
+@fault("headscope.ops.kernels.blockwise:stream", "ops/test_matrix.py::test_matrix_answers_equal_their_definitions")
 def rows_sum_to_one_in_spite_of_a_sink(original: Any) -> Any:
     return lambda scores, *args, **kwargs: original(replace(scores, sinks=None), *args, **kwargs)
 
@@ -76,7 +76,7 @@ def rows_sum_to_one_in_spite_of_a_sink(original: Any) -> Any:
 # ---------------------------------------------------------------- softmax and output
 
 
-@fault("headscope.ops.kernels.differentiable:_weights_of_rows", "ops/test_matrix.py::test_product_with_any_x")
+@fault("headscope.ops.kernels.differentiable:_weights_of_rows", "ops/test_matrix.py::test_product_takes_any_x")
 def the_softmax_is_over_queries(original: Any) -> Any:
     def weights_of_rows(*args: Any) -> Any:
         weights, log_weights = original(*args)
@@ -90,7 +90,9 @@ def heads_are_concatenated_in_another_order(original: Any) -> Any:
     return lambda *args: original(*args).flip(1)
 
 
-@fault("headscope.ops.kernels.fused:product", "ops/test_attention.py::test_values_worked_out_by_hand")
+@fault(
+    "headscope.ops.kernels.fused:product", "ops/test_attention.py::test_attention_gives_the_values_worked_out_by_hand"
+)
 def a_query_that_sees_nothing_gets_the_mean_of_all_values(original: Any) -> Any:
     def product(scores: Any, value: Any, *args: Any) -> Any:
         output = original(scores, value, *args)
@@ -103,12 +105,16 @@ def a_query_that_sees_nothing_gets_the_mean_of_all_values(original: Any) -> Any:
 # ---------------------------------------------------------------- answers of the matrix
 
 
-@fault("headscope.ops.reductions.rows:Entropy.finish", "ops/test_matrix.py::test_every_answer_is_its_definition")
+@fault(
+    "headscope.ops.reductions.rows:Entropy.finish", "ops/test_matrix.py::test_matrix_answers_equal_their_definitions"
+)
 def entropy_is_in_bits(original: Any) -> Any:
     return lambda *args: original(*args) / math.log(2)
 
 
-@fault("headscope.ops.reductions.rows:TopK.finish", "ops/test_matrix.py::test_rows_with_fewer_visible_keys_than_k")
+@fault(
+    "headscope.ops.reductions.rows:TopK.finish", "ops/test_matrix.py::test_topk_returns_minus_one_past_the_visible_keys"
+)
 def topk_names_hidden_keys(original: Any) -> Any:
     def finish(*args: Any) -> Any:
         top = original(*args)
@@ -117,17 +123,22 @@ def topk_names_hidden_keys(original: Any) -> Any:
     return finish
 
 
-@fault("headscope.ops.matrix:AttentionMatrix.offsets", "ops/test_matrix.py::test_every_answer_is_its_definition")
+@fault(
+    "headscope.ops.matrix:AttentionMatrix.offsets", "ops/test_matrix.py::test_matrix_answers_equal_their_definitions"
+)
 def the_token_itself_is_shown_as_the_one_before(original: Any) -> Any:
     return lambda *args: original(*args).roll(-1, -1)
 
 
-@fault("headscope.ops.reductions.columns:Received.finish", "ops/test_matrix.py::test_every_answer_is_its_definition")
+@fault(
+    "headscope.ops.reductions.columns:Received.finish",
+    "ops/test_matrix.py::test_matrix_answers_equal_their_definitions",
+)
 def the_mean_that_a_key_receives_counts_queries_that_cannot_see_it(original: Any) -> Any:
     return lambda self, state: state[0] / state[1].amax().clamp(min=1) if self.mean else state[0]
 
 
-@fault("headscope.ops.reductions.groups:Pool.finish", "ops/test_matrix.py::test_every_answer_is_its_definition")
+@fault("headscope.ops.reductions.groups:Pool.finish", "ops/test_matrix.py::test_matrix_answers_equal_their_definitions")
 def tokens_of_a_word_are_averaged_over_keys_and_not_summed(original: Any) -> Any:
     def finish(self: Any, state: Any) -> Any:
         if self.how == "mass":

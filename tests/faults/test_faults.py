@@ -80,4 +80,4 @@ def test_a_fault_whose_function_is_gone_is_named(target: str) -> None:
         return original
 
     with pytest.raises(FunctionNotFound, match=f"'all heads are one' is planted in {target}"):
-        Fault(target, "ops/test_masks.py::test_masks_combine", all_heads_are_one).original()
+        Fault(target, "ops/test_masks.py::test_masks_combine_with_and_or_and_not", all_heads_are_one).original()

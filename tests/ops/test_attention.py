@@ -27,21 +27,21 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(differentiable, "_AUTOGRAD", 2 * 6 * 11 * 2)
 
 
-def assert_near(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
-    assert found.shape == wanted.shape
-    torch.testing.assert_close(found.double(), wanted, atol=tolerance, rtol=tolerance)
+def assert_near(result: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    assert result.shape == expected.shape
+    torch.testing.assert_close(result.double(), expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("bias_name", BIASES)
 @pytest.mark.parametrize("mask_name", MASKS)
-def test_it_is_its_definition(mask_name: str, bias_name: str, tiny: None) -> None:
+def test_attention_equals_its_definition(mask_name: str, bias_name: str, tiny: None) -> None:
     query, key, value = operands()
-    mask, seen = masked(mask_name, SIZES)
+    mask, visible = masked(mask_name, SIZES)
     bias = BIASES[bias_name](SIZES)
-    wanted = reference.attend(reference.weights(query, key, seen=seen, bias=bias), value)
-    assert_near(attention(query, key, value, mask=mask, bias=bias), wanted)
+    expected = reference.attend(reference.weights(query, key, visible=visible, bias=bias), value)
+    assert_near(attention(query, key, value, mask=mask, bias=bias), expected)
     trained = None if bias is None else bias.clone().requires_grad_()
-    assert_near(attention(query, key, value, mask=mask, bias=trained).detach(), wanted)
+    assert_near(attention(query, key, value, mask=mask, bias=trained).detach(), expected)
 
 
 @st.composite
@@ -58,23 +58,23 @@ def shapes(draw: st.DrawFn) -> dict[str, int]:
     st.sampled_from([torch.float32, torch.float64]),
     st.sampled_from([None, 0.3, -1.7]),
 )
-def test_any_shapes(
+def test_attention_equals_its_definition_for_any_shapes(
     shape: dict[str, int], mask_name: str, bias_name: str, dtype: torch.dtype, scale: float | None
 ) -> None:
     query, key, value = operands(**shape, dtype=dtype)
     sizes = (*query.shape[:3], key.shape[2])
-    mask, seen = masked(mask_name, sizes)
+    mask, visible = masked(mask_name, sizes)
     bias = BIASES[bias_name](sizes)
     with unchecked():
         out = attention(query, key, value, mask=mask, bias=bias, scale=scale)
     assert out.dtype == dtype
-    p = reference.weights(query, key, seen=seen, bias=bias, scale=scale)
+    p = reference.weights(query, key, visible=visible, bias=bias, scale=scale)
     assert_near(out, reference.attend(p, value), 1e-5 if dtype == torch.float32 else 1e-11)
 
 
 @pytest.mark.parametrize("queries", [300, 700])
 @pytest.mark.parametrize("mask_name", ["none", "causal", "window", "padding"])
-def test_a_realistic_size(mask_name: str, queries: int) -> None:
+def test_attention_equals_its_definition_at_700_tokens(mask_name: str, queries: int) -> None:
     query, key, value = operands(kv_heads=2, queries=queries, keys=700, size=64, width=96)
     lengths = torch.tensor([700, 411])
     mask = masks.padding(lengths) if mask_name == "padding" else masked(mask_name, (1, 1, 1, 1))[0]
@@ -86,8 +86,8 @@ def test_a_realistic_size(mask_name: str, queries: int) -> None:
         "window": (j >= i - 2) & (j <= i + 1),
         "padding": (j < lengths[:, None, None])[:, None],
     }
-    wanted = reference.attend(reference.weights(query, key, seen=cells[mask_name]), value)
-    assert_near(attention(query, key, value, mask=mask), wanted)
+    expected = reference.attend(reference.weights(query, key, visible=cells[mask_name]), value)
+    assert_near(attention(query, key, value, mask=mask), expected)
 
 
 # The softmax of 0 and ln n can be worked out by hand: 1 : n.
@@ -107,12 +107,12 @@ BY_HAND: dict[str, tuple[dict[str, Any], list[float]]] = {
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-def test_values_worked_out_by_hand(name: str) -> None:
-    options, wanted = BY_HAND[name]
-    assert_near(attention(*HAND, **options), torch.tensor(wanted, dtype=torch.float64).view(1, 1, 1, 3), 1e-6)
+def test_attention_gives_the_values_worked_out_by_hand(name: str) -> None:
+    options, expected = BY_HAND[name]
+    assert_near(attention(*HAND, **options), torch.tensor(expected, dtype=torch.float64).view(1, 1, 1, 3), 1e-6)
 
 
-def test_the_default_scale_is_one_over_root_of_the_head_size() -> None:
+def test_scale_defaults_to_one_over_the_root_of_the_head_size() -> None:
     query, key = torch.ones(1, 1, 1, 4), torch.tensor([[[[0.0] * 4, [1.0] * 4]]])
     out = attention(query, key, torch.eye(2)[None, None])
     assert_near(
@@ -120,13 +120,13 @@ def test_the_default_scale_is_one_over_root_of_the_head_size() -> None:
     )
 
 
-def test_heads_share_keys_in_consecutive_groups() -> None:
+def test_query_heads_share_keys_in_consecutive_groups() -> None:
     value = torch.arange(3.0).view(1, 3, 1, 1).expand(1, 3, 11, 1)
     out = attention(torch.randn(1, 6, 7, 5), torch.randn(1, 3, 11, 5), value)
     assert_near(out[0, :, 0, 0], torch.tensor([0, 0, 1, 1, 2, 2], dtype=torch.float64), 1e-6)
 
 
-def test_a_step_with_a_cache_is_the_last_row_of_the_whole() -> None:
+def test_causal_mask_aligns_queries_with_the_last_keys() -> None:
     query, key, value = operands(queries=11)
     whole = attention(query, key, value, mask=masks.causal())
     step = attention(query[:, :, -2:], key, value, mask=masks.causal())
@@ -136,65 +136,67 @@ def test_a_step_with_a_cache_is_the_last_row_of_the_whole() -> None:
 @pytest.mark.parametrize("bias_name", ["none", "key only", "[L, S]", "finfo.min"])
 @pytest.mark.parametrize("mask_name", ["none", "causal", "padding", "dense"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
-def test_half_precision(dtype: torch.dtype, tolerance: float, mask_name: str, bias_name: str) -> None:
+def test_attention_in_half_precision_equals_its_definition(
+    dtype: torch.dtype, tolerance: float, mask_name: str, bias_name: str
+) -> None:
     query, key, value = operands(dtype=dtype)
-    mask, seen = masked(mask_name, SIZES)
+    mask, visible = masked(mask_name, SIZES)
     bias = BIASES[bias_name](SIZES)
     out = attention(query, key, value, mask=mask, bias=bias)
     assert out.dtype == dtype
-    assert_near(out, reference.attend(reference.weights(query, key, seen=seen, bias=bias), value), tolerance)
+    assert_near(out, reference.attend(reference.weights(query, key, visible=visible, bias=bias), value), tolerance)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 1e-9])
 @pytest.mark.parametrize("bias_name", ["none", "[L, S]"])
-def test_under_autocast(bias_name: str, dropout_p: float) -> None:
+def test_attention_under_autocast_equals_its_definition(bias_name: str, dropout_p: float) -> None:
     query, key, value = operands()
-    mask, seen = masked("padding", SIZES)
+    mask, visible = masked("padding", SIZES)
     bias = BIASES[bias_name](SIZES)
     with torch.autocast("cpu", torch.bfloat16):
         out = attention(query, key, value, mask=mask, bias=bias, dropout_p=dropout_p)
-    wanted = reference.attend(reference.weights(query, key, seen=seen, bias=bias), value)
-    assert_near(out, wanted, 3e-2)
+    expected = reference.attend(reference.weights(query, key, visible=visible, bias=bias), value)
+    assert_near(out, expected, 3e-2)
 
 
-def test_a_bias_may_have_another_precision() -> None:
+def test_bias_may_have_another_dtype() -> None:
     query, key, value = operands()
     for name in ("key only", "[L, S]"):
         bias = BIASES[name](SIZES)
         assert bias is not None
-        wanted = reference.attend(reference.weights(query, key, bias=bias), value)
-        assert_near(attention(query, key, value, bias=bias.double()), wanted)
+        expected = reference.attend(reference.weights(query, key, bias=bias), value)
+        assert_near(attention(query, key, value, bias=bias.double()), expected)
         half = reference.attend(reference.weights(query, key, bias=bias.half()), value)
         assert_near(attention(query, key, value, bias=bias.half()), half)
 
 
 def hidden_rows() -> tuple[Tensor, Tensor]:
     """A mask whose query rows 0 and 4 see nothing, in every batch row and head."""
-    seen = torch.rand(7, 11) < 0.8
-    blind = torch.tensor([0, 4])
-    seen[blind] = False
-    seen[:, 2] |= ~seen.any(-1) & (torch.arange(7)[:, None] != blind).all(1)
-    return seen, blind
+    visible = torch.rand(7, 11) < 0.8
+    empty_rows = torch.tensor([0, 4])
+    visible[empty_rows] = False
+    visible[:, 2] |= ~visible.any(-1) & (torch.arange(7)[:, None] != empty_rows).all(1)
+    return visible, empty_rows
 
 
 @pytest.mark.parametrize("how", ["mask", "mask and bias", "-inf bias", "trained -inf bias", "dropout"])
-def test_a_query_that_sees_nothing_gives_zeros_and_zero_gradients(how: str, tiny: None) -> None:
+def test_query_that_sees_nothing_gives_zeros_and_zero_gradients(how: str, tiny: None) -> None:
     query, key, value = (x.requires_grad_() for x in operands())
-    seen, blind = hidden_rows()
-    hiding = torch.zeros(7, 11).masked_fill(~seen, -torch.inf).requires_grad_(how.startswith("trained"))
+    visible, empty_rows = hidden_rows()
+    hiding = torch.zeros(7, 11).masked_fill(~visible, -torch.inf).requires_grad_(how.startswith("trained"))
     options: dict[str, dict[str, Any]] = {
-        "mask": {"mask": seen},
-        "mask and bias": {"mask": seen, "bias": torch.randn(7, 11)},
+        "mask": {"mask": visible},
+        "mask and bias": {"mask": visible, "bias": torch.randn(7, 11)},
         "-inf bias": {"bias": hiding},
         "trained -inf bias": {"bias": hiding},
-        "dropout": {"mask": seen, "dropout_p": 0.5},
+        "dropout": {"mask": visible, "dropout_p": 0.5},
     }
     out = attention(query, key, value, **options[how])
-    assert bool((out[:, :, blind] == 0).all())
+    assert bool((out[:, :, empty_rows] == 0).all())
     assert bool((out[:, :, 1:4] != 0).any(-1).any(1).all())
     out.backward(torch.randn_like(out))
     assert query.grad is not None
-    assert bool((query.grad[:, :, blind] == 0).all())
+    assert bool((query.grad[:, :, empty_rows] == 0).all())
     for tensor in (query, key, value):
         assert tensor.grad is not None
         assert bool(tensor.grad.isfinite().all())
@@ -202,11 +204,11 @@ def test_a_query_that_sees_nothing_gives_zeros_and_zero_gradients(how: str, tiny
     if hiding.requires_grad:
         assert hiding.grad is not None
         assert bool(hiding.grad.isfinite().all())
-        assert bool((hiding.grad[blind] == 0).all())
+        assert bool((hiding.grad[empty_rows] == 0).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_if_nobody_sees_anything_all_is_zero(dtype: torch.dtype) -> None:
+def test_output_and_gradients_are_zero_if_no_query_sees_a_key(dtype: torch.dtype) -> None:
     query, key, value = (x.detach().mul(1e4).to(dtype).requires_grad_() for x in operands())
     out = attention(query, key, value, mask=masks.prefix(0))
     assert bool((out == 0).all())
@@ -220,14 +222,14 @@ def test_if_nobody_sees_anything_all_is_zero(dtype: torch.dtype) -> None:
     assert bool((only_value.grad == 0).all())
 
 
-def test_gradients_are_the_same_where_masks_are_not_kept(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_the_same_if_masks_are_recomputed(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
     mask, _ = masked("padding", SIZES)
     bias = BIASES["key only"](SIZES)
     inputs = [x.requires_grad_() for x in operands()]
-    kept = torch.autograd.grad(attention(*inputs, mask=mask, bias=bias).square().sum(), inputs)
+    nonzero = torch.autograd.grad(attention(*inputs, mask=mask, bias=bias).square().sum(), inputs)
     monkeypatch.setattr(fused, "_AUTOGRAD", 0)
     again = torch.autograd.grad(attention(*inputs, mask=mask, bias=bias).square().sum(), inputs)
-    for one, other in zip(kept, again, strict=True):
+    for one, other in zip(nonzero, again, strict=True):
         assert float(one.abs().max()) > 0.1
         assert_near(other, one.double(), 1e-6)
 
@@ -242,7 +244,7 @@ def small(mask_name: str, bias_name: str) -> tuple[list[Tensor], Any, Tensor | N
 
 @pytest.mark.parametrize("bias_name", ["none", "key only", "[L, S]"])
 @pytest.mark.parametrize("mask_name", ["none", "causal", "padding", "dense"])
-def test_gradients_by_differences(mask_name: str, bias_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_equal_finite_differences(mask_name: str, bias_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_ROWS", 2)
     inputs, mask, bias = small(mask_name, bias_name)
     with unchecked():
@@ -252,7 +254,7 @@ def test_gradients_by_differences(mask_name: str, bias_name: str, monkeypatch: p
 @pytest.mark.parametrize(
     ("mask_name", "bias_name"), [("none", "key only"), ("causal", "[L, S]"), ("dense", "query only")]
 )
-def test_gradients_with_a_trained_bias_by_differences(
+def test_gradients_of_a_trained_bias_equal_finite_differences(
     mask_name: str, bias_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(differentiable, "_AUTOGRAD", 2 * 4 * 2)
@@ -264,35 +266,35 @@ def test_gradients_with_a_trained_bias_by_differences(
 
 
 @pytest.mark.parametrize("mask_name", ["none", "causal", "padding", "documents"])
-def test_gradients_are_those_of_the_definition(mask_name: str, tiny: None) -> None:
+def test_gradients_equal_those_of_the_definition(mask_name: str, tiny: None) -> None:
     query, key, value = (x.requires_grad_() for x in operands(queries=11, width=7))
-    mask, seen = masked(mask_name, (2, 6, 11, 11))
+    mask, visible = masked(mask_name, (2, 6, 11, 11))
     ours = attention(query, key, value, mask=mask)
-    wanted = reference.attend(reference.weights(query, key, seen=seen), value)
+    expected = reference.attend(reference.weights(query, key, visible=visible), value)
     sent = torch.randn_like(ours)
-    found = torch.autograd.grad(ours, (query, key, value), sent)
-    defined = torch.autograd.grad(wanted, (query, key, value), sent.double())
-    for one, other in zip(found, defined, strict=True):
+    result = torch.autograd.grad(ours, (query, key, value), sent)
+    defined = torch.autograd.grad(expected, (query, key, value), sent.double())
+    for one, other in zip(result, defined, strict=True):
         assert_near(one, other.double(), 2e-5)
 
 
-def test_dropout_drops_its_share_and_scales_the_rest(tiny: None) -> None:
+def test_dropout_zeroes_its_share_and_scales_the_others(tiny: None) -> None:
     query, key, _ = operands()
     eye = torch.eye(11).expand(2, 3, 11, 11)
-    mask, seen = masked("causal", SIZES)
-    p = reference.weights(query, key, seen=seen)
+    mask, visible = masked("causal", SIZES)
+    p = reference.weights(query, key, visible=visible)
     draws = torch.stack([attention(query, key, eye, mask=mask, dropout_p=0.3) for _ in range(60)]).double()
-    kept = draws != 0
-    assert_near(draws[kept], (p / 0.7).expand_as(draws)[kept])
-    assert not bool(kept[:, ~seen].any())
-    visible = int(seen.sum()) * 60
-    share = 1 - float(kept.sum()) / visible
+    nonzero = draws != 0
+    assert_near(draws[nonzero], (p / 0.7).expand_as(draws)[nonzero])
+    assert not bool(nonzero[:, ~visible].any())
+    visible = int(visible.sum()) * 60
+    share = 1 - float(nonzero.sum()) / visible
     assert abs(share - 0.3) < 5 * math.sqrt(0.3 * 0.7 / visible)
     spread = p.amax() * math.sqrt(0.3 / 0.7 / 60)
     assert float((draws.mean(0) - p).abs().max()) < 5 * float(spread)
 
 
-def test_dropout_repeats_with_its_seed_and_its_gradient_drops_the_same(tiny: None) -> None:
+def test_dropout_repeats_with_its_seed_and_in_the_backward_pass(tiny: None) -> None:
     query, key, _ = operands()
     eye = torch.eye(11).expand(2, 3, 11, 11).clone().requires_grad_()
 
@@ -311,19 +313,19 @@ def test_dropout_repeats_with_its_seed_and_its_gradient_drops_the_same(tiny: Non
 
 @pytest.mark.parametrize("mask_name", ["none", "causal", "padding"])
 @pytest.mark.parametrize("same", ["query", "key", "value", "all"])
-def test_inputs_need_not_be_contiguous(same: str, mask_name: str) -> None:
+def test_attention_takes_inputs_that_are_not_contiguous(same: str, mask_name: str) -> None:
     query, key, value = operands(queries=11, width=5)
     turned = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (query, key, value)]
     given = [
         t if same in (n, "all") else x
         for n, t, x in zip(("query", "key", "value"), turned, (query, key, value), strict=True)
     ]
-    mask, seen = masked(mask_name, (2, 6, 11, 11))
-    assert_near(attention(*given, mask=mask), reference.attend(reference.weights(query, key, seen=seen), value))
+    mask, visible = masked(mask_name, (2, 6, 11, 11))
+    assert_near(attention(*given, mask=mask), reference.attend(reference.weights(query, key, visible=visible), value))
     projected = torch.randn(2, 11, 6 * 5)
     split = projected.unflatten(2, (6, 5)).transpose(1, 2)  # as it comes out of a projection
     assert_near(
-        attention(split, key, value, mask=mask), reference.attend(reference.weights(split, key, seen=seen), value)
+        attention(split, key, value, mask=mask), reference.attend(reference.weights(split, key, visible=visible), value)
     )
 
 
@@ -367,16 +369,16 @@ ERRORS: dict[str, tuple[Callable[[], object], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_an_error_says_what_came_and_what_was_wanted(name: str) -> None:
-    ask, words = ERRORS[name]
+def test_attention_errors_say_what_came_and_what_was_wanted(name: str) -> None:
+    call, words = ERRORS[name]
     with unchecked(), pytest.raises(ValueError) as caught:
-        ask()
+        call()
     assert [word for word in words if word not in str(caught.value)] == []
 
 
 @pytest.mark.parametrize("scale", [-1.7, 0.0])
 @pytest.mark.parametrize("asked_before", [False, True])
-def test_a_scale_below_or_at_zero_hides_what_is_hidden(scale: float, asked_before: bool) -> None:
+def test_mask_hides_keys_when_the_scale_is_not_positive(scale: float, asked_before: bool) -> None:
     """The fused kernel alone gives NaN: it scales after hiding."""
     query, key, value = torch.randn(1, 2, 3, 5), torch.randn(1, 2, 3, 5), torch.randn(1, 2, 3, 5)
     scores = (query @ key.transpose(-1, -2) * scale).masked_fill(torch.ones(3, 3).triu(1).bool(), -torch.inf)

@@ -19,9 +19,9 @@ SIZES = (2, 6, 7, 11)
 QUERY, KEY, VALUE = operands()
 BIAS = torch.randn(1, 6, 7, 11)
 OPTIONS: dict[str, Any] = {"bias": BIAS, "softcap": 2.0, "sinks": torch.randn(6)}
-SEEN = torch.rand(2, 1, 7, 11) < 0.7
-SEEN[1, :, 3] = False
-P = reference.weights(QUERY, KEY, seen=SEEN, **OPTIONS)
+VISIBLE = torch.rand(2, 1, 7, 11) < 0.7
+VISIBLE[1, :, 3] = False
+P = reference.weights(QUERY, KEY, visible=VISIBLE, **OPTIONS)
 SHAPES = [(3,), (2, 1), (2, 3), (1,), ()]  # they broadcast
 
 
@@ -58,24 +58,24 @@ def indices(draw: st.DrawFn) -> Any:
 
 @settings(max_examples=120, deadline=None)
 @given(indices(), st.booleans(), st.booleans())
-def test_it_is_the_same_part_of_the_dense_matrix(index: Any, known: bool, small_parts: bool) -> None:
-    matrix = AttentionMatrix(QUERY, KEY, mask=SEEN, **OPTIONS)
+def test_index_gives_the_same_part_as_indexing_the_dense_matrix(index: Any, known: bool, small_parts: bool) -> None:
+    matrix = AttentionMatrix(QUERY, KEY, mask=VISIBLE, **OPTIONS)
     if known:
         matrix.entropy()
     with unchecked(), pytest.MonkeyPatch.context() as patch:
         if small_parts:
             patch.setattr(indexing, "_CELLS", 13)
             patch.setattr(indexing, "_POINTS", 2)
-        found = matrix[index]
-    wanted = P[index]
-    assert found.dtype == torch.float32
-    assert found.shape == wanted.shape
-    torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=0)
+        result = matrix[index]
+    expected = P[index]
+    assert result.dtype == torch.float32
+    assert result.shape == expected.shape
+    torch.testing.assert_close(result.double(), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("after", ["nothing", "a product", "an index", "entropy"])
 @pytest.mark.parametrize("mask", [None, masks.causal(), masks.padding([11, 5]), masks.prefix(0)], ids=repr)
-def test_parts_agree_whatever_was_asked_before(mask: masks.Mask | None, after: str) -> None:
+def test_index_gives_the_same_after_any_other_answer(mask: masks.Mask | None, after: str) -> None:
     matrix = AttentionMatrix(QUERY, KEY, mask=mask)
     earlier = {
         "nothing": lambda: None,
@@ -84,14 +84,14 @@ def test_parts_agree_whatever_was_asked_before(mask: masks.Mask | None, after: s
         "entropy": lambda: matrix.entropy(),
     }
     earlier[after]()
-    seen = torch.ones(1, dtype=torch.bool) if mask is None else mask.tensor(7, 11, 2, 6)
-    wanted = reference.weights(QUERY, KEY, seen=seen)
+    visible = torch.ones(1, dtype=torch.bool) if mask is None else mask.tensor(7, 11, 2, 6)
+    expected = reference.weights(QUERY, KEY, visible=visible)
     for index in [(), ..., (1, 5), (slice(None), [1, 4], 6), (0, 0, [1, 3, 6], [10, 0, 2]), (1, slice(1, 6, 3))]:
-        torch.testing.assert_close(matrix[index].double(), wanted[index], atol=1e-5, rtol=0)
+        torch.testing.assert_close(matrix[index].double(), expected[index], atol=1e-5, rtol=0)
 
 
-def test_cells_named_one_by_one_know_of_mask_bias_softcap_and_sinks() -> None:
-    matrix = AttentionMatrix(QUERY, KEY, mask=SEEN, **OPTIONS)
+def test_index_tensors_apply_mask_bias_softcap_and_sinks() -> None:
+    matrix = AttentionMatrix(QUERY, KEY, mask=VISIBLE, **OPTIONS)
     index = torch.tensor([0, 1, 1]), torch.tensor([5, 2, 0]), torch.tensor([6, 0, 3]), torch.arange(11)[:, None]
     torch.testing.assert_close(matrix[index].double(), P[index], atol=1e-5, rtol=0)
 
@@ -99,18 +99,18 @@ def test_cells_named_one_by_one_know_of_mask_bias_softcap_and_sinks() -> None:
 @pytest.mark.parametrize("sinks", [None, torch.tensor([0.0, 50.0, -300.0, 300.0, 4.0, -1e4])])
 @pytest.mark.parametrize("shift", [0.0, 60.0, 200.0, -60.0, -200.0, "each row its own"])
 @pytest.mark.parametrize("scale", [1.0, 100.0])
-def test_a_part_s_rows_are_summed_whatever_their_size(
+def test_index_normalizes_rows_with_scores_of_any_size(
     scale: float, shift: float | str, sinks: torch.Tensor | None
 ) -> None:
     rows = torch.linspace(-300, 300, 7)[:, None] if isinstance(shift, str) else torch.tensor([[shift]])
     query = torch.cat([QUERY * scale, rows.expand(2, 6, 7, 1)], -1)  # the shift as one more product
     key = torch.cat([KEY, torch.ones_like(KEY[..., :1])], -1)
     part = AttentionMatrix(query, key, scale=1.0, sinks=sinks)[1, :, 2:, 3:9]
-    wanted = reference.weights(query, key, scale=1.0, sinks=sinks)[1, :, 2:, 3:9]
-    torch.testing.assert_close(part.double(), wanted, atol=2e-4, rtol=0)
+    expected = reference.weights(query, key, scale=1.0, sinks=sinks)[1, :, 2:, 3:9]
+    torch.testing.assert_close(part.double(), expected, atol=2e-4, rtol=0)
 
 
-def test_empty_parts_have_their_shape() -> None:
+def test_index_of_an_empty_part_has_its_shape() -> None:
     matrix = AttentionMatrix(QUERY, KEY)
     assert matrix[:, 3:3].shape == (2, 0, 7, 11)
     assert matrix[0, ..., 5:2].shape == (6, 7, 0)
@@ -119,13 +119,13 @@ def test_empty_parts_have_their_shape() -> None:
     assert matrix[(0, 1), range(2)].shape == (2, 7, 11)
 
 
-def test_far_apart_rows_of_a_long_text_cost_only_themselves() -> None:
+def test_index_computes_far_apart_rows_of_a_long_text() -> None:
     query, key = torch.randn(1, 2, 30_000, 4), torch.randn(1, 1, 30_000, 4)
     matrix = AttentionMatrix(query, key, mask=masks.causal())
-    found = matrix[0, 1, [5, 29_000], 3]
+    result = matrix[0, 1, [5, 29_000], 3]
     rows = query[0, 1, [5, 29_000]].double() @ key[0, 0].double().T / 2
-    wanted = torch.stack([torch.softmax(rows[0, :6], 0)[3], torch.softmax(rows[1, :29_001], 0)[3]])
-    torch.testing.assert_close(found.double(), wanted)
+    expected = torch.stack([torch.softmax(rows[0, :6], 0)[3], torch.softmax(rows[1, :29_001], 0)[3]])
+    torch.testing.assert_close(result.double(), expected)
 
 
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
@@ -150,33 +150,33 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_and_why(name: str) -> None:
+def test_index_that_is_refused_names_the_axis_and_the_reason(name: str) -> None:
     index, error, text = REFUSED[name]
     with pytest.raises(error, match=text):
         AttentionMatrix(QUERY, KEY)[index]
 
 
-def test_a_part_that_was_written_into_is_read_anew() -> None:
-    """The last part is kept for the next look; what the caller does to its copy must not show there."""
+def test_index_returns_a_copy_that_may_be_written_into() -> None:
+    """The last part is cached; a change to the copy that was returned must not show in it."""
     query, key = torch.randn(1, 2, 7, 5), torch.randn(1, 2, 11, 5)
     matrix = AttentionMatrix(query, key, mask=masks.causal())
-    wanted = matrix.dense()[0, 1, 2:5, 1:9]
+    expected = matrix.dense()[0, 1, 2:5, 1:9]
     for _ in range(3):
         part = matrix[0, 1, 2:5, 1:9]
-        torch.testing.assert_close(part, wanted)
+        torch.testing.assert_close(part, expected)
         part.zero_()
-    torch.testing.assert_close(matrix[0, 1, 2:6, 1:9][:3], wanted)
+    torch.testing.assert_close(matrix[0, 1, 2:6, 1:9][:3], expected)
 
 
-def test_parts_read_in_inference_mode_and_after_it() -> None:
+def test_index_works_in_inference_mode_and_after_it() -> None:
     matrix = AttentionMatrix(torch.randn(1, 2, 7, 4), torch.randn(1, 2, 7, 4))
     with torch.inference_mode():
         first = matrix[0, 0, 0]
     torch.testing.assert_close(torch.stack([first, matrix[0, 0, 5]]), matrix.dense()[0, 0, [0, 5]])
 
 
-def test_rows_that_follow_each_other_are_cut_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two heads, many rows: two blocks, not a block a row."""
+def test_index_computes_consecutive_rows_as_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two heads, many rows: two blocks, not one block per row."""
     query = torch.randn(1, 3, 40, 4, generator=torch.Generator().manual_seed(0))
     matrix = AttentionMatrix(query, query, mask=masks.causal())
     dense, blocks = matrix.dense(), []

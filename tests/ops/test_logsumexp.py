@@ -1,4 +1,4 @@
-"""The rows' log-sum-exp that a watched kernel tells for nothing: taken where it is right, and nowhere else."""
+"""The log-sum-exp that a watched kernel returns: used where it is right, and computed here otherwise."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ B, H, L, S, D = 2, 3, 7, 11, 4
 
 
 class Sdpa(nn.Module):
-    """Hands its inputs to torch's function."""
+    """Passes its inputs to torch's function."""
 
     def forward(self, *tensors: Tensor, **options: Any) -> Tensor:
         return F.scaled_dot_product_attention(*tensors, **options)
@@ -32,30 +32,30 @@ def qkv(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [torch.randn(B, H, n, D, dtype=dtype) for n in (L, S, S)]
 
 
-def is_known(P: AttentionMatrix) -> bool:
+def has_logsumexp(P: AttentionMatrix) -> bool:
     return P._normalizer is not None
 
 
-def afresh(P: AttentionMatrix) -> AttentionMatrix:
-    """The same matrix, of which nothing is known, in float64."""
-    held = P.operands
-    bias = held.bias.double() if isinstance(held.bias, Tensor) else held.bias
-    return AttentionMatrix(held.query.double(), held.key.double(), mask=held.mask, bias=bias, scale=held.scale)
+def recomputed(P: AttentionMatrix) -> AttentionMatrix:
+    """The same matrix in float64, without a known log-sum-exp."""
+    own = P.operands
+    bias = own.bias.double() if isinstance(own.bias, Tensor) else own.bias
+    return AttentionMatrix(own.query.double(), own.key.double(), mask=own.mask, bias=bias, scale=own.scale)
 
 
 def assert_right(P: AttentionMatrix) -> None:
-    wanted = afresh(P)
-    torch.testing.assert_close(P.logsumexp, wanted.logsumexp.float(), atol=1e-5, rtol=1e-6)
-    torch.testing.assert_close(P.dense(), wanted.dense().float(), atol=3e-6, rtol=0)
-    torch.testing.assert_close(P.entropy(), wanted.entropy().float(), atol=1e-5, rtol=0)
+    expected = recomputed(P)
+    torch.testing.assert_close(P.logsumexp, expected.logsumexp.float(), atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(P.dense(), expected.dense().float(), atol=3e-6, rtol=0)
+    torch.testing.assert_close(P.entropy(), expected.entropy().float(), atol=1e-5, rtol=0)
 
 
 @pytest.fixture
 def no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody may sum rows."""
+    """A pass that sums rows is an error."""
 
     def summed(*_: Any, **__: Any) -> None:
-        raise AssertionError("rows were summed although their kernel had told the sums")
+        raise AssertionError("rows were summed although their kernel returned the log-sum-exp")
 
     monkeypatch.setattr(indexing, "stream", summed)
     monkeypatch.setattr(matrix, "stream", summed)
@@ -63,7 +63,7 @@ def no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("way", ["sdpa", "huggingface", "headscope"])
-def test_a_recorded_part_needs_no_sums(way: str, grad: Any, no_pass: None) -> None:
+def test_recorded_matrix_uses_the_logsumexp_of_the_model_kernel(way: str, grad: Any, no_pass: None) -> None:
     torch.manual_seed(0)
     model, inputs = {
         "sdpa": lambda: (Sdpa(), dict(zip(("query", "key", "value"), qkv(), strict=True))),
@@ -73,13 +73,13 @@ def test_a_recorded_part_needs_no_sums(way: str, grad: Any, no_pass: None) -> No
     with grad(), record(model) as recording:
         model(**inputs)
     assert recording.sites[0].way == way
-    P, wanted = recording[0], afresh(recording[0])
-    held = P.operands
-    scores = (held.query @ held.key.repeat_interleave(held.per_group, 1).mT) * held.scale
-    if held.mask is not None:
+    P, expected = recording[0], recomputed(recording[0])
+    own = P.operands
+    scores = (own.query @ own.key.repeat_interleave(own.per_group, 1).mT) * own.scale
+    if own.mask is not None:
         scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
-    assert is_known(P)
-    assert wanted.shape == P.shape
+    assert has_logsumexp(P)
+    assert expected.shape == P.shape
     torch.testing.assert_close(P[:, :, 2:5, 1:6], scores.softmax(-1)[:, :, 2:5, 1:6], atol=5e-6, rtol=0)
     torch.testing.assert_close(P.logsumexp, scores.logsumexp(-1), atol=1e-5, rtol=0)
 
@@ -88,44 +88,44 @@ def test_a_recorded_part_needs_no_sums(way: str, grad: Any, no_pass: None) -> No
     ("make", "options"),
     [(llama, {}), (llama, {"cache_implementation": "static"}), (lambda: mistral(4), {}), (bart, {})],
 )
-def test_the_steps_of_a_generation_join_their_sums(make: Any, options: dict[str, Any]) -> None:
+def test_generation_joins_the_logsumexp_of_its_steps(make: Any, options: dict[str, Any]) -> None:
     model = make()
     with torch.no_grad(), record(model) as recording:
         model.generate(ids(2, 7), max_new_tokens=5, pad_token_id=0, do_sample=False, **options)
-    assert all(is_known(P) for P in recording)
+    assert all(has_logsumexp(P) for P in recording)
     for P in recording:
         assert_right(P)
     for call in recording.calls:
         assert_right(call.matrix())
 
 
-def test_rows_that_see_nothing_or_only_padding_are_summed_by_us() -> None:
+def test_logsumexp_of_fully_masked_rows_is_computed_here() -> None:
     query, key, value = qkv()
     mask = torch.ones(B, 1, L, S, dtype=torch.bool)
     mask[0, 0, 3] = False
     mask[1, 0, :, 8:] = False
-    for given, empty in ((mask, True), (torch.where(mask, 0.0, FINFO_MIN), False)):
+    for attn_mask, empty in ((mask, True), (torch.where(mask, 0.0, FINFO_MIN), False)):
         with record(model := Sdpa()) as recording:
-            model(query, key, value, attn_mask=given)
+            model(query, key, value, attn_mask=attn_mask)
         P = recording[0]
-        assert not is_known(P)
-        sums = P.dense().sum(-1)
-        assert float(sums[0, 0, 3]) == pytest.approx(0.0 if empty else 1.0, abs=1e-6)
+        assert not has_logsumexp(P)
+        masses = P.dense().sum(-1)
+        assert float(masses[0, 0, 3]) == pytest.approx(0.0 if empty else 1.0, abs=1e-6)
         assert_right(recording[0])
         assert bool((P.logsumexp[0, :, 3] == -torch.inf).all()) is empty
 
 
-def test_sums_that_do_not_explain_the_output_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logsumexp_that_contradicts_the_output_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     original = LogsumexpCapture.for_shape
     monkeypatch.setattr(LogsumexpCapture, "for_shape", lambda *args: original(*args) + 0.01)
     with record(model := Sdpa()) as recording:
         model(*qkv())
-    assert not is_known(recording[0])
+    assert not has_logsumexp(recording[0])
     assert_right(recording[0])
 
 
-def test_sums_that_no_compared_row_has_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Row 1 is not compared; wrong sums of it alone prove nothing."""
+def test_logsumexp_without_a_compared_row_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 1 is not compared, so its wrong log-sum-exp is not noticed; without any compared row none is used."""
 
     def wrong(self: LogsumexpCapture, shape: Any) -> Tensor:
         return torch.full((B, H, L), torch.nan).index_fill(2, torch.tensor([1]), 3.0)
@@ -138,22 +138,22 @@ def test_sums_that_no_compared_row_has_are_not_believed(monkeypatch: pytest.Monk
     assert calls[0].logsumexp is None
 
 
-def test_half_precision_is_summed_by_us() -> None:
+def test_logsumexp_of_half_precision_is_computed_here() -> None:
     with record(model := Sdpa()) as recording:
         model(*qkv(torch.bfloat16))
-    assert not is_known(recording[0])
+    assert not has_logsumexp(recording[0])
     assert_right(recording[0])
 
 
-def test_an_edited_row_has_other_sums() -> None:
+def test_logsumexp_of_an_edited_row_is_computed_here() -> None:
     model = llama()
     with torch.no_grad(), edit(model, knock_out(query=5, key=2)), record(model) as recording:
         model(ids(2, 9))
-    assert not is_known(recording[0])
+    assert not has_logsumexp(recording[0])
     assert_right(recording[0])
 
 
-def test_rejected_drafts_take_their_sums_with_them() -> None:
+def test_cropped_cache_drops_the_logsumexp_of_its_rows() -> None:
     model, tokens = llama(), ids(1, 12)
     with torch.no_grad(), record(model) as recording:
         cache = model(tokens[:, :9], use_cache=True).past_key_values
@@ -161,11 +161,11 @@ def test_rejected_drafts_take_their_sums_with_them() -> None:
         model(tokens[:, 6:], past_key_values=cache)
     assert recording[0].shape[2:] == (12, 12)
     for P in recording:
-        assert is_known(P)
+        assert has_logsumexp(P)
         assert_right(P)
 
 
-def test_a_file_keeps_the_sums_but_not_those_of_rounded_queries(tmp_path: Path, no_pass: None) -> None:
+def test_recording_file_keeps_the_logsumexp_unless_queries_are_rounded(tmp_path: Path, no_pass: None) -> None:
     model = llama()
     with torch.no_grad(), record(model) as recording:
         model(ids(2, 9))
@@ -173,10 +173,10 @@ def test_a_file_keeps_the_sums_but_not_those_of_rounded_queries(tmp_path: Path, 
     recording.save(tmp_path / "half", dtype=torch.float16)
     whole, half = (Recording.load(tmp_path / name) for name in ("whole", "half"))
     assert torch.equal(whole[0][0, 1], recording[0][0, 1])
-    assert not is_known(half[0])
+    assert not has_logsumexp(half[0])
 
 
-def test_what_is_not_a_sum_is_refused(tmp_path: Path) -> None:
+def test_recording_file_with_a_wrong_logsumexp_is_refused(tmp_path: Path) -> None:
     from headscope.errors import RecordingError
 
     with torch.no_grad(), record(model := llama()) as recording:

@@ -1,4 +1,4 @@
-"""Masks: each against loops over all cells, alone and combined, and what they say of blocks."""
+"""Masks against loops over all cells, alone and combined; classify and spans against the cells of blocks."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -13,13 +13,13 @@ from torch import Tensor
 from headscope import masks
 from headscope.ops.masks import Mask
 from tests.options import one_thread, unchecked  # noqa: F401
-from tests.reference import all_in, seen_where
+from tests.reference import all_in, visible_where
 
 BATCH, HEADS, QUERIES, KEYS = 2, 3, 7, 11
 Rule = Callable[[int, int, int, int], bool]
 IDS = [0, 0, 0, 1, 1, 2, 2, 2, 2, 5, 5]
 UNORDERED = [[0, 1, 0, 1, 1, 0, 2, 2, 0, 1, 1], [3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3]]
-SEEN = torch.rand(BATCH, HEADS, QUERIES, KEYS, generator=torch.Generator().manual_seed(3)) < 0.6
+VISIBLE = torch.rand(BATCH, HEADS, QUERIES, KEYS, generator=torch.Generator().manual_seed(3)) < 0.6
 FIRST = KEYS - QUERIES
 
 EACH: dict[str, tuple[Mask, Rule]] = {
@@ -40,12 +40,12 @@ EACH: dict[str, tuple[Mask, Rule]] = {
         masks.documents(torch.tensor(UNORDERED)),
         lambda b, h, i, j: UNORDERED[b][i] == UNORDERED[b][j],
     ),
-    "dense": (masks.dense(SEEN), lambda b, h, i, j: bool(SEEN[b, h, i - FIRST, j])),
-    "dense [L, S]": (masks.dense(SEEN[0, 0]), lambda b, h, i, j: bool(SEEN[0, 0, i - FIRST, j])),
-    "dense [1, H, 1, S]": (masks.dense(SEEN[:1, :, :1]), lambda b, h, i, j: bool(SEEN[0, h, 0, j])),
-    "dense [B, 1, 1, 1]": (masks.dense(SEEN[:, :1, :1, :1]), lambda b, h, i, j: bool(SEEN[b, 0, 0, 0])),
-    "packed": (masks.packed(SEEN), lambda b, h, i, j: bool(SEEN[b, h, i - FIRST, j])),
-    "packed [B, 1, 1, S]": (masks.packed(SEEN[:, :1, :1]), lambda b, h, i, j: bool(SEEN[b, 0, 0, j])),
+    "dense": (masks.dense(VISIBLE), lambda b, h, i, j: bool(VISIBLE[b, h, i - FIRST, j])),
+    "dense [L, S]": (masks.dense(VISIBLE[0, 0]), lambda b, h, i, j: bool(VISIBLE[0, 0, i - FIRST, j])),
+    "dense [1, H, 1, S]": (masks.dense(VISIBLE[:1, :, :1]), lambda b, h, i, j: bool(VISIBLE[0, h, 0, j])),
+    "dense [B, 1, 1, 1]": (masks.dense(VISIBLE[:, :1, :1, :1]), lambda b, h, i, j: bool(VISIBLE[b, 0, 0, 0])),
+    "packed": (masks.packed(VISIBLE), lambda b, h, i, j: bool(VISIBLE[b, h, i - FIRST, j])),
+    "packed [B, 1, 1, S]": (masks.packed(VISIBLE[:, :1, :1]), lambda b, h, i, j: bool(VISIBLE[b, 0, 0, j])),
     "function": (
         masks.function(lambda b, h, i, j: (i + j + b) % (h + 2) == 0),
         lambda b, h, i, j: (i + j + b) % (h + 2) == 0,
@@ -54,24 +54,24 @@ EACH: dict[str, tuple[Mask, Rule]] = {
 
 
 def expected(rule: Rule) -> Tensor:
-    return seen_where(rule, BATCH, HEADS, QUERIES, KEYS)
+    return visible_where(rule, BATCH, HEADS, QUERIES, KEYS)
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_each_mask_is_its_rule(name: str) -> None:
+def test_mask_equals_its_rule_in_every_cell(name: str) -> None:
     mask, rule = EACH[name]
     assert mask.tensor(QUERIES, KEYS, BATCH, HEADS).equal(expected(rule))
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_it_can_be_asked_cell_by_cell(name: str) -> None:
+def test_mask_is_callable_cell_by_cell(name: str) -> None:
     mask, rule = EACH[name]
     cells = [c.flatten() for c in torch.meshgrid(*map(torch.arange, (BATCH, HEADS, QUERIES, KEYS)), indexing="ij")]
     answers = mask(cells[0], cells[1], cells[2] + FIRST, cells[3])
     assert answers.view(BATCH, HEADS, QUERIES, KEYS).equal(expected(rule))
 
 
-def test_masks_combine() -> None:
+def test_masks_combine_with_and_or_and_not() -> None:
     a, b, c = (EACH[name] for name in ("causal", "documents that mix", "padding"))
     both, either, negated = a[0] & b[0], a[0] | b[0], ~c[0]
     size = (QUERIES, KEYS, BATCH, HEADS)
@@ -81,14 +81,14 @@ def test_masks_combine() -> None:
     assert (a[0] & (b[0] | ~c[0])).tensor(*size).equal(expected(a[1]) & (expected(b[1]) | ~expected(c[1])))
 
 
-def test_only_causal_alone_says_that_it_is_causal() -> None:
+def test_is_causal_is_true_for_causal_alone() -> None:
     assert masks.causal().is_causal
     others = [mask for name, (mask, _) in EACH.items() if name != "causal"]
     others += [masks.causal() & masks.causal(), ~masks.causal(), masks.causal() | masks.prefix(1)]
     assert [mask for mask in others if mask.is_causal] == []
 
 
-def test_queries_are_the_last_of_the_positions() -> None:
+def test_mask_puts_queries_at_the_last_positions() -> None:
     step = masks.causal().tensor(2, 5)[0, 0].int().tolist()
     assert step == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     more_queries = masks.causal().tensor(5, 2)[0, 0].int().tolist()
@@ -97,16 +97,16 @@ def test_queries_are_the_last_of_the_positions() -> None:
     assert window == [[0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]
 
 
-def test_a_dense_mask_may_have_one_key_where_there_is_one() -> None:
-    seen = torch.tensor([[True], [False], [True]])
-    assert masks.dense(seen).tensor(3, 1)[0, 0].equal(seen)
+def test_dense_takes_one_key_if_there_is_one() -> None:
+    visible = torch.tensor([[True], [False], [True]])
+    assert masks.dense(visible).tensor(3, 1)[0, 0].equal(visible)
 
 
-def test_packed_takes_an_eighth_of_dense() -> None:
-    seen = torch.rand(1, 1, 64, 64) < 0.5
-    packed: Any = masks.packed(seen)
-    assert packed.bits.nbytes * 8 == seen.nbytes
-    assert packed.tensor(64, 64).equal(seen)
+def test_packed_takes_an_eighth_of_the_memory_of_dense() -> None:
+    visible = torch.rand(1, 1, 64, 64) < 0.5
+    packed: Any = masks.packed(visible)
+    assert packed.bits.nbytes * 8 == visible.nbytes
+    assert packed.tensor(64, 64).equal(visible)
 
 
 Case = tuple[Callable[[], Mask], Tensor]
@@ -122,7 +122,7 @@ def leaves(draw: st.DrawFn, queries: int, keys: int) -> Case:
     ids = draw(st.lists(st.integers(0, 3), min_size=keys, max_size=keys))
     lengths = draw(st.lists(st.integers(0, keys), min_size=BATCH, max_size=BATCH))
     left, right = draw(number), draw(number)
-    seen = torch.rand(BATCH, HEADS, queries, keys, generator=torch.Generator().manual_seed(left * 100 + right)) < 0.7
+    visible = torch.rand(BATCH, HEADS, queries, keys, generator=torch.Generator().manual_seed(left * 100 + right)) < 0.7
     ids = sorted(ids) if right % 2 else ids
     first = keys - queries
     options: dict[str, tuple[Callable[[], Mask], Rule]] = {
@@ -132,15 +132,15 @@ def leaves(draw: st.DrawFn, queries: int, keys: int) -> Case:
         "padding": (lambda: masks.padding(lengths), all_in(lengths)),
         "left": (lambda: masks.padding(lengths, "left", keys), lambda b, h, i, j: j >= keys - lengths[b]),
         "documents": (lambda: masks.documents(ids), lambda b, h, i, j: ids[i] == ids[j]),
-        "dense": (lambda: masks.dense(seen), lambda b, h, i, j: bool(seen[b, h, i - first, j])),
-        "packed": (lambda: masks.packed(seen), lambda b, h, i, j: bool(seen[b, h, i - first, j])),
+        "dense": (lambda: masks.dense(visible), lambda b, h, i, j: bool(visible[b, h, i - first, j])),
+        "packed": (lambda: masks.packed(visible), lambda b, h, i, j: bool(visible[b, h, i - first, j])),
         "function": (
             lambda: masks.function(lambda b, h, i, j: (i * left + j + h) % 3 > 0),
             lambda b, h, i, j: (i * left + j + h) % 3 > 0,
         ),
     }
     make, rule = options[kind]
-    return make, seen_where(rule, BATCH, HEADS, queries, keys)
+    return make, visible_where(rule, BATCH, HEADS, queries, keys)
 
 
 @st.composite
@@ -148,13 +148,13 @@ def compositions(draw: st.DrawFn, queries: int, keys: int, depth: int = 3) -> Ca
     kind = draw(st.sampled_from(["leaf", "and", "or", "not"])) if depth else "leaf"
     if kind == "leaf":
         return draw(leaves(queries, keys))
-    make, seen = draw(compositions(queries, keys, depth - 1))
+    make, visible = draw(compositions(queries, keys, depth - 1))
     if kind == "not":
-        return lambda: ~make(), ~seen
+        return lambda: ~make(), ~visible
     other, also = draw(compositions(queries, keys, depth - 1))
     if kind == "and":
-        return lambda: make() & other(), seen & also
-    return lambda: make() | other(), seen | also
+        return lambda: make() & other(), visible & also
+    return lambda: make() | other(), visible | also
 
 
 def part(draw: st.DrawFn, size: int) -> slice:
@@ -164,73 +164,73 @@ def part(draw: st.DrawFn, size: int) -> slice:
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_what_a_mask_says_of_blocks_is_never_wrong(data: st.DataObject) -> None:
+def test_classify_and_spans_agree_with_the_cells_of_any_combination(data: st.DataObject) -> None:
     keys = data.draw(st.integers(1, 14))
     queries = data.draw(st.integers(1, keys))
-    make, seen = data.draw(compositions(queries, keys))
+    make, visible = data.draw(compositions(queries, keys))
     with unchecked():
-        check_blocks(make(), seen, data)
+        check_blocks(make(), visible, data)
 
 
-def check_blocks(mask: Mask, seen: Tensor, data: st.DataObject) -> None:
-    queries, keys = seen.shape[2:]
-    assert mask.tensor(queries, keys, BATCH, HEADS).equal(seen)
+def check_blocks(mask: Mask, visible: Tensor, data: st.DataObject) -> None:
+    queries, keys = visible.shape[2:]
+    assert mask.tensor(queries, keys, BATCH, HEADS).equal(visible)
 
     b, q, k = part(data.draw, BATCH), part(data.draw, queries), part(data.draw, keys)
     at = slice(q.start + keys - queries, q.stop + keys - queries)
     verdict = mask.classify(b, at, k)
-    block = seen[b, :, q, k]
+    block = visible[b, :, q, k]
     assert verdict is None or bool((block == verdict).all())
 
     covered = torch.zeros(keys, dtype=torch.bool)
     spans = mask.spans(b, at, keys, step=data.draw(st.integers(1, 5)))
     for (start, stop, mixed), following in pairwise([*spans, (keys, keys, False)]):
         assert start < stop <= following[0]
-        assert mixed or bool(seen[b, :, q, start:stop].all())
+        assert mixed or bool(visible[b, :, q, start:stop].all())
         covered[start:stop] = True
-    assert not bool(seen[b, :, q][..., ~covered].any())
+    assert not bool(visible[b, :, q][..., ~covered].any())
 
 
 @pytest.mark.parametrize("name", [name for name in EACH if name != "function"])
-def test_a_block_of_one_cell_is_always_known(name: str) -> None:
+def test_classify_knows_a_block_of_one_cell(name: str) -> None:
     mask, rule = EACH[name]
-    seen = expected(rule)
-    same = seen[:, :1].eq(seen).all(1)  # a verdict speaks for every head
+    visible = expected(rule)
+    same = visible[:, :1].eq(visible).all(1)  # a verdict speaks for every head
     for b, i, j in [(0, 0, 0), (1, 3, 4), (0, 6, 10), (1, 6, 5), (1, 2, 6)]:
         verdict = mask.classify(slice(b, b + 1), slice(FIRST + i, FIRST + i + 1), slice(j, j + 1))
-        assert verdict == (bool(seen[b, 0, i, j]) if same[b, i, j] else None)
+        assert verdict == (bool(visible[b, 0, i, j]) if same[b, i, j] else None)
 
 
 @pytest.mark.parametrize("name", ["causal", "window", "window both sides", "prefix", "padding", "left padding"])
-def test_no_block_is_called_what_it_is_not(name: str) -> None:
+def test_classify_is_right_for_every_block(name: str) -> None:
     mask, rule = EACH[name]
-    seen = expected(rule)[:, 0]
+    visible = expected(rule)[:, 0]
     wrong = []
     with unchecked():
         for i, j in ((i, j) for i in range(QUERIES) for j in range(KEYS)):
             for rows, cols in ((rows, cols) for rows in (1, 2, 5) for cols in (1, 3, 4, 8)):
                 q, k = slice(i, min(QUERIES, i + rows)), slice(j, min(KEYS, j + cols))
                 verdict = mask.classify(slice(0, BATCH), slice(FIRST + q.start, FIRST + q.stop), k)
-                if verdict is not None and not bool((seen[:, q, k] == verdict).all()):
+                if verdict is not None and not bool((visible[:, q, k] == verdict).all()):
                     wrong.append((q, k, verdict))
     assert wrong == []
 
 
-def test_most_of_a_long_causal_or_windowed_mask_is_skipped_in_a_few_looks() -> None:
-    looks = []
+def test_spans_of_a_long_mask_need_few_calls_of_classify() -> None:
+    calls = []
 
-    class Watched(type(masks.causal())):
+    class Counted(type(masks.causal())):
         def classify(self, *block: slice) -> bool | None:
-            looks.append(block)
+            calls.append(block)
             return super().classify(*block)
 
     rows = slice(600_000, 600_256)
-    start, stop, mixed = Watched(None, 0).spans(slice(0, 1), rows, 1_000_000)[0]
+    start, stop, mixed = Counted(None, 0).spans(slice(0, 1), rows, 1_000_000)[0]
     assert (start, mixed) == (0, False)
     assert 600_001 - 64 <= stop <= 600_001
-    spans = Watched(1000, 0).spans(slice(0, 1), rows, 1_000_000)
+    spans = Counted(1000, 0).spans(slice(0, 1), rows, 1_000_000)
     assert 1256 <= spans[-1][1] - spans[0][0] <= 1256 + 2 * 64
-    assert len(looks) < 200
+    assert len(calls) < 200
 
 
 ERRORS: dict[str, tuple[Callable[[], object], list[str]]] = {
@@ -256,8 +256,11 @@ ERRORS: dict[str, tuple[Callable[[], object], list[str]]] = {
         ["(1, 1, 7, 1)", "11 keys"],
     ),
     "packed of numbers": (lambda: masks.packed(torch.zeros(7, 11)), ["torch.float32"]),
-    "dense shape": (lambda: masks.dense(SEEN).tensor(7, 12, 2, 3), ["(2, 3, 7, 11)", "(2, 3, 7, 12)", "axis S", "12"]),
-    "packed shape": (lambda: masks.packed(SEEN).tensor(7, 12, 2, 3), ["(2, 3, 7, 11)", "(2, 3, 7, 12)"]),
+    "dense shape": (
+        lambda: masks.dense(VISIBLE).tensor(7, 12, 2, 3),
+        ["(2, 3, 7, 11)", "(2, 3, 7, 12)", "axis S", "12"],
+    ),
+    "packed shape": (lambda: masks.packed(VISIBLE).tensor(7, 12, 2, 3), ["(2, 3, 7, 11)", "(2, 3, 7, 12)"]),
     "function of numbers": (lambda: masks.function(lambda b, h, i, j: i * 1.0).tensor(7, 11), ["Tensor", "bool"]),
     "function of python": (
         lambda: masks.function(lambda b, h, i, j: cast(Any, True)).tensor(7, 11),
@@ -269,25 +272,25 @@ ERRORS: dict[str, tuple[Callable[[], object], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_an_error_says_what_came_and_what_was_wanted(name: str) -> None:
-    ask, words = ERRORS[name]
+def test_mask_errors_say_what_came_and_what_was_wanted(name: str) -> None:
+    call, words = ERRORS[name]
     with unchecked(), pytest.raises(ValueError) as caught:
-        ask()
+        call()
     assert [word for word in words if word not in str(caught.value)] == []
 
 
-def test_a_mask_combines_with_masks_only() -> None:
+def test_mask_combines_with_masks_only() -> None:
     with pytest.raises(TypeError):
-        masks.causal() & SEEN
+        masks.causal() & VISIBLE
     with pytest.raises(TypeError):
         masks.causal() | True
 
 
-def test_a_mask_shows_what_it_is() -> None:
+def test_mask_repr_is_the_code_that_makes_it() -> None:
     mask = masks.causal() & ~(masks.prefix(2) | masks.documents(IDS))
     assert repr(mask) == "causal() & ~(prefix(2) | documents(4 documents))"
     assert repr(masks.padding([3, 5])) == "padding([3, 5], side='right')"
     assert repr(masks.padding(range(9))) == "padding([0, 1, 2, 3, 4, 5, … 9 in all], side='right')"
     assert repr(masks.sliding_window(3, 1) | masks.causal()) == "sliding_window(3, right=1) | causal()"
-    assert repr(masks.dense(SEEN)) == "dense((2, 3, 7, 11))"
-    assert repr(masks.packed(SEEN)) == "packed((2, 3, 7, 11))"
+    assert repr(masks.dense(VISIBLE)) == "dense((2, 3, 7, 11))"
+    assert repr(masks.packed(VISIBLE)) == "packed((2, 3, 7, 11))"

@@ -1,4 +1,4 @@
-"""AttentionMatrix: every question against its definition, over masks, biases, softcap, sinks, blocks, paths."""
+"""AttentionMatrix: every answer against its definition, over masks, biases, softcap, sinks, blocks, paths."""
 
 import copy
 import math
@@ -25,7 +25,7 @@ SIZES = (2, 6, 7, 11)
 
 
 class Variant(NamedTuple):
-    """What a matrix may have beside query and key."""
+    """What a matrix may have besides query and key."""
 
     mask: str = "none"
     bias: str = "none"
@@ -52,75 +52,75 @@ VARIANTS = [
 ]
 
 
-class Made(NamedTuple):
-    """A matrix, a value for it, and what is true of it."""
+class Case(NamedTuple):
+    """A matrix, a value for it, and its true weights."""
 
     matrix: AttentionMatrix
     value: Tensor
     p: Tensor
-    seen: Tensor
+    visible: Tensor
     logsumexp: Tensor
-    shown: Tensor  # cells whose weight is not vanishing
+    nonzero: Tensor  # cells whose weight is not vanishing
 
 
 def make(
     variant: Variant, sizes: tuple[int, int, int, int] = SIZES, shared: int = 2, dtype: torch.dtype = torch.float32
-) -> Made:
+) -> Case:
     batch, heads, queries, keys = sizes
     query, key, value = operands(batch, heads // shared, shared, queries, keys, dtype=dtype)
-    mask, seen = masked(variant.mask, sizes)
-    return describe(variant, query, key, value, mask, seen)
+    mask, visible = masked(variant.mask, sizes)
+    return describe(variant, query, key, value, mask, visible)
 
 
 def describe(
-    variant: Variant, query: Tensor, key: Tensor, value: Tensor, mask: Mask | Tensor | None, seen: Tensor
-) -> Made:
+    variant: Variant, query: Tensor, key: Tensor, value: Tensor, mask: Mask | Tensor | None, visible: Tensor
+) -> Case:
     sizes = (*query.shape[:3], key.shape[2])
     bias = BIASES[variant.bias](sizes)
     sinks = torch.randn(sizes[1]) if variant.sinks else None
     common = {"bias": bias, "scale": variant.scale, "softcap": variant.softcap}
     matrix = AttentionMatrix(query, key, mask=mask, sinks=sinks, **common)
-    s = reference.scores(query, key, seen=seen, **common)
+    s = reference.scores(query, key, visible=visible, **common)
     lse = reference.logsumexp(s, sinks)
-    p = reference.weights(query, key, seen=seen, sinks=sinks, **common)
-    return Made(matrix, value, p, seen, lse, (s - lse.unsqueeze(-1)).nan_to_num(nan=-torch.inf) > -1e29)
+    p = reference.weights(query, key, visible=visible, sinks=sinks, **common)
+    return Case(matrix, value, p, visible, lse, (s - lse.unsqueeze(-1)).nan_to_num(nan=-torch.inf) > -1e29)
 
 
-def assert_is(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
-    assert found.shape == wanted.shape
-    torch.testing.assert_close(found.double(), wanted, atol=tolerance, rtol=tolerance)
+def assert_is(result: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    assert result.shape == expected.shape
+    torch.testing.assert_close(result.double(), expected, atol=tolerance, rtol=tolerance)
 
 
-def assert_largest(found: reductions.WeightsAt, made: Made, k: int) -> None:
+def assert_largest(result: reductions.WeightsAt, case: Case, k: int) -> None:
     """Ties may come in any order: values are right, and lie where the indices say."""
-    values, indices = found
-    wanted, places = reference.topk(made.p, made.shown, k)
-    assert_is(values, wanted)
-    assert (indices >= 0).equal(places >= 0)
-    assert_is(values, made.p.gather(-1, indices.clamp(min=0)) * (indices >= 0))
+    values, indices = result
+    expected, positions = reference.topk(case.p, case.nonzero, k)
+    assert_is(values, expected)
+    assert (indices >= 0).equal(positions >= 0)
+    assert_is(values, case.p.gather(-1, indices.clamp(min=0)) * (indices >= 0))
     ordered = indices.sort(-1).values
     assert not bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any())
 
 
-def assert_all_answers(made: Made) -> None:
-    """Every answer, fast: without the tests' shape checks."""
+def assert_all_answers(case: Case) -> None:
+    """Every answer, without the shape checks of tests, which take most of the time."""
     with unchecked():
-        assert_all_checked(made)
+        assert_all_checked(case)
 
 
-def assert_all_checked(made: Made) -> None:
-    """Every question that a matrix answers without gradients."""
-    matrix, p = made.matrix, made.p
+def assert_all_checked(case: Case) -> None:
+    """Every answer of a matrix without gradients."""
+    matrix, p = case.matrix, case.p
     batch, _, queries, keys = p.shape
     ids = torch.arange(keys) * 5 // 3 % 4 - 1
     by_row = torch.stack([(ids + b + 1) % 4 - 1 for b in range(batch)])
     rows = torch.arange(queries) // 2 - int(queries > 4)
     assert_is(matrix.entropy(), reference.entropy(p))
-    assert_largest(matrix.topk(min(3, keys)), made, min(3, keys))
+    assert_largest(matrix.topk(min(3, keys)), case, min(3, keys))
     largest = matrix.max()
-    assert_largest(reductions.WeightsAt(*(x.unsqueeze(-1) for x in largest)), made, 1)
+    assert_largest(reductions.WeightsAt(*(x.unsqueeze(-1) for x in largest)), case, 1)
     assert_is(matrix.received(), reference.received(p))
-    assert_is(matrix.received(mean=True), reference.received(p, made.seen))
+    assert_is(matrix.received(mean=True), reference.received(p, case.visible))
     assert_is(matrix.offsets(3), reference.offsets(p, 3))
     assert_is(matrix.groups(ids), reference.groups(p, ids, int(ids.max()) + 1))
     assert_is(matrix.groups(by_row), reference.groups(p, by_row, int(by_row.max()) + 1))
@@ -133,9 +133,9 @@ def assert_all_checked(made: Made) -> None:
     assert_is(matrix.T @ x, p.transpose(-1, -2) @ x.double())
     assert_is(matrix.dense(), p)
     assert_is(matrix[:, -1, -2:, ::3], p[:, -1, -2:, ::3])
-    assert_is(matrix.logsumexp, made.logsumexp)
+    assert_is(matrix.logsumexp, case.logsumexp)
     picked = torch.tensor([queries - 1, 0])
-    sums = made.logsumexp[-1][:, picked].unsqueeze(-1)
+    sums = case.logsumexp[-1][:, picked].unsqueeze(-1)
     with torch.autocast("cpu", enabled=False):
         row_weights = (matrix.operands.rows(batch - 1, picked) - sums).exp()
     assert_is(row_weights.where(sums > -1e29, 0), p[-1][:, picked].where(sums > -1e29, 0))
@@ -143,7 +143,7 @@ def assert_all_checked(made: Made) -> None:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Strips of a row or two, blocks of 128 keys, parts of few cells: every loop goes round several times."""
+    """Tiles of a row or two, blocks of 128 keys, parts of few cells: every loop runs several times."""
     monkeypatch.setattr(tiles, "_BLOCK", 1)
     monkeypatch.setattr(tiles, "_SMALL_BLOCK", 1)
     monkeypatch.setattr(tiles, "_TILE", 2 * 2 * 300)
@@ -156,73 +156,73 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_every_answer_is_its_definition(variant: Variant) -> None:
-    made = make(variant)
-    assert_all_checked(made)
-    assert_is(made.matrix @ made.value, reference.attend(made.p, made.value))
+def test_matrix_answers_equal_their_definitions(variant: Variant) -> None:
+    case = make(variant)
+    assert_all_checked(case)
+    assert_is(case.matrix @ case.value, reference.attend(case.p, case.value))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_in_many_strips_and_blocks_too(variant: Variant, tiny: None) -> None:
-    made = make(variant, (2, 6, 5, 300))
+def test_matrix_answers_equal_their_definitions_over_many_tiles_and_blocks(variant: Variant, tiny: None) -> None:
+    case = make(variant, (2, 6, 5, 300))
     with unchecked():
-        assert_all_answers(made)
-        assert_is(made.matrix @ made.value, reference.attend(made.p, made.value))
+        assert_all_answers(case)
+        assert_is(case.matrix @ case.value, reference.attend(case.p, case.value))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_answers_that_wait_for_no_sums(variant: Variant, tiny: None) -> None:
-    """Each is the first question to its matrix; then all at once."""
-    made = make(variant, (2, 6, 5, 300))
+def test_online_reductions_equal_their_definitions(variant: Variant, tiny: None) -> None:
+    """Each reduction alone on a matrix without known rows; then all at once."""
+    case = make(variant, (2, 6, 5, 300))
     ids = torch.arange(300) * 5 // 3 % 4 - 1
-    asked = [reductions.Entropy(), Mass(), reductions.Max(), reductions.TopK(3), reductions.Offsets(3)]
-    asked.append(reductions.Groups(ids))
+    chosen = [reductions.Entropy(), Mass(), reductions.Max(), reductions.TopK(3), reductions.Offsets(3)]
+    chosen.append(reductions.Groups(ids))
     with unchecked():
-        for answers in ([fresh(made).reduce(question)[0] for question in asked], fresh(made).reduce(*asked)):
+        for answers in ([fresh(case).reduce(reduction)[0] for reduction in chosen], fresh(case).reduce(*chosen)):
             entropy, mass, largest, best, offsets, groups = answers
-            assert_is(entropy, reference.entropy(made.p))
-            assert_is(mass, made.p.sum(-1))
-            assert_largest(reductions.WeightsAt(*(x.unsqueeze(-1) for x in largest)), made, 1)
-            assert_largest(best, made, 3)
-            assert_is(offsets, reference.offsets(made.p, 3))
-            assert_is(groups, reference.groups(made.p, ids, 3))
-        matrix = fresh(made)
+            assert_is(entropy, reference.entropy(case.p))
+            assert_is(mass, case.p.sum(-1))
+            assert_largest(reductions.WeightsAt(*(x.unsqueeze(-1) for x in largest)), case, 1)
+            assert_largest(best, case, 3)
+            assert_is(offsets, reference.offsets(case.p, 3))
+            assert_is(groups, reference.groups(case.p, ids, 3))
+        matrix = fresh(case)
         matrix.entropy()
-        assert_is(matrix.received(), reference.received(made.p))  # the sums that were found on the way
-        assert_is(matrix.logsumexp, made.logsumexp)
+        assert_is(matrix.received(), reference.received(case.p))  # with the normalizer of the pass before
+        assert_is(matrix.logsumexp, case.logsumexp)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_the_first_question_may_wait_for_the_sums(variant: Variant, tiny: None) -> None:
-    made = make(variant, (2, 6, 5, 300))
+def test_buffered_reductions_equal_their_definitions(variant: Variant, tiny: None) -> None:
+    case = make(variant, (2, 6, 5, 300))
     with unchecked():
-        received, entropy = fresh(made).reduce(reductions.Received(), reductions.Entropy())
-        assert_is(received, reference.received(made.p))
-        assert_is(entropy, reference.entropy(made.p))
+        received, entropy = fresh(case).reduce(reductions.Received(), reductions.Entropy())
+        assert_is(received, reference.received(case.p))
+        assert_is(entropy, reference.entropy(case.p))
 
 
-def fresh(made: Made) -> AttentionMatrix:
-    """The same matrix, of which nothing is known yet."""
-    return copy.copy(made.matrix)
+def fresh(case: Case) -> AttentionMatrix:
+    """The same matrix, before its rows are normalized."""
+    return copy.copy(case.matrix)
 
 
-def test_a_sink_beside_a_row_of_finfo_min_is_all_there_is() -> None:
+def test_sink_takes_all_of_a_row_of_finfo_min() -> None:
     query, key, _ = operands()
     sinks = torch.linspace(-1, 1, 6)
-    for asked in (reductions.Entropy(), reductions.Received()):
+    for reduction in (reductions.Entropy(), reductions.Received()):
         matrix = AttentionMatrix(query, key, bias=torch.full((7, 11), FINFO_MIN), sinks=sinks)
-        assert not matrix.reduce(asked)[0].any()
+        assert not matrix.reduce(reduction)[0].any()
         assert_is(matrix.logsumexp, sinks.double().view(1, 6, 1).expand(2, 6, 7))
 
 
 @pytest.mark.parametrize("step", [0.05, 1.0, 30.0, -1.0])
-def test_scores_that_grow_from_block_to_block(step: float, tiny: None) -> None:
-    """What a block was centered on is outgrown, by up to 9,000 nats: nothing overflows, nothing is lost."""
+def test_reduce_recenters_scores_that_grow_from_block_to_block(step: float, tiny: None) -> None:
+    """Scores exceed what their blocks were centred on by up to 9,000 nats: nothing overflows, nothing is lost."""
     query = torch.tensor([1.0, 0.5, 2.0]).view(1, 1, 3, 1).double()
     key = (torch.arange(300) * step).view(1, 1, 300, 1).double()
     p = reference.weights(query, key, scale=1.0)
-    asked = reductions.Entropy(), Mass(), reductions.Max()
-    entropy, mass, largest = AttentionMatrix(query, key, scale=1.0).reduce(*asked)
+    chosen = reductions.Entropy(), Mass(), reductions.Max()
+    entropy, mass, largest = AttentionMatrix(query, key, scale=1.0).reduce(*chosen)
     assert_is(entropy, reference.entropy(p))
     assert_is(mass, p.sum(-1))
     assert_is(largest.values, p.amax(-1))
@@ -230,24 +230,26 @@ def test_scores_that_grow_from_block_to_block(step: float, tiny: None) -> None:
 
 @pytest.mark.parametrize("also", [reductions.Max(), reductions.Received()])
 @pytest.mark.parametrize("shift", [0.0, 25.0, 60.0, 200.0, -25.0, -60.0, -200.0, 1e4])
-def test_rows_of_any_size_beside_rows_that_see_nothing(shift: float, also: Reduction, tiny: None) -> None:
-    """What is counted before a strip's sums turn out too large or too small is not counted twice."""
+def test_reduce_restarts_centred_without_counting_a_block_twice(shift: float, also: Reduction, tiny: None) -> None:
+    """What was counted before a tile's sums turned out too large or too small is not counted twice."""
     query, key, _ = operands()
     rows = torch.zeros(7, 1)
     rows[5:] = shift  # the last rows: others are done before
     query = torch.cat([query, rows.expand(2, 6, 7, 1)], -1)
     key = torch.cat([key, torch.ones_like(key[..., :1])], -1)
-    seen = torch.ones(2, 1, 7, 11, dtype=torch.bool)
-    seen[1, :, 2] = False
-    p = reference.weights(query, key, seen=seen, scale=1.0)
-    entropy, other = AttentionMatrix(query, key, mask=seen, scale=1.0).reduce(Entropy(), also)
+    visible = torch.ones(2, 1, 7, 11, dtype=torch.bool)
+    visible[1, :, 2] = False
+    p = reference.weights(query, key, visible=visible, scale=1.0)
+    entropy, other = AttentionMatrix(query, key, mask=visible, scale=1.0).reduce(Entropy(), also)
     close = {"atol": 2e-3 if shift > 1e3 else 1e-4, "rtol": 0}
     torch.testing.assert_close(entropy.double(), reference.entropy(p), **close)
-    wanted = p.amax(-1) if isinstance(also, reductions.Max) else p.sum(-2)
-    torch.testing.assert_close((other.values if isinstance(also, reductions.Max) else other).double(), wanted, **close)
+    expected = p.amax(-1) if isinstance(also, reductions.Max) else p.sum(-2)
+    torch.testing.assert_close(
+        (other.values if isinstance(also, reductions.Max) else other).double(), expected, **close
+    )
 
 
-def test_who_says_online_must_rescale() -> None:
+def test_online_reduction_must_have_rescale() -> None:
     class Forgot(Mass):
         rescale = reductions.Reduction.rescale
 
@@ -257,31 +259,31 @@ def test_who_says_online_must_rescale() -> None:
 
 
 @pytest.mark.parametrize("mask_name", MASKS)
-def test_rows_known_from_the_fused_kernel_give_the_same(mask_name: str) -> None:
-    made = make(Variant(mask_name))
-    assert made.matrix._normalizer is None
-    assert_is(made.matrix @ made.value, reference.attend(made.p, made.value))
-    assert made.matrix._normalizer is not None
-    assert_all_answers(made)
+def test_answers_are_the_same_with_the_logsumexp_of_the_fused_kernel(mask_name: str) -> None:
+    case = make(Variant(mask_name))
+    assert case.matrix._normalizer is None
+    assert_is(case.matrix @ case.value, reference.attend(case.p, case.value))
+    assert case.matrix._normalizer is not None
+    assert_all_answers(case)
 
 
 @pytest.mark.parametrize("mask_name", ["none", "causal", "dense"])
-def test_without_torchs_private_op_it_is_the_same(mask_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_the_same_without_the_private_op_of_torch(mask_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_flash_cpu", None)
-    made = make(Variant(mask_name))
-    assert_is(made.matrix @ made.value, reference.attend(made.p, made.value))
-    assert made.matrix._normalizer is None
-    assert_all_answers(made)
+    case = make(Variant(mask_name))
+    assert_is(case.matrix @ case.value, reference.attend(case.p, case.value))
+    assert case.matrix._normalizer is None
+    assert_all_answers(case)
 
 
 @pytest.mark.parametrize("bias_name", ["-inf", "finfo.min"])
-def test_a_bias_keeps_the_fused_kernels_sums_out(bias_name: str) -> None:
-    made = make(Variant("causal", bias_name))
-    assert_is(made.matrix @ made.value, reference.attend(made.p, made.value))
-    assert_all_answers(made)
+def test_logsumexp_of_the_fused_kernel_is_not_used_with_a_bias(bias_name: str) -> None:
+    case = make(Variant("causal", bias_name))
+    assert_is(case.matrix @ case.value, reference.attend(case.p, case.value))
+    assert_all_answers(case)
 
 
-def test_rows_of_finfo_min_are_even_as_the_model_had_them() -> None:
+def test_rows_of_finfo_min_are_uniform() -> None:
     query, key, value = operands()
     bias = torch.zeros(7, 11)
     bias[2] = FINFO_MIN
@@ -294,29 +296,29 @@ def test_rows_of_finfo_min_are_even_as_the_model_had_them() -> None:
 
 @pytest.mark.parametrize("after_product", [False, True])
 @pytest.mark.parametrize("mask_name", ["none", "causal", "padding"])
-def test_a_realistic_size(mask_name: str, after_product: bool) -> None:
+def test_matrix_answers_equal_their_definitions_at_700_keys(mask_name: str, after_product: bool) -> None:
     query, key, value = operands(2, 2, 2, 300, 700, 64, 64)
     i, j = torch.arange(400, 700)[:, None], torch.arange(700)
     lengths = torch.tensor([700, 411])
-    mask, seen = {
+    mask, visible = {
         "none": (None, torch.ones(300, 700, dtype=torch.bool)),
         "causal": (masks.causal(), j <= i),
         "padding": (masks.padding(lengths), (j < lengths[:, None, None])[:, None]),
     }[mask_name]
-    made = describe(Variant(mask_name), query, key, value, mask, seen)
+    case = describe(Variant(mask_name), query, key, value, mask, visible)
     if after_product:
-        assert_is(made.matrix @ value, reference.attend(made.p, value))
-    assert_is(made.matrix.entropy(), reference.entropy(made.p))
-    assert_is(made.matrix.received(mean=True), reference.received(made.p, made.seen), 2e-5)
+        assert_is(case.matrix @ value, reference.attend(case.p, value))
+    assert_is(case.matrix.entropy(), reference.entropy(case.p))
+    assert_is(case.matrix.received(mean=True), reference.received(case.p, case.visible), 2e-5)
     assert_is(
-        made.matrix.pool(30, 40, "mass"),
-        reference.pool(made.p, reference.bins(30, 300), reference.bins(40, 700), "mass"),
+        case.matrix.pool(30, 40, "mass"),
+        reference.pool(case.p, reference.bins(30, 300), reference.bins(40, 700), "mass"),
     )
-    assert_is(made.matrix.dense(), made.p)
+    assert_is(case.matrix.dense(), case.p)
     for k in (1, 2, 5, 7):
-        assert_largest(made.matrix.topk(k), made, k)
-    values, indices = made.matrix.max()
-    assert_largest(reductions.WeightsAt(values.unsqueeze(-1), indices.unsqueeze(-1)), made, 1)
+        assert_largest(case.matrix.topk(k), case, k)
+    values, indices = case.matrix.max()
+    assert_largest(reductions.WeightsAt(values.unsqueeze(-1), indices.unsqueeze(-1)), case, 1)
 
 
 @settings(max_examples=40, deadline=None)
@@ -327,7 +329,7 @@ def test_a_realistic_size(mask_name: str, after_product: bool) -> None:
     st.sampled_from([None, 1.5]),
     st.booleans(),
 )
-def test_any_shapes(
+def test_matrix_answers_equal_their_definitions_for_any_shapes(
     shape: tuple[int, int, int, int, int], mask: str, bias: str, softcap: float | None, sinks: bool
 ) -> None:
     batch, groups, shared, queries, keys = shape
@@ -337,39 +339,39 @@ def test_any_shapes(
 
 @pytest.mark.parametrize("variant", [Variant(), Variant("causal", "key only"), Variant("padding", sinks=True)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_halves_give_float32_answers(dtype: torch.dtype, variant: Variant) -> None:
-    made = make(variant, dtype=dtype)
-    assert made.matrix.dtype == made.matrix.entropy().dtype == made.matrix.dense().dtype == torch.float32
-    assert_all_answers(made)
-    product = made.matrix @ made.value
+def test_half_precision_operands_give_float32_answers(dtype: torch.dtype, variant: Variant) -> None:
+    case = make(variant, dtype=dtype)
+    assert case.matrix.dtype == case.matrix.entropy().dtype == case.matrix.dense().dtype == torch.float32
+    assert_all_answers(case)
+    product = case.matrix @ case.value
     assert product.dtype == dtype
-    assert_is(product, reference.attend(made.p, made.value), 2e-2)
-    assert_all_answers(made)
+    assert_is(product, reference.attend(case.p, case.value), 2e-2)
+    assert_all_answers(case)
 
 
-def test_doubles_give_doubles() -> None:
-    made = make(Variant("causal"), dtype=torch.float64)
-    assert made.matrix.dtype == made.matrix.entropy().dtype == torch.float64
-    assert_is(made.matrix.entropy(), reference.entropy(made.p), 1e-12)
-    assert_is(made.matrix.dense(), made.p, 1e-12)
-    assert_is(made.matrix @ made.value, reference.attend(made.p, made.value), 1e-12)
+def test_float64_operands_give_float64_answers() -> None:
+    case = make(Variant("causal"), dtype=torch.float64)
+    assert case.matrix.dtype == case.matrix.entropy().dtype == torch.float64
+    assert_is(case.matrix.entropy(), reference.entropy(case.p), 1e-12)
+    assert_is(case.matrix.dense(), case.p, 1e-12)
+    assert_is(case.matrix @ case.value, reference.attend(case.p, case.value), 1e-12)
 
 
 def test_answers_do_not_depend_on_autocast() -> None:
-    made = make(Variant("causal", softcap=1.2))
+    case = make(Variant("causal", softcap=1.2))
     with torch.autocast("cpu", torch.bfloat16):
-        assert_all_answers(made)
+        assert_all_answers(case)
 
 
-def test_inputs_need_not_be_contiguous() -> None:
+def test_matrix_takes_inputs_that_are_not_contiguous() -> None:
     query, key, value = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in operands())
-    made = describe(Variant(), query, key, value, None, torch.ones(7, 11, dtype=torch.bool))
-    assert_is(made.matrix @ value, reference.attend(made.p, value))
-    assert_all_answers(made)
+    case = describe(Variant(), query, key, value, None, torch.ones(7, 11, dtype=torch.bool))
+    assert_is(case.matrix @ value, reference.attend(case.p, value))
+    assert_all_answers(case)
     for mask_name in ("causal", "padding"):
-        made = describe(Variant(mask_name), query, key, value, *masked(mask_name, SIZES))
-        assert_is(made.matrix @ value, reference.attend(made.p, value))
-        assert_all_answers(made)
+        case = describe(Variant(mask_name), query, key, value, *masked(mask_name, SIZES))
+        assert_is(case.matrix @ value, reference.attend(case.p, value))
+        assert_all_answers(case)
 
 
 X_SHAPES = [(11,), (11, 1), (11, 5), (11, 13), (1, 1, 11, 4), (2, 1, 11, 4), (1, 3, 11, 4), (2, 3, 11, 7)]
@@ -380,39 +382,39 @@ X_SHAPES += [(1, 6, 11, 4), (2, 6, 11, 7)]
     "variant", [Variant(), Variant("causal"), Variant("padding", "[L, S]"), Variant(sinks=True)], ids=str
 )
 @pytest.mark.parametrize("shape", X_SHAPES, ids=str)
-def test_product_with_any_x(shape: tuple[int, ...], variant: Variant) -> None:
-    made = make(variant)
+def test_product_takes_any_x(shape: tuple[int, ...], variant: Variant) -> None:
+    case = make(variant)
     x = torch.randn(shape)
     full = (x.unsqueeze(-1) if len(shape) == 1 else x).double()
     heads = full if full.dim() == 2 or full.shape[1] != 3 else reference.for_each_head(full, 6)
-    wanted = made.p @ heads
+    expected = case.p @ heads
     for _ in range(2):  # the second time with the rows known
-        assert_is(made.matrix @ x, wanted.squeeze(-1) if len(shape) == 1 else wanted)
-        assert_is(made.matrix.entropy(), reference.entropy(made.p))
+        assert_is(case.matrix @ x, expected.squeeze(-1) if len(shape) == 1 else expected)
+        assert_is(case.matrix.entropy(), reference.entropy(case.p))
 
 
 @pytest.mark.parametrize("wants_gradient", [False, True])
 @pytest.mark.parametrize("shape", [(7,), (7, 3), (1, 1, 7, 3), (2, 1, 7, 3), (1, 6, 7, 3), (2, 6, 7, 3)], ids=str)
-def test_transposed_product_with_any_x(shape: tuple[int, ...], wants_gradient: bool, tiny: None) -> None:
-    made = make(Variant("causal", "[L, S]"))
+def test_transposed_product_takes_any_x(shape: tuple[int, ...], wants_gradient: bool, tiny: None) -> None:
+    case = make(Variant("causal", "[L, S]"))
     x = torch.randn(shape, requires_grad=wants_gradient)
     full = (x.detach().unsqueeze(-1) if len(shape) == 1 else x.detach()).double()
-    wanted = made.p.transpose(-1, -2) @ full
-    out = made.matrix.T @ x
+    expected = case.p.transpose(-1, -2) @ full
+    out = case.matrix.T @ x
     assert out.requires_grad == wants_gradient
-    assert_is(out.detach(), wanted.squeeze(-1) if len(shape) == 1 else wanted)
-    assert made.matrix.T.shape == (2, 6, 11, 7)
-    assert made.matrix.T.T is made.matrix
+    assert_is(out.detach(), expected.squeeze(-1) if len(shape) == 1 else expected)
+    assert case.matrix.T.shape == (2, 6, 11, 7)
+    assert case.matrix.T.T is case.matrix
 
 
-QUESTIONS: dict[str, Callable[[AttentionMatrix, Tensor, Tensor], Tensor]] = {
+ANSWERS: dict[str, Callable[[AttentionMatrix, Tensor, Tensor], Tensor]] = {
     "P @ v": lambda matrix, value, x: matrix @ value,
     "P.T @ x": lambda matrix, value, x: matrix.T @ x,
     "entropy": lambda matrix, value, x: matrix.entropy(),
 }
 
 
-@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("reduction", ANSWERS)
 @pytest.mark.parametrize(
     "variant",
     [
@@ -423,7 +425,9 @@ QUESTIONS: dict[str, Callable[[AttentionMatrix, Tensor, Tensor], Tensor]] = {
     ],
     ids=str,
 )
-def test_gradients_by_differences(variant: Variant, question: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_answers_equal_finite_differences(
+    variant: Variant, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(differentiable, "_AUTOGRAD", 2 * 4 * 2)
     sizes = (1, 2, 3, 4)
     query, key, value = operands(1, 1, 2, 3, 4, 2, 3, dtype=torch.float64)
@@ -433,27 +437,29 @@ def test_gradients_by_differences(variant: Variant, question: str, monkeypatch: 
     bias = None if bias is None else bias.double().masked_fill(hidden, 0)
     mask = masked(variant.mask, sizes)[0]
 
-    def ask(query: Tensor, key: Tensor, value: Tensor, x: Tensor, bias: Tensor | None, sinks: Tensor | None) -> Tensor:
+    def compute(
+        query: Tensor, key: Tensor, value: Tensor, x: Tensor, bias: Tensor | None, sinks: Tensor | None
+    ) -> Tensor:
         given = None if bias is None else bias.masked_fill(hidden, -torch.inf)
         matrix = AttentionMatrix(query, key, mask=mask, bias=given, softcap=variant.softcap, sinks=sinks)
-        return QUESTIONS[question](matrix, value, x)
+        return ANSWERS[reduction](matrix, value, x)
 
     inputs = [None if t is None else t.requires_grad_() for t in (query, key, value, x, bias, sinks)]
-    assert ask(*inputs).requires_grad
+    assert compute(*inputs).requires_grad
     with unchecked():
-        assert gradcheck(ask, inputs)
+        assert gradcheck(compute, inputs)
 
 
 @pytest.mark.parametrize("mask_name", ["none", "dense", "padding"])
-def test_the_value_alone_may_want_a_gradient(mask_name: str) -> None:
-    made = make(Variant(mask_name))
-    value = made.value.requires_grad_()
+def test_product_gives_a_gradient_to_the_value_alone(mask_name: str) -> None:
+    case = make(Variant(mask_name))
+    value = case.value.requires_grad_()
     sent = torch.randn(2, 6, 7, 4)
-    (made.matrix @ value).backward(sent)
-    wanted = (made.p.transpose(-1, -2) @ sent.double()).unflatten(1, (3, 2)).sum(2)
+    (case.matrix @ value).backward(sent)
+    expected = (case.p.transpose(-1, -2) @ sent.double()).unflatten(1, (3, 2)).sum(2)
     assert value.grad is not None
-    assert_is(value.grad, wanted)
-    assert_all_answers(made)
+    assert_is(value.grad, expected)
+    assert_all_answers(case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -469,50 +475,50 @@ def test_entropy_is_never_below_zero(how: str, dtype: torch.dtype) -> None:
     assert float(entropy.max()) > 0.1
 
 
-def test_hidden_keys_before_very_low_scores_do_no_harm(tiny: None) -> None:
+def test_rows_with_very_low_scores_ignore_earlier_hidden_keys(tiny: None) -> None:
     query, key = torch.full((1, 1, 4, 5), 20.0), torch.full((1, 1, 300, 5), -20.0)
-    seen = torch.ones(4, 300, dtype=torch.bool)
-    seen[1, :200] = False
-    matrix = AttentionMatrix(query, key, mask=seen)
+    visible = torch.ones(4, 300, dtype=torch.bool)
+    visible[1, :200] = False
+    matrix = AttentionMatrix(query, key, mask=visible)
     counts = torch.tensor([300.0, 100, 300, 300], dtype=torch.float64)
     assert_is(copy.copy(matrix).received()[0, 0, :200], torch.full((200,), 3 / 300, dtype=torch.float64))
     assert_is(matrix.entropy()[0, 0], counts.log())
-    assert_is(matrix.dense()[0, 0, 1], seen[1].double() / 100)
+    assert_is(matrix.dense()[0, 0, 1], visible[1].double() / 100)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 7])
-def test_the_largest_lie_where_they_were_put(k: int) -> None:
-    places = [0, 31, 32, 63, 64, 671, 672, 699, 350]
-    for first in range(len(places)):
-        put = [places[(first + n * 4) % len(places)] for n in range(k)]
+def test_topk_finds_the_largest_at_the_edges_of_blocks(k: int) -> None:
+    positions = [0, 31, 32, 63, 64, 671, 672, 699, 350]
+    for first in range(len(positions)):
+        largest_keys = [positions[(first + n * 4) % len(positions)] for n in range(k)]
         key = torch.zeros(1, 1, 700, 1)
-        key[0, 0, put, 0] = torch.arange(k, 0, -1.0)
+        key[0, 0, largest_keys, 0] = torch.arange(k, 0, -1.0)
         values, indices = AttentionMatrix(torch.ones(1, 1, 2, 1), key).topk(k)
-        assert indices[0, 0, 1].tolist() == put
-        assert_is(values[0, 0, 0], torch.softmax(key.double().flatten(), 0)[put])
-        assert int(AttentionMatrix(torch.ones(1, 1, 2, 1), key).max().indices[0, 0, 0]) == put[0]
+        assert indices[0, 0, 1].tolist() == largest_keys
+        assert_is(values[0, 0, 0], torch.softmax(key.double().flatten(), 0)[largest_keys])
+        assert int(AttentionMatrix(torch.ones(1, 1, 2, 1), key).max().indices[0, 0, 0]) == largest_keys[0]
 
 
 @pytest.mark.parametrize("width", [100, 128, 700, 704, 1500])
 @pytest.mark.parametrize("known", [False, True])
-def test_the_largest_is_found_wherever_it_lies(width: int, known: bool) -> None:
-    """By chunks of 32 where the width is made of them, and plainly where it is not."""
-    places = [n for n in (0, 31, 32, 63, 64, 99, 127, 671, 699, 703, 1499) if n < width]
+def test_max_finds_the_largest_in_every_chunk(width: int, known: bool) -> None:
+    """By chunks of 32 if the width is a multiple of 32, else by a plain maximum."""
+    positions = [n for n in (0, 31, 32, 63, 64, 99, 127, 671, 699, 703, 1499) if n < width]
     key = torch.zeros(1, 1, width, 1)
     query = torch.ones(1, 1, 3, 1) * torch.tensor([1.0, 2.0, 3.0])[:, None]
-    for place in places:
+    for place in positions:
         key.zero_()[0, 0, place, 0] = 2.0
         matrix = AttentionMatrix(query, key)
         if known:
             matrix @ torch.ones(width, 1)
         values, indices = matrix.max()
         assert indices[0, 0].tolist() == [place] * 3
-        wanted = torch.softmax(query.double() @ key.double().transpose(-1, -2), -1)[0, 0, :, place]
-        assert_is(values[0, 0], wanted)
+        expected = torch.softmax(query.double() @ key.double().transpose(-1, -2), -1)[0, 0, :, place]
+        assert_is(values[0, 0], expected)
 
 
 def test_entropy_of_large_scores_is_exact() -> None:
-    """lse − Σ P s would be the difference of two numbers near 10⁵."""
+    """The formula lse − Σ P s would be the difference of two numbers near 10⁵."""
     random = torch.Generator().manual_seed(0)
     query, key = torch.full((1, 1, 50, 1), 1e3), 100 + 1e-3 * torch.randn(1, 1, 50, 1, generator=random)
     matrix = AttentionMatrix(query, key)
@@ -526,29 +532,29 @@ def test_entropy_of_large_scores_is_exact() -> None:
 
 
 @pytest.mark.parametrize("how", ["alone", "waiting", "rows known", "sinks"])
-def test_hidden_scores_far_above_the_visible_do_no_harm(how: str) -> None:
+def test_rows_ignore_hidden_scores_far_above_the_visible(how: str) -> None:
     query, key, value = operands(queries=70, keys=70)
     key[:, :, 40:] *= 1e4
-    seen = torch.ones(70, 70, dtype=torch.bool).tril()
-    seen[:, 40:] = False
+    visible = torch.ones(70, 70, dtype=torch.bool).tril()
+    visible[:, 40:] = False
     sinks = torch.linspace(-1, 1, 6) if how == "sinks" else None
-    matrix = AttentionMatrix(query, key, mask=seen, sinks=sinks)
+    matrix = AttentionMatrix(query, key, mask=visible, sinks=sinks)
     if how == "rows known":
         matrix @ value
-    asked: list[Reduction] = [Entropy(), Max(), Received()] + [TopK(2)] * (how == "waiting")
-    found = matrix.reduce(*asked) if how != "alone" else [AttentionMatrix(query, key, mask=seen).entropy()]
+    chosen: list[Reduction] = [Entropy(), Max(), Received()] + [TopK(2)] * (how == "waiting")
+    result = matrix.reduce(*chosen) if how != "alone" else [AttentionMatrix(query, key, mask=visible).entropy()]
     scores = query.double() @ key.double().repeat_interleave(2, 1).transpose(-1, -2) / 5**0.5
-    scores = scores.masked_fill(~seen, -torch.inf)
+    scores = scores.masked_fill(~visible, -torch.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks.double().view(1, 6, 1, 1).expand(2, 6, 70, 1)], -1)
     weights = scores.softmax(-1)[..., :70]
-    assert_is(found[0], -torch.xlogy(weights, weights).sum(-1))
+    assert_is(result[0], -torch.xlogy(weights, weights).sum(-1))
     if how != "alone":
-        assert_is(found[1].values, weights.amax(-1))
-        assert_is(found[2], weights.sum(-2))
+        assert_is(result[1].values, weights.amax(-1))
+        assert_is(result[2], weights.sum(-2))
 
 
-def test_ties_are_all_found() -> None:
+def test_topk_finds_all_ties() -> None:
     key = torch.zeros(1, 1, 700, 1)
     key[0, 0, [40, 45, 300, 301, 690], 0] = 2.0
     indices = AttentionMatrix(torch.ones(1, 1, 2, 1), key).topk(5).indices
@@ -556,7 +562,7 @@ def test_ties_are_all_found() -> None:
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_rows_with_fewer_visible_keys_than_k(known: bool) -> None:
+def test_topk_returns_minus_one_past_the_visible_keys(known: bool) -> None:
     query, key, value = operands(queries=700, keys=700)
     matrix = AttentionMatrix(query, key, mask=masks.causal())
     if known:
@@ -572,22 +578,22 @@ def test_rows_with_fewer_visible_keys_than_k(known: bool) -> None:
     assert bool((empty.indices == -1).all())
 
 
-def test_several_questions_in_one_pass_are_answered_as_each_alone(tiny: None) -> None:
-    made = make(Variant("causal"), (2, 6, 5, 300))
+def test_reductions_give_the_same_together_and_alone(tiny: None) -> None:
+    case = make(Variant("causal"), (2, 6, 5, 300))
     ids = torch.arange(300) // 7
-    asked: list[Reduction] = [
+    chosen: list[Reduction] = [
         Entropy(), Max(), TopK(4), Received(), Received(mean=True), Offsets(2), Groups(ids), Pool(2, ids, "max"), Mass()
     ]  # fmt: skip
-    for answer, question in zip(made.matrix.reduce(*asked), asked, strict=True):
-        alone = made.matrix.reduce(question)[0]
+    for answer, reduction in zip(case.matrix.reduce(*chosen), chosen, strict=True):
+        alone = case.matrix.reduce(reduction)[0]
         for one, other in zip(
             torch.utils._pytree.tree_leaves(answer), torch.utils._pytree.tree_leaves(alone), strict=True
         ):
             torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 
 
-class Asking(reductions.Reduction):
-    """Sums rows, and asks another matrix on the way."""
+class Nested(reductions.Reduction):
+    """Sums rows, and reduces another matrix meanwhile."""
 
     def __init__(self, other: AttentionMatrix) -> None:
         self.other, self.answers = other, list[Tensor]()
@@ -607,45 +613,45 @@ def fresh_entropy(matrix: AttentionMatrix) -> Tensor:
     return AttentionMatrix(matrix.operands.query, matrix.operands.key).entropy()
 
 
-def test_a_question_may_ask_another_matrix_while_it_is_asked() -> None:
-    """Room for blocks is used again from pass to pass, but not by two at a time."""
-    made, other = make(Variant("causal")), make(Variant())
-    wanted = fresh_entropy(other.matrix)
-    question = Asking(other.matrix)
-    assert_is(fresh(made).reduce(question)[0], made.p.sum(-1))
-    assert question.answers
-    for answer in question.answers:
-        assert torch.equal(answer, wanted)
+def test_reduction_may_reduce_another_matrix_inside_update() -> None:
+    """Buffers are reused from pass to pass, but never by two passes at a time."""
+    case, other = make(Variant("causal")), make(Variant())
+    expected = fresh_entropy(other.matrix)
+    reduction = Nested(other.matrix)
+    assert_is(fresh(case).reduce(reduction)[0], case.p.sum(-1))
+    assert reduction.answers
+    for answer in reduction.answers:
+        assert torch.equal(answer, expected)
 
 
-def test_room_for_blocks_is_used_again_in_and_out_of_inference_mode() -> None:
-    """What was made in that mode could not be written into outside of it."""
-    made = make(Variant("causal"))
+def test_buffers_are_reused_in_and_out_of_inference_mode() -> None:
+    """A tensor made in that mode could not be written into outside of it."""
+    case = make(Variant("causal"))
     with torch.inference_mode():
-        inside = fresh(made).entropy()
-    assert torch.equal(inside, fresh(made).entropy())
+        inside = fresh(case).entropy()
+    assert torch.equal(inside, fresh(case).entropy())
 
 
-def test_a_question_can_be_asked_of_many_matrices() -> None:
-    question = TopK(2)
+def test_reduction_may_be_used_for_many_matrices() -> None:
+    reduction = TopK(2)
     first, second = make(Variant()), make(Variant("causal"))
-    assert_largest(first.matrix.reduce(question)[0], first, 2)
-    assert_largest(second.matrix.reduce(question)[0], second, 2)
+    assert_largest(first.matrix.reduce(reduction)[0], first, 2)
+    assert_largest(second.matrix.reduce(reduction)[0], second, 2)
 
 
 @pytest.mark.parametrize("sizes", [SIZES, (2, 6, 5, 300)], ids=str)
-def test_the_reduction_in_the_docstring_works(sizes: tuple[int, int, int, int], tiny: None) -> None:
+def test_reduction_of_the_docstring_works(sizes: tuple[int, int, int, int], tiny: None) -> None:
     assert reductions.__doc__ is not None
     source = textwrap.dedent(reductions.__doc__.split("::", 1)[1])
     names: dict[str, Any] = {"Reduction": Reduction}
     exec(source, names)
-    made = make(Variant("causal"), sizes)
-    far = reference.seen_where(lambda b, h, i, j: i - j > 2, *sizes)
-    assert_is(made.matrix.reduce(names["FarMass"](2))[0], (made.p * far).sum(-1))
+    case = make(Variant("causal"), sizes)
+    far = reference.visible_where(lambda b, h, i, j: i - j > 2, *sizes)
+    assert_is(case.matrix.reduce(names["FarMass"](2))[0], (case.p * far).sum(-1))
 
 
 class Cells(Reduction):
-    """How many cells came by, and whether each came once."""
+    """How often each cell is read."""
 
     def start(self, shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
         return like.new_zeros(shape)
@@ -661,11 +667,11 @@ class Cells(Reduction):
 
 @pytest.mark.parametrize("mask_name", MASKS)
 def test_reduce_reads_every_visible_cell_once(mask_name: str, tiny: None) -> None:
-    made = make(Variant(mask_name), (2, 6, 5, 300))
+    case = make(Variant(mask_name), (2, 6, 5, 300))
     with unchecked():
-        cells = made.matrix.reduce(Cells())[0]
+        cells = case.matrix.reduce(Cells())[0]
     assert float(cells.max()) <= 1
-    assert bool((cells[made.seen] == 1).all())
+    assert bool((cells[case.visible] == 1).all())
 
 
 class CellCount(Reduction):
@@ -744,18 +750,20 @@ def broken(name: str, value: float) -> AttentionMatrix:
     return AttentionMatrix(given["query"], given["key"], bias=given["bias"], sinks=given["sinks"])
 
 
-@pytest.mark.parametrize("ask", [AttentionMatrix.entropy, AttentionMatrix.max, AttentionMatrix.dense])
+@pytest.mark.parametrize("compute", [AttentionMatrix.entropy, AttentionMatrix.max, AttentionMatrix.dense])
 @pytest.mark.parametrize("name", ["query", "key", "bias", "sinks"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_a_number_is_refused(value: float, name: str, ask: Callable[[AttentionMatrix], object]) -> None:
+def test_operands_with_nan_or_infinity_are_refused(
+    value: float, name: str, compute: Callable[[AttentionMatrix], object]
+) -> None:
     with pytest.raises(ValueError, match=rf"{name} holds 1 values .*the first {value} at \[(0, )*4\]"):
-        ask(broken(name, value))
+        compute(broken(name, value))
 
 
 Q, K, _ = operands()
 IDS_OF_12 = torch.zeros(12, dtype=torch.int64)
 ERRORS: dict[str, tuple[Callable[[AttentionMatrix], object], list[str]]] = {
-    "no questions": (lambda P: P.reduce(), ["no questions", "Entropy()"]),
+    "no reductions": (lambda P: P.reduce(), ["no reductions", "Entropy()"]),
     "k of 0": (lambda P: P.topk(0), ["k=0", "at least 1"]),
     "k of 13": (lambda P: P.topk(13), ["k=13", "only 11 keys"]),
     "radius": (lambda P: P.offsets(-3), ["radius=-3"]),
@@ -785,81 +793,83 @@ ERRORS: dict[str, tuple[Callable[[AttentionMatrix], object], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_an_error_says_what_came_and_what_was_wanted(name: str) -> None:
-    ask, words = ERRORS[name]
+def test_matrix_errors_say_what_came_and_what_was_wanted(name: str) -> None:
+    compute, words = ERRORS[name]
     with unchecked(), pytest.raises(ValueError) as caught:
-        ask(AttentionMatrix(Q, K))
+        compute(AttentionMatrix(Q, K))
     assert [word for word in words if word not in str(caught.value)] == []
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_groups_that_are_too_many_for_an_indicator(shared: bool, tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_too_many_for_an_indicator_are_summed_one_by_one(
+    shared: bool, tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("headscope.ops.reductions.groups._INDICATOR", 8)
-    made = make(VARIANTS[0], (2, 6, 5, 300))
+    case = make(VARIANTS[0], (2, 6, 5, 300))
     drawn = torch.Generator().manual_seed(4)
     ids = torch.randint(-1, 50, (1 if shared else 2, 300), generator=drawn)
     rows = torch.randint(-1, 4, (5,), generator=drawn)
     with unchecked():
-        assert_is(fresh(made).reduce(Groups(ids, 60))[0], reference.groups(made.p, ids, 60))
+        assert_is(fresh(case).reduce(Groups(ids, 60))[0], reference.groups(case.p, ids, 60))
         for how in ("mean", "mass"):
-            wanted = reference.pool(made.p, rows, ids, how)
-            assert_is(fresh(made).pool(rows, ids, how), wanted)
+            expected = reference.pool(case.p, rows, ids, how)
+            assert_is(fresh(case).pool(rows, ids, how), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_value_is_not_rounded_to_half_precision_queries(dtype: torch.dtype) -> None:
+def test_product_does_not_round_a_value_to_half_precision(dtype: torch.dtype) -> None:
     query, key = torch.randn(1, 2, 3, 8).to(dtype), torch.randn(1, 2, 3000, 8).to(dtype)
     matrix = AttentionMatrix(query, key)
     place = torch.arange(3000.0) * 100
-    wanted = reference.weights(query, key) @ place.double()
+    expected = reference.weights(query, key) @ place.double()
     got = matrix @ place
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
     assert (matrix @ place.to(torch.bfloat16).to(dtype).clamp(max=60000)).dtype == dtype
 
 
 def test_scores_that_overflow_are_refused() -> None:
     matrix = AttentionMatrix(torch.full((1, 2, 3, 4), 1e20), torch.full((1, 2, 5, 4), 1e20))
-    for ask in (AttentionMatrix.entropy, AttentionMatrix.max, lambda p: p[0, 0, 0], lambda p: p.logsumexp):
+    for compute in (AttentionMatrix.entropy, AttentionMatrix.max, lambda p: p[0, 0, 0], lambda p: p.logsumexp):
         with pytest.raises(ValueError, match=r"scores overflow torch\.float32: .* or give float64"):
-            ask(matrix)
+            compute(matrix)
     wide = AttentionMatrix(matrix.operands.query.double(), matrix.operands.key.double())
     torch.testing.assert_close(wide.max().values, torch.full((1, 2, 3), 0.2, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
-    ("question", "said"),
-    [(Entropy, r"ask one, Entropy\(…\)"), ("entropy", "'entropy' is no question")],
+    ("reduction", "message"),
+    [(Entropy, r"pass an object, Entropy\(…\)"), ("entropy", "'entropy' is not a reduction")],
 )
-def test_what_is_no_question_is_told(question: Any, said: str) -> None:
+def test_reduce_refuses_what_is_not_a_reduction(reduction: Any, message: str) -> None:
     query = torch.randn(1, 2, 3, 4)
-    with unchecked(), pytest.raises(TypeError, match=said):
-        AttentionMatrix(query, query).reduce(question)
-    with unchecked(), pytest.raises(TypeError, match=said), record(torch.nn.Identity(), reduce=question):
+    with unchecked(), pytest.raises(TypeError, match=message):
+        AttentionMatrix(query, query).reduce(reduction)
+    with unchecked(), pytest.raises(TypeError, match=message), record(torch.nn.Identity(), reduce=reduction):
         pass
 
 
-def test_masks_and_tensors_are_not_mixed_up() -> None:
-    for combined in (lambda seen: masks.causal() & seen, lambda seen: masks.causal() | seen):
+def test_mask_does_not_combine_with_a_tensor() -> None:
+    for combined in (lambda visible: masks.causal() & visible, lambda visible: masks.causal() | visible):
         with pytest.raises(TypeError, match=r"wanted another mask; masks.dense\(tensor\)"):
             combined(torch.ones(3, 3).bool())
 
 
-def test_autocast_does_not_round_what_is_asked() -> None:
+def test_products_are_not_rounded_by_autocast() -> None:
     query, value = torch.randn(2, 1, 2, 6, 8, generator=torch.Generator().manual_seed(0))
     matrix = AttentionMatrix(query, query)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, sums = matrix @ value, matrix.T @ value
-    torch.testing.assert_close(found, matrix.dense() @ value)
+        result, sums = matrix @ value, matrix.T @ value
+    torch.testing.assert_close(result, matrix.dense() @ value)
     torch.testing.assert_close(sums, matrix.dense().mT @ value)
 
 
-def test_heads_of_different_masks_keep_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a mask shows of some rows is kept for other heads only where it is the same for all of them."""
+def test_mask_cells_are_shared_only_between_equal_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mask cells are reused for other heads only if the mask is the same for all of them."""
     monkeypatch.setattr(tiles, "_BLOCK", 1 << 14)  # one head at a time
     random = torch.Generator().manual_seed(0)
     query, key = torch.randn(1, 4, 100, 8, generator=random), torch.randn(1, 4, 100, 8, generator=random)
-    seen = torch.rand(1, 4, 100, 100, generator=random) < 0.5
-    (mass,) = AttentionMatrix(query, key, mask=seen).reduce(Groups(torch.arange(100) // 10))
-    wanted = (query @ key.transpose(-1, -2) / 8**0.5).masked_fill(~seen, -torch.inf).softmax(-1)
-    assert_is(mass, wanted.unflatten(-1, (10, 10)).sum(-1).double())
+    visible = torch.rand(1, 4, 100, 100, generator=random) < 0.5
+    (mass,) = AttentionMatrix(query, key, mask=visible).reduce(Groups(torch.arange(100) // 10))
+    expected = (query @ key.transpose(-1, -2) / 8**0.5).masked_fill(~visible, -torch.inf).softmax(-1)
+    assert_is(mass, expected.unflatten(-1, (10, 10)).sum(-1).double())

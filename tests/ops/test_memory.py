@@ -88,15 +88,15 @@ def attend(
     return run
 
 
-def ask(compute: Callable[[AttentionMatrix], object], *, grad: bool = False, **options: Any) -> Callable[[], None]:
+def answer(compute: Callable[[AttentionMatrix], object], *, grad: bool = False, **options: Any) -> Callable[[], None]:
     """An answer of a matrix, causal unless options say otherwise; with its gradients."""
 
     def run() -> None:
         operands = {"mask": masks.causal()} | evaluated(options)
-        answer = compute(AttentionMatrix(tensor(grad=grad), tensor(grad=grad), **operands))
+        result = compute(AttentionMatrix(tensor(grad=grad), tensor(grad=grad), **operands))
         if grad:
-            assert isinstance(answer, Tensor)
-            answer.sum().backward()
+            assert isinstance(result, Tensor)
+            result.sum().backward()
 
     return run
 
@@ -149,24 +149,24 @@ CASES: dict[str, Callable[[], None]] = {
     "grouped heads": attend(kv_heads=2),
     "grouped heads and padding": attend(kv_heads=2, mask=masks.padding([1000])),
     "transposed views": attend(transposed=True, mask=masks.causal()),
-    "P @ value": ask(lambda P: P @ tensor()),
-    "P @ value, transposed views": ask(lambda P: P @ tensor(width=LENGTH, length=SIZE).transpose(2, 3), mask=None),
-    "P @ x for all heads": ask(lambda P: P @ torch.randn(LENGTH, 7), mask=None),
-    "P @ value with gradients": ask(lambda P: P @ tensor(grad=True), grad=True),
-    "P @ value, softcap": ask(lambda P: P @ tensor(grad=True), grad=True, softcap=3.0),
-    "P @ value, sinks": ask(lambda P: P @ tensor(), sinks=torch.zeros(HEADS)),
-    "P.T @ x": ask(lambda P: P.T @ tensor()),
-    "P.T @ x with gradients": ask(lambda P: P.T @ tensor(grad=True), grad=True),
-    "entropy": ask(lambda P: P.entropy()),
-    "entropy, no mask": ask(lambda P: P.entropy(), mask=None),
-    "entropy with gradients": ask(lambda P: P.entropy(), grad=True),
-    "entropy, softcap and sinks": ask(lambda P: P.entropy(), softcap=3.0, sinks=torch.zeros(HEADS)),
-    "entropy, known logsumexp": ask(lambda P: (P @ tensor(), P.entropy())),
-    "logsumexp": ask(lambda P: P.logsumexp),
-    "every reduction in one pass": ask(lambda P: P.reduce(*REDUCTIONS)),
-    "the reductions of the measures": ask(lambda P: P.reduce(*MEASURES)),
-    "a part": ask(lambda P: P[0, 3, 100:1000, :50]),
-    "far apart cells": ask(lambda P: P[0, [1, 5], [17, 1000], [3, 9]]),
+    "P @ value": answer(lambda P: P @ tensor()),
+    "P @ value, transposed views": answer(lambda P: P @ tensor(width=LENGTH, length=SIZE).transpose(2, 3), mask=None),
+    "P @ x for all heads": answer(lambda P: P @ torch.randn(LENGTH, 7), mask=None),
+    "P @ value with gradients": answer(lambda P: P @ tensor(grad=True), grad=True),
+    "P @ value, softcap": answer(lambda P: P @ tensor(grad=True), grad=True, softcap=3.0),
+    "P @ value, sinks": answer(lambda P: P @ tensor(), sinks=torch.zeros(HEADS)),
+    "P.T @ x": answer(lambda P: P.T @ tensor()),
+    "P.T @ x with gradients": answer(lambda P: P.T @ tensor(grad=True), grad=True),
+    "entropy": answer(lambda P: P.entropy()),
+    "entropy, no mask": answer(lambda P: P.entropy(), mask=None),
+    "entropy with gradients": answer(lambda P: P.entropy(), grad=True),
+    "entropy, softcap and sinks": answer(lambda P: P.entropy(), softcap=3.0, sinks=torch.zeros(HEADS)),
+    "entropy, known logsumexp": answer(lambda P: (P @ tensor(), P.entropy())),
+    "logsumexp": answer(lambda P: P.logsumexp),
+    "every reduction in one pass": answer(lambda P: P.reduce(*REDUCTIONS)),
+    "the reductions of the measures": answer(lambda P: P.reduce(*MEASURES)),
+    "a part": answer(lambda P: P[0, 3, 100:1000, :50]),
+    "far apart cells": answer(lambda P: P[0, [1, 5], [17, 1000], [3, 9]]),
 }  # fmt: skip
 
 
@@ -209,7 +209,7 @@ def test_peak_memory_stays_far_below_the_dense_matrix(name: str, peaks: dict[str
     assert peaks[name] < BOUND
 
 
-def test_a_build_the_matrix_would_be_seen(peaks: dict[str, float]) -> None:
+def test_peak_memory_shows_a_matrix_that_is_built(peaks: dict[str, float]) -> None:
     assert peaks["built"] > DENSE
 
 

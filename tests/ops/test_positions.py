@@ -1,4 +1,4 @@
-"""ALiBi: against the bias written out, on every path that uses it."""
+"""ALiBi against the bias written out, for every answer that uses it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def written_out(queries: int, keys: int) -> torch.Tensor:
 @pytest.mark.parametrize(("queries", "keys"), [(7, 11), (11, 11), (1, 11)])
 def test_alibi_equals_the_bias_written_out(queries: int, keys: int, mask: masks.Mask | None) -> None:
     query, key, value = torch.randn(2, 6, queries, 5), torch.randn(2, 3, keys, 5), torch.randn(2, 3, keys, 4)
-    given, plain = alibi(SLOPES), written_out(queries, keys)
-    got = attention(query, key, value, mask=mask, bias=given)
-    torch.testing.assert_close(got, attention(query, key, value, mask=mask, bias=plain), atol=1e-6, rtol=0)
-    ours = AttentionMatrix(query, key, mask=mask, bias=given)
+    lazy, plain = alibi(SLOPES), written_out(queries, keys)
+    output = attention(query, key, value, mask=mask, bias=lazy)
+    torch.testing.assert_close(output, attention(query, key, value, mask=mask, bias=plain), atol=1e-6, rtol=0)
+    ours = AttentionMatrix(query, key, mask=mask, bias=lazy)
     theirs = AttentionMatrix(query, key, mask=mask, bias=plain)
     torch.testing.assert_close(ours.dense(), theirs.dense(), atol=1e-6, rtol=0)
     torch.testing.assert_close(ours.entropy(), theirs.entropy(), atol=1e-6, rtol=0)
@@ -35,18 +35,18 @@ def test_alibi_equals_the_bias_written_out(queries: int, keys: int, mask: masks.
     torch.testing.assert_close(ours[1, 4], theirs[1, 4], atol=1e-6, rtol=0)
 
 
-def test_gradients_reach_query_and_key_through_alibi() -> None:
+def test_alibi_gives_gradients_to_query_and_key() -> None:
     query, key = torch.randn(1, 6, 5, 3, dtype=torch.float64), torch.randn(1, 6, 5, 3, dtype=torch.float64)
     query.requires_grad_()
     key.requires_grad_()
 
-    def ask(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def entropy(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return AttentionMatrix(query, key, mask=masks.causal(), bias=alibi(SLOPES)).entropy()
 
-    assert torch.autograd.gradcheck(ask, (query, key))
+    assert torch.autograd.gradcheck(entropy, (query, key))
 
 
-def test_far_positions_keep_their_precision() -> None:
+def test_alibi_keeps_its_precision_at_far_positions() -> None:
     """At position 99,000 a bias counted from key 0 would have lost the distance's third digit."""
     query, key = torch.zeros(1, 6, 2, 4), torch.zeros(1, 6, 99_000, 4)
     weights = AttentionMatrix(query, key, mask=masks.causal(), bias=alibi(SLOPES))[0, 0, 1, -4:]
@@ -54,12 +54,12 @@ def test_far_positions_keep_their_precision() -> None:
     torch.testing.assert_close(weights / weights[-1], expected, atol=1e-6, rtol=0)
 
 
-def test_slopes_are_those_of_the_paper() -> None:
+def test_alibi_slopes_are_those_of_the_paper() -> None:
     assert alibi_slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
     assert alibi_slopes(6).tolist() == pytest.approx([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3])
 
 
-def test_slopes_are_checked() -> None:
+def test_alibi_slopes_are_checked() -> None:
     with pytest.raises(ValueError, match="wanted one finite number"):
         alibi(torch.tensor([[1.0]]))
     with pytest.raises(ValueError, match="0 heads"):

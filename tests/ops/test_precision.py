@@ -21,7 +21,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor, "_EMULATED", frozenset(HALVES))
 
 
-def test_what_a_cpu_says_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_multiplies_reads_the_flags_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     for flags, bfloat16, float16 in (
         ({"avx2", "fma"}, False, False),
@@ -45,7 +45,7 @@ def error(out: Tensor, wide: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("kind", ["self", "cross", "grouped, rotary", "dropped in training", "alibi"])
-def test_the_module_is_as_exact_as_without_and_so_are_its_gradients(
+def test_module_and_gradients_are_as_exact_as_in_emulated_half_precision(
     kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {
@@ -78,7 +78,7 @@ def test_the_module_is_as_exact_as_without_and_so_are_its_gradients(
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_attention_gives_the_precision_it_was_given(dtype: torch.dtype, emulated: None) -> None:
+def test_attention_returns_the_dtype_of_its_value(dtype: torch.dtype, emulated: None) -> None:
     q, k, v = torch.randn(3, 1, 2, 20, 8).to(dtype)
     for bias in (None, torch.zeros(20, 20, dtype=dtype, requires_grad=True)):  # fused, and strip by strip
         out = attention(q, k, v, bias=bias)
@@ -87,19 +87,19 @@ def test_attention_gives_the_precision_it_was_given(dtype: torch.dtype, emulated
         assert error(out, wide) < 2 * ERROR[dtype]  # rounded once
 
 
-def test_what_is_recorded_is_what_the_module_computed(emulated: None) -> None:
+def test_recording_equals_what_the_module_computed(emulated: None) -> None:
     layer = MultiHeadAttention(32, 4).bfloat16()
     x = torch.randn(1, 20, 32).bfloat16()
     with torch.no_grad():
         plain = layer(x)
         with record(layer) as recording:
-            seen = layer(x)
-    assert torch.equal(plain, seen)
+            visible = layer(x)
+    assert torch.equal(plain, visible)
     assert recording.proof is not None
     assert recording.proof < 2 * ERROR[torch.bfloat16]
 
 
-def test_under_autocast_torch_chooses(emulated: None) -> None:
+def test_is_emulated_is_false_under_autocast(emulated: None) -> None:
     x = torch.randn(100, 8).bfloat16()
     assert processor.is_emulated(x)
     assert not processor.is_emulated(x.float())
@@ -108,7 +108,7 @@ def test_under_autocast_torch_chooses(emulated: None) -> None:
         assert not processor.is_emulated(x)
 
 
-def test_a_transformer_in_half_precision_writes_what_the_whole_one_writes(emulated: None) -> None:
+def test_transformer_in_half_precision_equals_float32(emulated: None) -> None:
     torch.manual_seed(0)
     config = TransformerConfig(vocab_size=50, kind="decoder", embed_dim=32, num_heads=4, num_layers=2, ff_dim=64)
     model = Transformer(config).eval()

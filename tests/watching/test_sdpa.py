@@ -15,7 +15,7 @@ def test_sdpa_of_a_nanogpt_block_gives_causal_weights() -> None:
     model, x = NanoGPT(), torch.randn(B, L, E)
     got, _ = recorded_weights(model, x)
     q, k, _ = (t.view(B, L, H, D).transpose(1, 2) for t in model.c_attn(x).split(E, 2))
-    assert_close(got, weights(q, k, seen=torch.ones(L, L).tril().bool()))
+    assert_close(got, weights(q, k, visible=torch.ones(L, L).tril().bool()))
 
 
 def test_recorded_mask_of_a_causal_call_is_the_rule() -> None:
@@ -79,7 +79,7 @@ def test_sdpa_reads_scale_value_width_and_grouped_heads() -> None:
 def test_is_causal_counts_from_the_first_key(queries: int, keys: int) -> None:
     q, k, v = qkv(queries=queries, keys=keys)
     got, _ = recorded_weights(Sdpa(), q, k, v, is_causal=True)
-    assert_close(got, weights(q, k, seen=torch.ones(queries, keys).tril().bool()))
+    assert_close(got, weights(q, k, visible=torch.ones(queries, keys).tril().bool()))
 
 
 @pytest.mark.parametrize("shape", [(L, S), (B, 1, L, S), (B, H, L, S), (B, 1, 1, S)], ids=str)
@@ -91,7 +91,7 @@ def test_sdpa_reads_masks_of_each_kind_and_shape(shape: tuple[int, ...], kind: s
     bias = torch.randn(shape) if kind == "additive" else None
     mask = seen if kind == "bool" else bias if bias is not None else torch.where(seen, 0.0, -torch.inf)
     got, _ = recorded_weights(Sdpa(), q, k, v, attn_mask=mask)
-    assert_close(got, weights(q, k, bias=bias, seen=None if bias is not None else seen))
+    assert_close(got, weights(q, k, bias=bias, visible=None if bias is not None else seen))
 
 
 def test_mask_row_of_finfo_min_gives_uniform_weights() -> None:

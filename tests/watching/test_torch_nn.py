@@ -81,7 +81,7 @@ def test_additive_mask_and_bool_padding_mask_are_combined() -> None:
     added, hidden = torch.randn(L, L), torch.zeros(B, L, dtype=torch.bool)
     hidden[0, 5:] = True
     got, _ = recorded_weights(layer, x, x, x, attn_mask=added, key_padding_mask=hidden)
-    assert_close(got, weights(*heads_of(layer, x, x), bias=added, seen=~hidden[:, None, None].expand(B, H, L, L)))
+    assert_close(got, weights(*heads_of(layer, x, x), bias=added, visible=~hidden[:, None, None].expand(B, H, L, L)))
     assert got[0, :, :, 5:].eq(0).all()
 
 
@@ -90,7 +90,7 @@ def test_torch_mask_hides_where_it_is_true() -> None:
     later = torch.ones(L, L).triu(1).bool()
     got, _ = recorded_weights(layer, x, x, x, attn_mask=later)
     assert got[..., later].eq(0).all()
-    assert_close(got, weights(*heads_of(layer, x, x), seen=~later))
+    assert_close(got, weights(*heads_of(layer, x, x), visible=~later))
 
 
 def test_torch_mask_per_head_is_read() -> None:
@@ -104,7 +104,7 @@ def test_is_causal_with_its_mask_gives_causal_weights() -> None:
     layer, x = layer_of(batch_first=True), torch.randn(B, L, E)
     mask = nn.Transformer.generate_square_subsequent_mask(L)
     got, _ = recorded_weights(layer, x, x, x, attn_mask=mask, is_causal=True, need_weights=False)
-    assert_close(got, weights(*heads_of(layer, x, x), seen=torch.ones(L, L).tril().bool()))
+    assert_close(got, weights(*heads_of(layer, x, x), visible=torch.ones(L, L).tril().bool()))
 
 
 def test_proof_under_dropout_is_none_in_training_only() -> None:
@@ -141,7 +141,7 @@ def test_fast_path_of_multihead_attention_is_taken_and_recorded(monkeypatch: pyt
     with torch.no_grad(), counted(monkeypatch, "_native_multi_head_attention") as calls:
         got, _ = recorded_weights(layer, x, x, x, key_padding_mask=hidden if padded else None)
     assert len(calls) == 2  # once without and once with record
-    assert_close(got, weights(*heads_of(layer, x, x), seen=~hidden[:, None, None].expand(B, 2, L, L)))
+    assert_close(got, weights(*heads_of(layer, x, x), visible=~hidden[:, None, None].expand(B, 2, L, L)))
 
 
 @pytest.mark.parametrize("norm_first", [False, True])

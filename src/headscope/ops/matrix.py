@@ -149,7 +149,7 @@ class AttentionMatrix:
     def reduce(self, *reductions: Reduction) -> tuple[Any, ...]:
         """Several answers from one pass over the weights, in the order asked; see headscope.reductions."""
         if not reductions:
-            raise ValueError("reduce() got no questions: give it reductions, such as Entropy(), Max().")
+            raise ValueError("reduce() got no reductions: pass some, such as Entropy(), Max().")
         check_reductions(reductions)
         self._check()
         answers, self._normalizer = stream(self._scores, reductions, self._normalizer)

@@ -163,11 +163,11 @@ class Reduction(ABC):
         return state
 
 
-def check_reductions(given: Iterable[object]) -> None:
-    """Raises TypeError where something is not a question."""
-    for question in given:
-        if isinstance(question, Reduction):
+def check_reductions(reductions: Iterable[object]) -> None:
+    """Raise TypeError if something is not a reduction."""
+    for reduction in reductions:
+        if isinstance(reduction, Reduction):
             continue
-        if isinstance(question, type):
-            raise TypeError(f"{question.__name__} is a class of questions: ask one, {question.__name__}(…).")
-        raise TypeError(f"{question!r} is no question: wanted reductions, such as Entropy() or Max().")
+        if isinstance(reduction, type):
+            raise TypeError(f"{reduction.__name__} is a class: pass an object, {reduction.__name__}(…).")
+        raise TypeError(f"{reduction!r} is not a reduction: wanted reductions, such as Entropy() or Max().")
