@@ -72,6 +72,7 @@ def test_proof_refuses_an_attention_with_another_scale_or_softcap(lie: str) -> N
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")  # on purpose
 def test_flex_attention_gives_the_weights_of_sdpa() -> None:
     model, inputs = llama()
     with record(model) as wanted, torch.no_grad():
