@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as token_models
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
-from headscope import models
+from headscope import edit, knock_out, models
 from headscope.commands import app as cli
-from headscope.commands import see
+from headscope.commands import forbid, see
 from headscope.errors import DownloadError
-from headscope.heads.effects import link_effects
 from headscope.models import store
 from headscope.watching.recording import Recording
+from tests import tiny
 
 TEXT = "The animal didn't cross the street because it was too tired."
 
@@ -50,8 +53,8 @@ def test_see_shows_the_default_sentence() -> None:
 
 
 def test_json_is_whole_and_alone_on_the_standard_output() -> None:
-    done = outside("see", TEXT, "--from", "it", "--to", "animal", "--json", stdin=subprocess.DEVNULL)
-    assert done.returncode == 0
+    done = command("see", TEXT, "--from", "it", "--to", "animal", "--json")
+    assert (done.exit_code, done.stderr) == (0, "")
     answer = json.loads(done.stdout)
     first = answer["links"][0]
     assert (first["layer"], first["head"]) == (3, 8)
@@ -68,44 +71,47 @@ def test_json_is_whole_and_alone_on_the_standard_output() -> None:
 
 
 def test_json_in_chinese_is_utf_8_wherever_it_is_written() -> None:
-    done = outside("see", "她饿了 now", "--json", env={"PYTHONIOENCODING": "ascii"}, stdin=subprocess.DEVNULL)
+    options = {"env": {"PYTHONIOENCODING": "ascii"}, "stdin": subprocess.DEVNULL}
+    done = outside("see", "她饿了 now", "--json", "--model", "minilm", **options)
     assert json.loads(done.stdout.decode("utf-8"))["words"][0]["text"] == "她"
     assert "饿".encode() in done.stdout
 
 
-def test_forbidding_a_link_says_what_it_does_to_the_next_word(
-    smollm2: models.Loaded, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from headscope import edit, knock_out
-    from headscope.commands import forbid as forbid_command
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> models.Loaded:
+    """A random decoder with 2 layers of 6 heads that knows the words of the text, in place of every model."""
+    known = {word: i + 1 for i, word in enumerate(dict.fromkeys(forbid.DEFAULT_TEXT.split()))}
+    inner = Tokenizer(token_models.WordLevel({"<s>": 0} | known, "<s>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<s>")
+    loaded = models.Loaded("small", tiny.llama(), tokenizer, 0, None, True, "a test")
+    monkeypatch.setattr(models, "load", lambda name: loaded)
+    return loaded
 
-    held: list[object] = []  # measured for the first command, shown by the second too
 
-    def once(*given: object, **options: object) -> object:
-        if not held:
-            held.append(link_effects(*given, **options))
-        return held[0]
-
-    monkeypatch.setattr(forbid_command, "link_effects", once)
-    text = "The animal didn't cross the street because it was too"
-    answer = json.loads(command("forbid", text, "--json").stdout)
-    ids = torch.tensor([[0, *smollm2.tokenizer(text)["input_ids"]]])
-    places = [smollm2.tokenizer.decode([i]).strip() for i in ids[0].tolist()]
+def test_forbid_says_what_the_link_does_to_the_next_token(small: models.Loaded) -> None:
+    answer = json.loads(command("forbid", "--json").stdout)
+    words = ["<s>", *forbid.DEFAULT_TEXT.split()]
+    ids = torch.tensor([small.tokenizer.convert_tokens_to_ids(words)])
     with torch.no_grad():
-        clean = smollm2.model(ids).logits[0, -1].double().log_softmax(-1)
-        with edit(smollm2.model, knock_out(places.index("it"), places.index("animal"))):
-            edited = smollm2.model(ids).logits[0, -1].double().log_softmax(-1)
+        clean = small.model(ids).logits[0, -1].double().log_softmax(-1)
+        with edit(small.model, knock_out(words.index("it"), words.index("animal"))):
+            edited = small.model(ids).logits[0, -1].double().log_softmax(-1)
     assert answer["kl"]["everywhere"] == pytest.approx(float((clean.exp() * (clean - edited)).sum()), rel=1e-3)
+    assert answer["kl"]["everywhere"] > 1e-4
     for token in answer["next"]:
         assert token["with"] == pytest.approx(float(clean[token["id"]].exp()), rel=1e-3)
         assert token["without"] == pytest.approx(float(edited[token["id"]].exp()), rel=1e-3)
-    heads = answer["kl"]["heads"]
-    assert [len(row) for row in heads] == [9] * 30
-    layers = answer["kl"]["layers"]
-    strongest = max(range(270), key=lambda i: heads[i // 9][i % 9])
-    table = command("forbid").stdout
+
+
+def test_forbid_lists_the_layers_and_heads_that_matter_most(small: models.Loaded) -> None:
+    answer = json.loads(command("forbid", "--json").stdout)
+    heads, layers = answer["kl"]["heads"], answer["kl"]["layers"]
+    assert [len(row) for row in heads] == [6, 6]
+    strongest = max(range(12), key=lambda i: heads[i // 6][i % 6])
+    table = command("knock-out").stdout
     assert f"alone, strongest first: {layers.index(max(layers))} " in table
-    assert f"alone, strongest first: {strongest // 9}.{strongest % 9} " in table
+    assert f"alone, strongest first: {strongest // 6}.{strongest % 6} " in table
 
 
 @pytest.mark.parametrize(
@@ -154,11 +160,24 @@ def test_a_text_from_a_file_and_from_a_pipe(tmp_path: Path) -> None:
     assert from_file["links"] == piped["links"]
 
 
-def test_a_pipe_is_read_without_being_asked_and_the_null_device_is_not() -> None:
-    piped = outside("see", "--json", "--model", "minilm", input=b"A dog.")
-    null = outside("see", "--json", "--model", "minilm", stdin=subprocess.DEVNULL)
-    assert json.loads(piped.stdout)["text"] == "A dog."
-    assert json.loads(null.stdout)["text"] == TEXT
+def test_is_piped_is_true_for_a_pipe_and_a_file_and_false_for_the_null_device(tmp_path: Path) -> None:
+    def piped(**options: Any) -> str:
+        program = "from headscope.commands.pipe import is_piped; print(is_piped())"
+        run = [sys.executable, "-c", program]
+        return str(subprocess.run(run, stdout=subprocess.PIPE, text=True, check=True, **options).stdout)
+
+    (tmp_path / "text").write_text("A dog.")
+    with open(tmp_path / "text") as file:
+        assert piped(stdin=file) == "True\n"
+    assert piped(input="A dog.") == "True\n"
+    assert piped(stdin=subprocess.DEVNULL) == "False\n"
+
+
+@pytest.mark.parametrize(("piped", "text"), [(True, "A dog."), (False, TEXT)])
+def test_see_reads_a_pipe_that_it_was_not_told_of(piped: bool, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(see, "is_piped", lambda: piped)
+    done = command("see", "--json", "--model", "minilm", stdin="A dog.")
+    assert json.loads(done.stdout)["text"] == text
 
 
 def test_verbose_tells_times_on_the_error_stream() -> None:
@@ -250,35 +269,6 @@ def test_ctrl_c_ends_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(see, "record_text", stop)
     done = command("see")
     assert (done.exit_code, done.stdout, done.stderr) == (130, "", "Stopped.\n")
-
-
-def test_version() -> None:
-    assert command("--version").stdout.startswith("headscope ")
-
-
-@pytest.mark.parametrize("option", ["--help", "--version"])
-def test_help_and_version_load_no_torch(option: str) -> None:
-    program = (
-        f"import sys; sys.argv[1:] = [{option!r}]\n"
-        "from headscope.commands import main\n"
-        "try: main()\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("\n0 False\n")
-
-
-@pytest.mark.parametrize("name", cli.COMMANDS)
-def test_the_list_of_commands_has_the_first_line_of_each_help(name: str) -> None:
-    summary = cli.COMMANDS[name][1]
-    assert summary in " ".join(command("--help").stdout.split())
-    if name != "knock-out":
-        assert summary in " ".join(command(name, "--help").stdout.split())
-
-
-def test_knock_out_is_another_name_of_forbid() -> None:
-    forbid, knock_out = (command(name, "--help") for name in ("forbid", "knock-out"))
-    assert knock_out.exit_code == 0
-    assert knock_out.stdout == forbid.stdout.replace("root forbid [OPTIONS]", "root knock-out [OPTIONS]")
 
 
 @pytest.mark.parametrize(

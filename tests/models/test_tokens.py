@@ -1,8 +1,6 @@
 """Tokens and the words they make up."""
 
-import os
-import subprocess
-import sys
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -217,26 +215,12 @@ def test_minilm_marks_its_own_special_tokens(minilm) -> None:
     assert len(tokenize("it " * 400, minilm.tokenizer, limit=minilm.context)) == 402
 
 
-def test_a_long_text_is_quick() -> None:
-    program = """
-import time
-from headscope.models.tokens import tokenize
-from tests.models.test_tokens import whole
-tokenizer, text = whole("red", "blue"), "red blue " * 50_000
-began = time.process_time()
-tokenizer(text, return_offsets_mapping=True)
-theirs = time.process_time() - began
-began = time.process_time()
-tokens = tokenize(text, tokenizer)
-print(len(tokens.words), time.process_time() - began - theirs)
-"""
-    done = subprocess.run(  # in a process of its own, where calls are not checked for shapes
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    words, seconds = done.stdout.split()
-    assert words == "100000"
-    assert float(seconds) < 2.0
+def test_tokenize_takes_less_than_two_seconds_more_than_the_tokenizer_for_100_000_words() -> None:
+    tokenizer, text = whole("red", "blue"), "red blue " * 50_000
+    began = time.process_time()
+    tokenizer(text, return_offsets_mapping=True)
+    tokenizer_seconds = time.process_time() - began
+    began = time.process_time()
+    tokens = tokenize(text, tokenizer)
+    assert time.process_time() - began - tokenizer_seconds < 2.0
+    assert len(tokens.words) == 100_000
