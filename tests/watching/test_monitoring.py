@@ -45,7 +45,7 @@ def heads_of(weight: Tensor, head: int, size: int = E // H) -> Tensor:
     return weight.data[head * size : (head + 1) * size]
 
 
-def look(model: nn.Module, *inputs: Tensor) -> HeadStats:
+def measured(model: nn.Module, *inputs: Tensor) -> HeadStats:
     watch = monitor(model, every=1)
     with watch:
         model(*inputs)
@@ -54,14 +54,14 @@ def look(model: nn.Module, *inputs: Tensor) -> HeadStats:
 
 def test_head_stats_follow_their_definitions() -> None:
     model, x = own(), torch.randn(B, L, E)
-    stats, inside = look(model, x), x
+    stats, inside = measured(model, x), x
     for i, layer in enumerate(model.layers):
         dense = layer.matrix(inside, mask=masks.causal()).dense().double()
         rows = dense[:, :, 1:]
         entropy = -torch.xlogy(rows, rows).sum(-1)
         torch.testing.assert_close(stats.entropy[i], entropy.mean((0, 2)), atol=1e-6, rtol=1e-5)
-        even = sum(math.log(n) for n in range(2, L + 1)) * B
-        torch.testing.assert_close(stats.entropy_share[i], entropy.sum((0, 2)) / even, atol=1e-6, rtol=1e-5)
+        uniform = sum(math.log(n) for n in range(2, L + 1)) * B
+        torch.testing.assert_close(stats.entropy_share[i], entropy.sum((0, 2)) / uniform, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(stats.sink_mass[i], rows[..., 0].mean((0, 2)), atol=1e-6, rtol=1e-5)
         q, k = layer._queries(inside), layer._keys(inside)
         scores = (q @ k.transpose(-1, -2) / math.sqrt(E // H)).tril() + torch.full((L, L), -torch.inf).triu(1)
@@ -72,7 +72,7 @@ def test_head_stats_follow_their_definitions() -> None:
 
 
 def test_head_stats_of_hand_built_heads() -> None:
-    """Head 0 looks evenly; head 1 at the key with the largest first number, which stands first; head 2 is dead."""
+    """Head 0 is uniform; head 1 attends to the key with the largest first number, the first; head 2 is dead."""
     layer = MultiHeadAttention(E, H)
     nn.init.zeros_(layer.in_proj.weight)
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_head_stats_of_hand_built_heads() -> None:
     x = torch.randn(B, L, E)
     x[:, :, 0] = 0
     x[:, 0, 0] = 1
-    stats = look(layer, x)
+    stats = measured(layer, x)
     torch.testing.assert_close(stats.entropy_share[0, 0], torch.tensor(1.0).double())
     torch.testing.assert_close(stats.sink_mass[0, 0], torch.tensor(1 / L).double())
     torch.testing.assert_close(stats.largest_logit[0], torch.tensor([0.0, 200.0, 0.0]).double())
@@ -145,7 +145,7 @@ def test_forwards_inside_one_step_are_added_up() -> None:
     with watch:
         model(x[:B])
         model(x[B:])
-    whole = look(model, x)
+    whole = measured(model, x)
     for name in ("entropy", "entropy_share", "largest_logit", "sink_mass"):
         torch.testing.assert_close(getattr(watch.history[0], name), getattr(whole, name), atol=1e-6, rtol=1e-5)
     assert len(watch.history) == 1
@@ -153,7 +153,7 @@ def test_forwards_inside_one_step_are_added_up() -> None:
 
 def test_monitor_leaves_out_padding() -> None:
     model, text = llama(), ids(1, L)
-    alone = look(model, text)
+    alone = measured(model, text)
     for side, first in (("right", 0), ("left", 3)):
         padded = torch.cat([text, text[:, :3]] if side == "right" else [text[:, :3], text], 1)
         seen = torch.zeros_like(padded)
@@ -169,7 +169,7 @@ def test_head_stats_have_rows_for_encoder_decoder_and_cross_attention() -> None:
     sizes = {"embed_dim": 24, "num_heads": 6, "num_layers": 1, "ff_dim": 16, "dropout_p": 0.1}
     model = Transformer(TransformerConfig(31, **sizes))
     model.decoder.layers[0].cross_attention = MultiHeadAttention(24, 2)
-    stats = look(model, torch.randint(31, (B, L)), torch.randint(31, (B, 5)))
+    stats = measured(model, torch.randint(31, (B, L)), torch.randint(31, (B, 5)))
     assert stats.sites == tuple(
         f"{name}_attention" for name in ("encoder.layers.0.self", "decoder.layers.0.self", "decoder.layers.0.cross")
     )
@@ -267,14 +267,14 @@ def test_monitor_errors_say_what_to_do() -> None:
 
 
 def quiet(model: nn.Module, *inputs: Tensor) -> HeadStats:
-    """A look that warns of nothing."""
+    """A measurement without warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", HeadWarning)
-        return look(model, *inputs)
+        return measured(model, *inputs)
 
 
 class Sdpa(nn.Module):
-    """Torch's own function with even weights over what a mask shows."""
+    """Torch's own function with uniform weights over what a mask shows."""
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
@@ -290,8 +290,8 @@ def test_keys_hidden_by_an_additive_mask_are_not_counted(hidden: float) -> None:
     mask = torch.full((L, L), hidden).triu(1) + 1e-5 * torch.arange(L)
     stats = quiet(Sdpa(mask), torch.randn(B, L, E))
     torch.testing.assert_close(stats.entropy_share, torch.ones(1, H).double(), atol=1e-6, rtol=0)
-    even = sum(1 / n for n in range(2, L + 1)) / (L - 1)
-    torch.testing.assert_close(stats.sink_mass, torch.full((1, H), even).double(), atol=1e-5, rtol=0)
+    uniform = sum(1 / n for n in range(2, L + 1)) / (L - 1)
+    torch.testing.assert_close(stats.sink_mass, torch.full((1, H), uniform).double(), atol=1e-5, rtol=0)
 
 
 def test_sink_mass_counts_the_first_key_of_the_text_in_a_window() -> None:
@@ -408,7 +408,7 @@ def test_dead_is_below_a_thousandth_of_the_median_head(share: float, dead: bool)
     values = layer.in_proj.weight.data[2 * E :]
     with torch.no_grad():
         values[8:] = values[4:8] = values[:4]  # all heads have the same values
-        layer.in_proj.weight.data[: 2 * E] = 0  # and even weights
+        layer.in_proj.weight.data[: 2 * E] = 0  # and uniform weights
         values[4:8] *= share
     hidden = torch.cat([x, 1e6 * torch.randn(1, 3, E)], 1)
     watch = monitor(layer, every=1)
@@ -448,7 +448,7 @@ def test_warning_names_only_the_head_that_is_not_finite(part: str) -> None:
 
 def test_warning_of_a_bias_that_is_not_finite() -> None:
     with pytest.warns(HeadWarning, match=r"head 0\.2 .*NaN or infinite"):
-        stats = look(Sdpa(torch.full((L, L), math.nan)), torch.randn(B, L, E))
+        stats = measured(Sdpa(torch.full((L, L), math.nan)), torch.randn(B, L, E))
     assert not stats.finite.any()
 
 
@@ -469,7 +469,7 @@ def test_failed_forward_is_not_counted() -> None:
             model(100 * x)
         model.fails = False
         model(x)
-    torch.testing.assert_close(watch.history[0].largest_logit, look(model, x).largest_logit)
+    torch.testing.assert_close(watch.history[0].largest_logit, measured(model, x).largest_logit)
 
 
 def test_step_without_a_forward_is_left_out() -> None:

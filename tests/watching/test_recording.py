@@ -372,7 +372,7 @@ def test_alibi_across_two_texts_is_a_tensor_where_calls_are_joined() -> None:
     bias = positions.alibi([0.5, 0.1, 0.2])
 
     class Across(nn.Module):
-        """A text that grows, and looks at another one."""
+        """A text that grows, and attends to another one."""
 
         def forward(self, query: Tensor, text: Tensor, other: Tensor) -> Tensor:
             own = attention(query, text, text, mask=masks.causal())

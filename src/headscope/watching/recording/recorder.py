@@ -201,11 +201,11 @@ class _Recorder:
         leaves = [n for n in like if not any(other.startswith(n + ".") for other in like)]
         if self.forwards and not self.site_names:
             listed = ", ".join(f"{n} ({type(modules[n]).__name__})" for n in leaves[:5])
-            looks = f" These modules look like attention: {listed}." if leaves else " No module looks like attention."
+            hint = f" These modules look like attention: {listed}." if leaves else " No module looks like attention."
             raise NothingSeen(
                 f"{type(model).__name__} ran {self.forwards} times and no attention call passed where it can be "
                 "seen: transformers' attention functions, torch's scaled_dot_product_attention, torch.nn's modules."
-                + looks
+                + hint
             )
         missing = [layer for layer in self.layers or () if layer not in self.matched_layers]
         if missing and self.site_names:
