@@ -348,7 +348,7 @@ def test_texts_are_measured_a_few_at_a_time(decoder: Loaded, monkeypatch: pytest
         asked.append(len(pieces))
         return usual(loaded, pieces, *given, **how)
 
-    monkeypatch.setattr(survey, "_HELD", 1)
+    monkeypatch.setattr(survey, "_TOKENS", 1)
     monkeypatch.setattr(survey, "measure", counted)
     same(profile(decoder, texts=documents(), plan=PLAN), whole)
     assert asked == [4, 1, 1, 1, 1, 0, 1, 0]  # the repeats; four texts, and what is left; one text
