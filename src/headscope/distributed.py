@@ -1,4 +1,4 @@
-"""One process or several: who this one is, on which device, and what they tell each other."""
+"""One process or several: their ranks and devices, sums and broadcasts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["Processes", "joined", "processes", "rank"]
 
 
 def rank() -> int:
-    """This process's number under torchrun, from 0; 0 where there is only one."""
+    """This process's rank under torchrun, from 0; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
 def processes() -> int:
-    """How many processes torchrun has started; 1 without it."""
+    """The number of processes under torchrun; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -29,9 +29,9 @@ class Processes:
     """The processes of a run.
 
     Attributes:
-        rank: This one's number.
-        count: How many there are.
-        device: Where this one computes.
+        rank: The rank of this process, from 0.
+        count: The number of processes.
+        device: The device of this process.
     """
 
     rank: int
@@ -40,19 +40,19 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this one writes files and speaks."""
+        """Whether this process writes files and messages."""
         return self.rank == 0
 
     def total(self, *values: float) -> list[float]:
-        """The sums of these numbers over all processes; all must ask for it."""
+        """The sums of the values over all processes; all processes must call it."""
         if self.count == 1:
             return list(values)
         summed = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(summed)
         return [float(value) for value in summed.tolist()]
 
-    def share(self, tensor: Tensor) -> Tensor:
-        """What the main process has in ``tensor``, written into everybody's."""
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Copy ``tensor`` of the main process into that of every process."""
         if self.count > 1:
             dist.broadcast(tensor, src=0)
         return tensor
@@ -60,7 +60,7 @@ class Processes:
 
 @contextmanager
 def joined(device: str = "auto") -> Iterator[Processes]:
-    """The processes that torchrun started, or this one alone.
+    """The group of processes that torchrun started, or this process alone.
 
     Args:
         device: "auto" takes a CUDA device if there is one, else the CPU.
@@ -69,19 +69,19 @@ def joined(device: str = "auto") -> Iterator[Processes]:
         ValueError: a CUDA device is wanted and there is none.
         RuntimeError: another process cannot be reached.
     """
-    chosen = _device(device)
-    own = processes() > 1 and not dist.is_initialized()
-    if own:
-        if chosen.type == "cuda":
-            torch.cuda.set_device(chosen)
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    device_here = _device(device)
+    starts_group = processes() > 1 and not dist.is_initialized()
+    if starts_group:
+        if device_here.type == "cuda":
+            torch.cuda.set_device(device_here)
+        dist.init_process_group("nccl" if device_here.type == "cuda" else "gloo")
     try:
         if dist.is_initialized():
-            yield Processes(dist.get_rank(), dist.get_world_size(), chosen)
+            yield Processes(dist.get_rank(), dist.get_world_size(), device_here)
         else:
-            yield Processes(0, 1, chosen)
+            yield Processes(0, 1, device_here)
     finally:
-        if own:
+        if starts_group:
             dist.destroy_process_group()
 
 

@@ -1,7 +1,7 @@
 """The errors that Headscope raises.
 
 Each says what came, what was wanted and what to do. All derive from `HeadscopeError`, so
-`except HeadscopeError` catches what the library itself refuses and nothing else. Arguments of the
+`except HeadscopeError` catches exactly the errors of this library. Arguments of the
 wrong shape or value raise `ValueError`, as everywhere in Python.
 """
 
@@ -18,11 +18,11 @@ class HeadscopeError(Exception):
 
 
 class TextError(HeadscopeError):
-    """A text that cannot be tokenized, or a word that is not in it, or is in it twice."""
+    """A text that cannot be tokenized, or a word that is missing or occurs twice."""
 
 
 class ModelNotFound(HeadscopeError):
-    """A model that is not here: an unknown name, one not pulled yet, or a hub out of reach."""
+    """A model that is not on this machine: an unknown name, not pulled yet, or the hub is unreachable."""
 
 
 class DownloadError(HeadscopeError):
@@ -34,11 +34,11 @@ class UnsupportedAttention(HeadscopeError):
 
 
 class NothingSeen(HeadscopeError):
-    """A model ran under a watch, and no attention call was seen."""
+    """A model ran inside record or edit without an attention call."""
 
 
 class RecordingError(HeadscopeError):
-    """A recording that cannot be read, written, or asked for what it does not hold."""
+    """A recording that cannot be read or written, or does not contain what was wanted."""
 
 
 class ProofError(HeadscopeError):
@@ -50,11 +50,11 @@ class EditError(HeadscopeError):
 
 
 class TreebankError(HeadscopeError):
-    """A treebank file that is not in CoNLL-U format, with the line where it goes wrong."""
+    """A treebank file that is not in CoNLL-U format, with the number of the wrong line."""
 
 
 class AtlasError(HeadscopeError):
-    """An atlas that cannot be read, merged, or asked for what it does not hold."""
+    """An atlas that cannot be read or merged, or does not contain what was wanted."""
 
 
 class MissingExtra(HeadscopeError, ImportError):
@@ -88,7 +88,9 @@ Run: pip install 'headscope[figures]'
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice: torch on the CPU raises a plain RuntimeError for it."""
-    told = str(error).lower()
-    known = ("out of memory", "can't allocate", "cannot allocate", "not enough memory", "unable to mmap")
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(text in told for text in known))
+    """Whether an error means that memory ran out: torch on the CPU raises a plain RuntimeError for it."""
+    message = str(error).lower()
+    phrases = ("out of memory", "can't allocate", "cannot allocate", "not enough memory", "unable to mmap")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(phrase in message for phrase in phrases)
+    )

@@ -15,10 +15,10 @@ __all__ = ["check_writable", "whole_file"]
 
 
 def check_writable(path: Path, error: type[HeadscopeError] = HeadscopeError) -> None:
-    """Find out before the work is done whether a file can be written.
+    """Raise unless a file can be written; call it before long work.
 
     Raises:
-        HeadscopeError: It cannot: no such folder, no permission, or a folder of that name; as ``error``.
+        HeadscopeError: No such folder, no permission, or a folder of that name; as ``error``.
     """
     if path.is_dir():
         raise error(f"Cannot write {path}: it is a folder. Give the name of a file.")

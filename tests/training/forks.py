@@ -3,6 +3,7 @@
 import os
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,10 @@ import torch.distributed as dist
 
 def fork(work: Callable[[], object], log: Path) -> int:
     """Run ``work`` in a child process; its id. An error goes into ``log``, and the exit code is 1."""
-    if pid := os.fork():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: torch has threads
+        pid = os.fork()
+    if pid:
         return pid
     code = 1
     try:

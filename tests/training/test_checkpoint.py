@@ -29,11 +29,11 @@ def test_last_two_checkpoints_stay_and_load_unchanged(tmp_path: Path) -> None:
         saved(tmp_path, step, value=step / 3)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["notes.txt", "step-00000010.safetensors", "step-00000011.safetensors"]
-    found = checkpoint.latest(tmp_path)
-    assert found is not None
-    assert (found.step, found.run) == (11, {"config": {}, "loss": 0.5})
-    assert torch.equal(found.tensors["model.a"], torch.full((40, 30), 11 / 3))
-    assert found.tensors["model.b"].shape == ()
+    loaded = checkpoint.latest(tmp_path)
+    assert loaded is not None
+    assert (loaded.step, loaded.run) == (11, {"config": {}, "loss": 0.5})
+    assert torch.equal(loaded.tensors["model.a"], torch.full((40, 30), 11 / 3))
+    assert loaded.tensors["model.b"].shape == ()
     assert checkpoint.latest(tmp_path / "nowhere") is None
 
 
@@ -41,7 +41,7 @@ def test_checkpoint_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monke
     done: list[str] = []
     for name in ("fsync", "replace"):
         real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *given, name=name, real=real: done.append(name) or real(*given))
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: done.append(name) or real(*args))
     saved(tmp_path, 10)
     assert done == ["fsync", "replace", "fsync"]  # the file, its name, the folder
 
@@ -52,11 +52,11 @@ def test_truncated_checkpoint_is_never_loaded(share: float, tmp_path: Path) -> N
     last = saved(tmp_path, 20)
     last.write_bytes(last.read_bytes()[: int(share * last.stat().st_size)])
     notes: list[str] = []
-    found = checkpoint.latest(tmp_path, notes.append)
-    assert found is not None
-    assert found.step == 10
+    loaded = checkpoint.latest(tmp_path, notes.append)
+    assert loaded is not None
+    assert loaded.step == 10
     (note,) = notes
-    assert note.startswith(f"{last} is not whole and is passed over: ")
+    assert note.startswith(f"{last} is not whole and is skipped: ")
 
 
 def test_damaged_checkpoint_is_never_loaded(tmp_path: Path) -> None:

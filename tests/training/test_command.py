@@ -36,9 +36,9 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(tmp_path: Path) -> Non
     assert run.returncode == 130
     match = re.search(r"Stopped after step (\d+) of 100000; its state is in (\S+)\. To go on, give the same", error)
     assert match is not None, error
-    found = checkpoint.latest(folder)
-    assert found is not None
-    assert (found.step, str(found.path)) == (int(match[1]), match[2])
+    last = checkpoint.latest(folder)
+    assert last is not None
+    assert (last.step, str(last.path)) == (int(match[1]), match[2])
     assert out == ""
 
 

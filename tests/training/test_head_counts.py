@@ -45,7 +45,7 @@ def outcome(heads: int, seed: int, loss: float, distance: float = math.nan) -> R
     return RunOutcome("lookups", heads, seed, loss, distance, 1000, 1.0)
 
 
-def test_the_distance_of_two_heads() -> None:
+def test_jensen_shannon_of_hand_worked_rows() -> None:
     p = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.2, 0.3, 0.5], [0.5, 0.5, 0.0]])
     q = torch.tensor([[0.0, 0.0, 1.0], [0.5, 0.0, 0.5], [0.2, 0.3, 0.5], [1.0, 0.0, 0.0]])
     third = 2 - 0.75 * math.log2(3)  # H(3/4, 1/4) in bits
@@ -53,7 +53,7 @@ def test_the_distance_of_two_heads() -> None:
     assert torch.equal(jensen_shannon(p, q), jensen_shannon(q, p))
 
 
-def test_the_distance_is_the_mean_over_pairs_rows_texts_and_layers() -> None:
+def test_head_distance_is_the_mean_over_pairs_rows_texts_and_layers() -> None:
     model = Transformer(make_task("bytes", 16).model_config(embed_dim=12, num_heads=3, num_layers=2)).eval()
     tokens = make_task("bytes", 16).held_out(2).tokens
     with torch.no_grad(), record(model) as recording:
@@ -66,7 +66,7 @@ def test_the_distance_is_the_mean_over_pairs_rows_texts_and_layers() -> None:
     assert math.isnan(head_distance(Transformer(make_task("lookups").model_config(num_heads=1)), tokens))
 
 
-def test_heads_with_the_same_weights_have_no_distance() -> None:
+def test_head_distance_of_equal_heads_is_zero() -> None:
     model = Transformer(make_task("lookups").model_config(num_heads=2)).eval()
     assert model.decoder is not None
     attention: Any = model.decoder.layers[0].self_attention
@@ -76,17 +76,17 @@ def test_heads_with_the_same_weights_have_no_distance() -> None:
     assert head_distance(model, make_task("lookups").held_out(2).tokens) == pytest.approx(0, abs=1e-3)
 
 
-def test_intervals() -> None:
-    found = mean_of([1.0, 2.0, 4.0, 5.0, 8.0])  # s² = 7.5, t(4) = 2.776
-    assert (found.mean, found.half_width) == (4.0, pytest.approx(2.776 * math.sqrt(7.5 / 5), rel=1e-6))
-    assert (found.low, found.high) == (found.mean - found.half_width, found.mean + found.half_width)
-    assert str(found) == "4.000 ± 3.400"
+def test_mean_of_gives_student_t_intervals() -> None:
+    interval = mean_of([1.0, 2.0, 4.0, 5.0, 8.0])  # s² = 7.5, t(4) = 2.776
+    assert (interval.mean, interval.half_width) == (4.0, pytest.approx(2.776 * math.sqrt(7.5 / 5), rel=1e-6))
+    assert (interval.low, interval.high) == (interval.mean - interval.half_width, interval.mean + interval.half_width)
+    assert str(interval) == "4.000 ± 3.400"
     assert str(mean_of([1.5])) == "1.500"
     assert str(mean_of([])) == "–"
     assert mean_of([0.0, 1.0] * 40).half_width == pytest.approx(1.96 * math.sqrt(80 / 4 / 79 / 80), rel=1e-3)
 
 
-def test_what_is_said_is_what_came_out() -> None:
+def test_verdicts_follow_from_the_intervals() -> None:
     plan = ExperimentPlan((TrainConfig("lookups"),), heads=(1, 2, 4, 8), seeds=(0, 1, 2))
     losses = {1: (3.0, 3.2, 3.1), 2: (2.0, 2.2, 2.15), 4: (2.5, 2.7, 2.6), 8: (2.4, 2.9, 2.56)}
     report = head_counts._report(plan, [outcome(h, s, losses[h][s]) for h in losses for s in range(3)])
@@ -105,34 +105,34 @@ def test_what_is_said_is_what_came_out() -> None:
     )
 
 
-def test_the_experiment_end_to_end(tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    told: list[RunOutcome] = []
+def test_compare_head_counts_reports_and_writes_every_run(tmp_path: Path) -> None:
+    progress: list[tuple[int, int]] = []
+    outcomes: list[RunOutcome] = []
     report = compare_head_counts(
-        tmp_path, tiny(), on_progress=lambda done, of, run: seen.append((done, of)), on_outcome=told.append
+        tmp_path, tiny(), on_progress=lambda done, of, run: progress.append((done, of)), on_outcome=outcomes.append
     )
-    assert seen == [(i, 24) for i in range(1, 25)]
-    assert told == report.outcomes
-    assert len(told) == 8
+    assert progress == [(i, 24) for i in range(1, 25)]
+    assert outcomes == report.outcomes
+    assert len(outcomes) == 8
     for task in ("lookups", "bytes"):
-        assert len({run.parameters for run in told if run.task == task}) == 1
-    assert all(math.isnan(run.distance) == (run.heads == 1) for run in told)
-    assert all(0 < run.distance < 1 for run in told if run.heads > 1)
+        assert len({run.parameters for run in outcomes if run.task == task}) == 1
+    assert all(math.isnan(run.distance) == (run.heads == 1) for run in outcomes)
+    assert all(0 < run.distance < 1 for run in outcomes if run.heads > 1)
     row = report.rows[1]
-    losses = [run.loss for run in told if (run.task, run.heads) == ("lookups", 2)]
+    losses = [run.loss for run in outcomes if (run.task, run.heads) == ("lookups", 2)]
     assert (row.heads, row.head_dim, row.loss) == (2, 8, mean_of(losses))
     table = (tmp_path / "one-or-many.md").read_text("utf-8")
     assert f"| 2 | 8 | {row.loss} | {row.gain} | {row.distance} |" in table
     data = json.loads((tmp_path / "one-or-many.json").read_text("utf-8"))
     assert data["rows"][0]["distance"] == {"mean": None, "half_width": None}
-    assert [run["loss"] for run in data["runs"]] == [run.loss for run in told]
+    assert [run["loss"] for run in data["runs"]] == [run.loss for run in outcomes]
     lines = (tmp_path / "one-or-many.csv").read_text("utf-8").splitlines()
     assert lines[0] == "task,heads,seed,loss,distance,parameters,seconds"
-    assert lines[1].startswith(f"lookups,1,0,{told[0].loss},,{told[0].parameters},")
+    assert lines[1].startswith(f"lookups,1,0,{outcomes[0].loss},,{outcomes[0].parameters},")
     assert len(lines) == 9
 
 
-def test_four_heads_look_up_four_positions_and_one_head_cannot() -> None:
+def test_four_heads_solve_lookups_better_than_one() -> None:
     config = replace(QUICK.configs[0], steps=120, batch_size=16, learning_rate=4e-3)
     one, four = (train(replace(config, model=replace(config.sizes, num_heads=heads))).held_out.loss for heads in (1, 4))
     assert one - four > 0.5
@@ -140,17 +140,17 @@ def test_four_heads_look_up_four_positions_and_one_head_cannot() -> None:
 
 
 @pytest.mark.long
-def test_the_quick_experiment_at_its_real_size(tmp_path: Path) -> None:
+def test_quick_plan_at_its_real_size(tmp_path: Path) -> None:
     report = compare_head_counts(tmp_path, QUICK)
     rows = {(row.task, row.heads): row for row in report.rows}
     assert set(rows) == {(task, heads) for task in ("lookups", "bytes") for heads in (1, 4)}
-    assert rows["lookups", 4].gain.mean > 0.5  # four places cannot be looked at by one head
+    assert rows["lookups", 4].gain.mean > 0.5  # one head cannot attend to four positions apart
     assert abs(rows["bytes", 4].gain.mean) < 0.2
     assert rows["bytes", 1].loss.mean < 3.5  # guessing costs 5.5 nats
     assert [verdict.split(":")[0] for verdict in report.verdicts] == ["lookups", "bytes"]
 
 
-def test_a_stopped_experiment_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_head_counts_resumes_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first: list[RunOutcome] = []
 
     def stop(run: RunOutcome) -> None:
@@ -173,13 +173,13 @@ def test_a_stopped_experiment_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
         compare_head_counts(tmp_path, tiny(steps=5))
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_compare_head_counts_refuses_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(HeadscopeError, match=r"Cannot write into .*file/runs: "):
         compare_head_counts(tmp_path / "file", tiny())
 
 
-def test_the_plans() -> None:
+def test_plans_vary_only_the_number_of_heads() -> None:
     assert (FULL.heads, len(FULL.seeds), len(FULL.runs())) == ((1, 2, 4, 8), 5, 40)
     assert len(QUICK.runs()) == 12
     for plan in (FULL, QUICK):
@@ -190,7 +190,7 @@ def test_the_plans() -> None:
             assert len(same) == len(plan.configs)
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_or_many_command_prints_and_writes_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(head_counts, "QUICK", tiny())
     done = CliRunner().invoke(cli.app, ["experiment", "one-or-many", "--quick"])

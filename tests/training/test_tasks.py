@@ -28,8 +28,8 @@ def test_batch_depends_only_on_seed_and_step(name: str) -> None:
 @pytest.mark.parametrize("name", ["copy", "sort", "lookups"])
 def test_held_out_rows_never_occur_in_training(name: str) -> None:
     task: Any = make_task(name, 16 if name == "lookups" else 4)
-    kept = task.held_out(500)
-    source = kept.tokens if kept.source is None else kept.source
+    batch = task.held_out(500)
+    source = batch.tokens if batch.source is None else batch.source
     held_out = {tuple(sorted(row) if name == "sort" else row) for row in source.tolist()}
     for step in range(40):
         batch = task.batch(0, step, 500)

@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors files that are whole or are not loaded."""
+"""Checkpoints: safetensors files that are loaded only if they are whole."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _PARTS = re.compile(r"\.step-\d{1,12}\.\d+\.part\.safetensors")
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A state of a run.
+    """The state of a run.
 
     Attributes:
         step: Steps done.
-        run: What run it is of, as plain data.
+        run: The settings of the run, as plain data.
         tensors: Weights and the optimizer's tensors, by name.
-        path: Its file.
+        path: The file.
     """
 
     step: int
@@ -43,21 +43,21 @@ class Checkpoint:
 
 
 class _NotWhole(Exception):
-    """A file that was cut short or damaged."""
+    """A truncated or damaged file."""
 
 
 def save(folder: Path, step: int, run: dict[str, Any], tensors: dict[str, Tensor], *, keep: int = 2) -> Path:
-    """Write a checkpoint; when this returns it is on the disk, and all but the last ``keep`` are removed.
+    """Write a checkpoint to the disk, and remove all but the last ``keep``.
 
     Args:
-        folder: Where; it is made if need be.
+        folder: The folder; it is created if it does not exist.
         step: Steps done.
-        run: What run it is of, as plain data.
-        tensors: What to keep.
-        keep: How many checkpoints stay.
+        run: The settings of the run, as plain data.
+        tensors: Weights and the optimizer's tensors, by name.
+        keep: The number of checkpoints that stay.
 
     Raises:
-        HeadscopeError: It cannot be written.
+        HeadscopeError: The file cannot be written.
     """
     data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"step": step, "run": run, "digest": _digest(step, run, data)}
@@ -67,9 +67,9 @@ def save(folder: Path, step: int, run: dict[str, Any], tensors: dict[str, Tensor
         folder.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as scratch:
             save_file(data, scratch, metadata=metadata)
-        for old in _found(folder)[keep:]:
+        for old in _checkpoint_paths(folder)[keep:]:
             old.unlink(missing_ok=True)
-        for part in folder.iterdir():  # what a killed process left
+        for part in folder.iterdir():  # of a killed process
             if _PARTS.fullmatch(part.name):
                 part.unlink(missing_ok=True)
     except OSError as error:
@@ -77,31 +77,31 @@ def save(folder: Path, step: int, run: dict[str, Any], tensors: dict[str, Tensor
     return path
 
 
-def latest(folder: Path, report: Callable[[str], None] | None = None) -> Checkpoint | None:
+def latest(folder: Path, on_note: Callable[[str], None] | None = None) -> Checkpoint | None:
     """The last checkpoint that is whole; None if there is none.
 
     Args:
-        folder: Where to look.
-        report: Told of each file that is passed over, and why.
+        folder: The folder of the checkpoints.
+        on_note: Called with a message for each file that is skipped.
 
     Raises:
         HeadscopeError: A checkpoint of another version of the format.
     """
-    for path in _found(folder):
+    for path in _checkpoint_paths(folder):
         try:
             return _load(path)
         except _NotWhole as reason:
-            if report is not None:
-                report(f"{path} is not whole and is passed over: {reason}.")
+            if on_note is not None:
+                on_note(f"{path} is not whole and is skipped: {reason}.")
     return None
 
 
-def _found(folder: Path) -> list[Path]:
-    """The checkpoints' files, the last step first."""
+def _checkpoint_paths(folder: Path) -> list[Path]:
+    """The paths of the checkpoints, the last step first."""
     if not folder.is_dir():
         return []
-    files = {path: match for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))}
-    return sorted(files, key=lambda path: int(files[path][1]), reverse=True)
+    matches = {path: match for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))}
+    return sorted(matches, key=lambda path: int(matches[path][1]), reverse=True)
 
 
 def _load(path: Path) -> Checkpoint:
@@ -121,15 +121,15 @@ def _load(path: Path) -> Checkpoint:
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise _NotWhole(str(error)[:200]) from error
     if _digest(step, run, tensors) != digest:
-        raise _NotWhole("its contents are not those that were written")
+        raise _NotWhole("its digest does not match its contents")
     return Checkpoint(step, run, tensors, path)
 
 
 def _digest(step: int, run: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """A digest of the whole: what run and step it is, and every tensor's name, shape, type and bytes."""
-    found = hashlib.blake2b(json.dumps([step, run], sort_keys=True).encode(), digest_size=16)
+    """A digest of the run, the step, and each tensor's name, dtype, shape and bytes."""
+    digest = hashlib.blake2b(json.dumps([step, run], sort_keys=True).encode(), digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name]
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.reshape(-1).view(uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(uint8).numpy().data)
+    return digest.hexdigest()

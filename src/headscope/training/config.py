@@ -1,4 +1,4 @@
-"""TrainConfig: what decides the result of a run, and nothing else."""
+"""TrainConfig: the settings that decide the result of a training run."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from headscope.training.tasks import Task, make_task
 
 __all__ = ["TrainConfig"]
 
-# What bfloat16 needs on a CPU to be faster, see docs/log.md: the fused kernel's way back is ten times as slow on rows
-# of 10 as in float32, and steps of few positions spend their time on turning weights into bfloat16.
+# From these sizes bfloat16 is faster on a CPU, see docs/log.md: the fused kernel's backward pass is ten times as slow
+# on rows of 10 as in float32, and steps of few positions spend their time on converting weights to bfloat16.
 _LONG_ROWS, _MANY_POSITIONS = 64, 1024
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of a run. With the same settings and seed, two runs give the same result.
+    """The settings of a run. Runs with equal settings give equal results.
 
     Attributes:
         task: "copy", "sort", "lookups" or "bytes".
-        steps: updates of the weights; 0: the task's own number.
-        batch_size: rows in each step, over all processes together; 0: the task's own.
-        length: positions a row; 0: the task's own.
-        model: its sizes; None: the task's own.
-        learning_rate: the highest; it rises to it over ``warmup`` steps, then falls to a tenth along a cosine.
-        warmup: steps.
-        weight_decay: AdamW's (arXiv 1711.05101), for matrices only.
-        clip: the gradient's largest norm.
+        steps: updates of the weights; 0: the task's default.
+        batch_size: rows per step, of all processes together; 0: the task's default.
+        length: positions per row; 0: the task's default.
+        model: sizes of the model; None: the task's default.
+        learning_rate: the highest learning rate; it rises over ``warmup`` steps, then falls to a tenth along a cosine.
+        warmup: steps until the highest learning rate.
+        weight_decay: of AdamW (arXiv 1711.05101), for matrices only.
+        clip: the largest norm of the gradient.
         seed: of the first weights, the data and the dropout.
         precision: "float32", "bfloat16", or "auto": bfloat16 where it is faster, see :meth:`in_bfloat16`.
 
@@ -75,8 +75,8 @@ class TrainConfig:
 
     @property
     def sizes(self) -> TransformerConfig:
-        """The model's."""
-        assert self.model is not None  # filled in above
+        """The sizes of the model."""
+        assert self.model is not None  # set by __post_init__
         return self.model
 
     def make_task(self) -> Task:
@@ -84,14 +84,14 @@ class TrainConfig:
         return make_task(self.task, self.length)
 
     def in_bfloat16(self, device: torch.device, processes: int = 1) -> bool:
-        """Whether products are made in bfloat16; the weights stay float32.
+        """Whether matrix products are in bfloat16; the weights stay float32.
 
-        With "auto" they are on a device with instructions for it; on a CPU only if the rows are long and there are many
-        positions in a step, for otherwise float32 is faster.
+        With "auto" they are on a device with instructions for it. On a CPU the rows must also be long and the positions
+        of a step many; otherwise float32 is faster.
 
         Args:
-            device: What the run is on.
-            processes: How many share each batch.
+            device: The device of the run.
+            processes: The number of processes that share each batch.
 
         >>> TrainConfig("copy").in_bfloat16(torch.device("cpu"))
         False
@@ -104,7 +104,7 @@ class TrainConfig:
         return device.type != "cpu" or (self.length >= _LONG_ROWS and positions >= _MANY_POSITIONS)
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0.
+        """The learning rate of a step; steps count from 0.
 
         >>> config = TrainConfig("copy", steps=100, learning_rate=1.0, warmup=10)
         >>> [round(config.rate(step), 2) for step in (0, 9, 55, 100)]
@@ -116,22 +116,21 @@ class TrainConfig:
         return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, share))))
 
     def as_data(self) -> dict[str, Any]:
-        """The settings as plain data, for a file."""
+        """The settings as plain data."""
         return asdict(self)
 
     def differences(self, data: dict[str, Any]) -> list[str]:
-        """Where settings that :meth:`as_data` gave differ from these: "steps 100, now 200".
+        """The differences between earlier settings, from :meth:`as_data`, and these: "steps 100, now 200".
 
         >>> TrainConfig("copy", steps=200).differences(TrainConfig("copy", steps=100).as_data())
         ['steps 100, now 200']
         """
-        mine, theirs = _flat(self.as_data()), _flat(data)
-        names = [*mine, *(name for name in theirs if name not in mine)]
-        return [f"{n} {theirs.get(n)}, now {mine.get(n)}" for n in names if mine.get(n) != theirs.get(n)]
+        new, old = _flat(self.as_data()), _flat(data)
+        return [f"{n} {old.get(n)}, now {new.get(n)}" for n in new | old if new.get(n) != old.get(n)]
 
 
 def _flat(data: dict[str, Any]) -> dict[str, Any]:
-    """Settings with those of the model beside them; settings that are gone are left in."""
+    """The settings and those of the model in one dict."""
     model = data.get("model") or {}
     return {name: value for name, value in data.items() if name != "model"} | dict(model)
 

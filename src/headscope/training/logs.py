@@ -22,7 +22,7 @@ def has_tensorboard() -> bool:
 def tensorboard(folder: Path) -> Iterator[Callable[[str, float, int], None]]:
     """A function that writes (name, value, step) into TensorBoard's files in ``folder``.
 
-    A run that goes on replaces what was written of the steps that are done again.
+    A resumed run replaces the values of the steps that it repeats.
 
     Raises:
         MissingExtra: The package `tensorboard` is not installed.

@@ -1,4 +1,4 @@
-"""Ctrl-C and a scheduler's SIGTERM: the step that is under way is finished first."""
+"""Ctrl-C and a scheduler's SIGTERM, which stop a run after the current step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import FrameType
 
 __all__ = ["StopFlag", "Stopped", "stop_signals"]
 
-_SAME = 1.0  # seconds within which two signals are one Ctrl-C: from the terminal, and from torchrun that had it too
+_SAME = 1.0  # seconds within which two signals are one Ctrl-C: from the terminal, and passed on by torchrun
 
 
 class Stopped(KeyboardInterrupt):
@@ -20,7 +20,7 @@ class Stopped(KeyboardInterrupt):
 
     Attributes:
         step: Steps done.
-        path: The checkpoint that was saved; None if the run has no folder.
+        path: The last checkpoint; None if the run has no folder.
     """
 
     def __init__(self, step: int, path: Path | None) -> None:
@@ -29,31 +29,31 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopFlag:
-    """Whether somebody asked to stop."""
+    """Whether a signal to stop was received."""
 
     def __init__(self) -> None:
-        self.asked = False
-        self.since = 0.0  # when, by the clock of time.monotonic
+        self.is_set = False
+        self.since = 0.0  # of time.monotonic
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopFlag]:
     """A flag that the first Ctrl-C or SIGTERM in the block sets; a second Ctrl-C interrupts as usual.
 
-    Outside the main thread, which alone receives signals, the flag stays as it is.
+    Only the main thread receives signals; in other threads the flag stays unset.
     """
     flag = StopFlag()
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        if flag.asked and number == signal.SIGINT and monotonic() - flag.since > _SAME:
+    def set_flag(number: int, frame: FrameType | None) -> None:
+        if flag.is_set and number == signal.SIGINT and monotonic() - flag.since > _SAME:
             raise KeyboardInterrupt
-        if not flag.asked:
-            flag.asked, flag.since = True, monotonic()
+        if not flag.is_set:
+            flag.is_set, flag.since = True, monotonic()
 
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, set_flag) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield flag
     finally:

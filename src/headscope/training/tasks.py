@@ -1,4 +1,4 @@
-"""What there is to learn: tasks that need no download, each batch of them a function of seed and step."""
+"""Tasks that need no download; each batch is a function of seed and step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from headscope.nn.transformer import Transformer, TransformerConfig
 
 __all__ = ["IGNORED", "TASKS", "Task", "TrainingBatch", "generator", "make_task"]
 
-IGNORED = -100  # a target that is not asked for
+IGNORED = -100  # a target that does not count
 _HELD_OUT_SHARE = 8  # one in so many sequences is never trained on
 
 
@@ -27,9 +27,9 @@ class TrainingBatch:
     """Rows to learn from.
 
     Attributes:
-        tokens: [B, L], what the decoder reads.
-        targets: [B, L], what each position should say; -100 where nothing is asked.
-        source: [B, S], what the encoder reads; None in a decoder's task.
+        tokens: [B, L], the input of the decoder.
+        targets: [B, L], the right token for each position; -100 where it does not count.
+        source: [B, S], the input of the encoder; None in a task for decoders.
     """
 
     tokens: Int[Tensor, "B L"]
@@ -37,32 +37,35 @@ class TrainingBatch:
     source: Int[Tensor, "B S"] | None = None
 
     def part(self, which: int, of: int) -> TrainingBatch:
-        """One of ``of`` parts of the rows, of the same size; together they are the batch."""
+        """Part ``which`` of ``of`` equal parts of the rows."""
         size = len(self.tokens) // of
-        rows = slice(which * size, (which + 1) * size)
+        return self.rows(slice(which * size, (which + 1) * size))
+
+    def rows(self, rows: slice) -> TrainingBatch:
+        """The batch of some of the rows."""
         return TrainingBatch(self.tokens[rows], self.targets[rows], None if self.source is None else self.source[rows])
 
     def to(self, device: torch.device) -> TrainingBatch:
-        """The same on a device."""
+        """The batch on a device."""
         source = None if self.source is None else self.source.to(device)
         return TrainingBatch(self.tokens.to(device), self.targets.to(device), source)
 
 
-def generator(*what: object) -> torch.Generator:
-    """Random numbers that depend on ``what`` alone: a seed, a step, a purpose.
+def generator(*key: object) -> torch.Generator:
+    """Random numbers that depend only on ``key``: a seed, a step, a purpose.
 
     >>> torch.randint(100, (3,), generator=generator(0, "batch", 5)).tolist()
     [87, 35, 44]
     """
-    digest = hashlib.blake2b("/".join(map(str, what)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 class Task(ABC):
-    """A task: batches to learn from, and held-out ones that never occur among them.
+    """A task: batches to learn from, and held-out rows that never occur in them.
 
     Args:
-        length: L, positions a row.
+        length: L, positions per row.
 
     Raises:
         ValueError: rows that are too short.
@@ -72,10 +75,10 @@ class Task(ABC):
     about: str  # one line for the help
     kind: Literal["encoder-decoder", "decoder"]
     vocab_size: int
-    unit: str  # what a position of the answer is
+    unit: str  # the noun for a target
     length, shortest = 0, 4
     steps, batch_size, held_out_size = 600, 64, 256
-    sizes: ClassVar[dict[str, Any]]  # of the model, unless others are given
+    sizes: ClassVar[dict[str, Any]]  # of the default model
 
     def __init__(self, length: int = 0) -> None:
         self.length = length or type(self).length
@@ -83,39 +86,39 @@ class Task(ABC):
             raise ValueError(f"{self.name} with rows of length {self.length}: at least {self.shortest}.")
 
     def model_config(self, **sizes: Any) -> TransformerConfig:
-        """The task's own model; ``sizes`` change it.
+        """The task's default model with some ``sizes`` replaced.
 
         >>> make_task("copy").model_config(num_heads=2).num_heads
         2
         """
-        room = {"vocab_size": self.vocab_size, "kind": self.kind, "max_length": 2 * self.length}
-        return TransformerConfig(**(room | self.sizes | sizes))
+        required = {"vocab_size": self.vocab_size, "kind": self.kind, "max_length": 2 * self.length}
+        return TransformerConfig(**(required | self.sizes | sizes))
 
     @property
     def identity(self) -> str:
-        """What the data depends on besides the settings; runs with another identity are other runs."""
+        """A name for the data; a checkpoint for data with another identity is refused."""
         return f"{self.name} 1"
 
     @abstractmethod
     def batch(self, seed: int, step: int, size: int) -> TrainingBatch:
-        """The batch of a step: the same for the same arguments, whatever came before."""
+        """The batch of a step; it depends only on the arguments."""
 
     @abstractmethod
     def held_out(self, size: int) -> TrainingBatch:
-        """Rows that no batch contains, the same in every run."""
+        """Rows that no batch contains; the same in every run."""
 
     def exact(self, model: Transformer, batch: TrainingBatch) -> Bool[Tensor, " B"] | None:
-        """Which rows the model writes without a mistake, token after token; None where that is no fair question."""
+        """Whether the model writes each row without a mistake; None for a task that does not measure it."""
         return None
 
 
 class _Sequences(Task):
-    """Random sequences to be written anew; which ones are held out is decided by a hash of the answer."""
+    """Random sequences to copy or transform; a hash of the answer decides which are held out."""
 
     kind: Literal["encoder-decoder", "decoder"] = "encoder-decoder"
     unit = "symbol"
     length, symbols = 10, 16
-    vocab_size = symbols + 1  # and the token that an answer starts with
+    vocab_size = symbols + 1  # and the start token
     sizes: ClassVar = {"embed_dim": 64, "num_heads": 4, "num_layers": 2, "ff_dim": 256, "dropout_p": 0.0}
 
     def batch(self, seed: int, step: int, size: int) -> TrainingBatch:
@@ -133,23 +136,23 @@ class _Sequences(Task):
         return (written[:, 1:] == batch.targets).all(1)
 
     def answer(self, source: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
-        """What is to be written."""
+        """The right output."""
         return source
 
     def is_held_out(self, source: Int[Tensor, "B L"]) -> Bool[Tensor, " B"]:
-        """Which sequences belong to the held-out eighth; those of the same answer belong together."""
+        """Whether each sequence is in the held-out eighth; sequences with the same answer are on the same side."""
         return _hash(self.answer(source)) % _HELD_OUT_SHARE == 0
 
     def _random(self, size: int, random: torch.Generator) -> Tensor:
-        """Rows, held out or not."""
+        """Rows from both sides."""
         return torch.randint(self.symbols, (size, self.length), generator=random)
 
     def _draw(self, size: int, random: torch.Generator, held_out: bool) -> Tensor:
-        found = torch.empty(0, self.length, dtype=torch.long)
-        while len(found) < size:
+        rows = torch.empty(0, self.length, dtype=torch.long)
+        while len(rows) < size:
             drawn = self._random(2 * size, random)
-            found = torch.cat((found, drawn[self.is_held_out(drawn) == held_out]))
-        return found[:size]
+            rows = torch.cat((rows, drawn[self.is_held_out(drawn) == held_out]))
+        return rows[:size]
 
     def _answered(self, source: Tensor) -> TrainingBatch:
         targets = self.answer(source)
@@ -176,26 +179,26 @@ class Sort(_Sequences):
         return source.sort(1).values
 
     def _random(self, size: int, random: torch.Generator) -> Tensor:
-        """Rows of 2 to 16 different symbols: where all are drawn alike, it is rare that one stands there four times."""
+        """Rows with a palette of 2 to 16 symbols; with uniform symbols, a row rarely has one of them four times."""
         palette = torch.rand(size, self.symbols, generator=random).argsort(1)
         width = torch.randint(2, self.symbols + 1, (size, 1), generator=random)
-        which = (torch.rand(size, self.length, generator=random) * width).long()
-        return palette.gather(1, which)
+        index = (torch.rand(size, self.length, generator=random) * width).long()
+        return palette.gather(1, index)
 
 
 class Lookups(_Sequences):
-    """Name at each position what stood at four places before it, all four in one token.
+    """Predict one token that encodes the symbols at four offsets before each position.
 
-    The places are counted from the position that answers, so no key can know which of them it is to be: a head that
-    looks at several of them at once gets a mixture that does not say which value stood where.
+    Offsets count from the query, so the values of the keys do not contain them. A head that attends to several of the
+    four positions gets a mixture of their symbols, without their order.
     """
 
     name = "lookups"
-    about = "say in one token what stood 1, 3, 6 and 10 places back (decoder)"
+    about = "name in one token the symbols 1, 3, 6 and 10 positions back (decoder)"
     kind = "decoder"
     unit = "answer"
-    places, symbols = (1, 3, 6, 10), 3
-    vocab_size = symbols + symbols ** len(places)
+    offsets, symbols = (1, 3, 6, 10), 3
+    vocab_size = symbols + symbols ** len(offsets)
     length, shortest, batch_size = 40, 16, 32
     sizes: ClassVar = {
         "embed_dim": 64,
@@ -207,16 +210,16 @@ class Lookups(_Sequences):
     }
 
     def exact(self, model: Transformer, batch: TrainingBatch) -> Bool[Tensor, " B"] | None:
-        """None: the answers are not a text that the model writes on."""
+        """None: the targets are not the next tokens of the text."""
         return None
 
     def _answered(self, source: Tensor) -> TrainingBatch:
         targets = torch.full_like(source, IGNORED)
-        first = max(self.places)
-        found = torch.zeros_like(source[:, first:])
-        for place in self.places:
-            found = found * self.symbols + source[:, first - place : self.length - place]
-        targets[:, first:] = self.symbols + found
+        first = max(self.offsets)
+        code = torch.zeros_like(source[:, first:])
+        for offset in self.offsets:
+            code = code * self.symbols + source[:, first - offset : self.length - offset]
+        targets[:, first:] = self.symbols + code
         return TrainingBatch(source, targets)
 
 
@@ -240,17 +243,17 @@ class Bytes(Task):
 
     @property
     def identity(self) -> str:
-        """The library changes from one Python to the next, and with it the task."""
+        """The library and with it the data differ between Python versions."""
         return f"bytes 1 {self._checked_library().digest}"
 
     def batch(self, seed: int, step: int, size: int) -> TrainingBatch:
-        """Windows that begin anywhere in the training files."""
+        """Random windows of the training files."""
         data = self._checked_library().train
         random = generator(seed, self.name, "batch", step)
         return self._windows(data, torch.randint(len(data) - self.length, (size,), generator=random))
 
     def held_out(self, size: int) -> TrainingBatch:
-        """Windows spread evenly over the held-out files."""
+        """Windows at equal distances in the held-out files."""
         data = self._checked_library().held_out
         return self._windows(data, torch.arange(size) * (len(data) - self.length - 1) // size)
 
@@ -271,7 +274,7 @@ TASKS: dict[str, type[Task]] = {task.name: task for task in (Copy, Sort, Lookups
 
 
 def make_task(name: str, length: int = 0) -> Task:
-    """A task by its name, with rows of ``length`` positions (0: its own).
+    """A task by its name, with rows of ``length`` positions (0: the task's default).
 
     Raises:
         ValueError: no such task, or too short a length.
@@ -302,17 +305,17 @@ class _Library:
 
 @lru_cache(maxsize=1)
 def _library() -> _Library:
-    """The standard library's modules in the order of their paths.
+    """The bytes of the standard library's modules in the order of their paths.
 
-    Left out are tests, what others installed, and encodings, whose tables are alike from file to file.
+    Without tests, installed packages, and encodings, whose tables repeat from file to file.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
+    excluded = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
     paths = sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix())
     texts: dict[bool, list[bytes]] = {True: [], False: []}
     digest = hashlib.blake2b(digest_size=8)
     for path in paths:
-        if left_out.isdisjoint(path.relative_to(root).parts):
+        if excluded.isdisjoint(path.relative_to(root).parts):
             text = path.read_bytes()
             mark = hashlib.blake2b(text, digest_size=8).digest()
             digest.update(mark)
