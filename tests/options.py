@@ -24,7 +24,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def unchecked() -> Iterator[None]:
-    """Without the tests' shape checks, so that it is our own errors that are visible."""
+    """Without the shape checks of tests, which would raise before our own errors."""
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         yield

@@ -362,7 +362,7 @@ ERRORS: dict[str, tuple[Callable[[], object], list[str]]] = {
     "bias shape": (lambda: attention(Q, K, V, bias=torch.ones(7, 13)), ["(1, 1, 7, 13)", "(2, 6, 7, 11)"]),
     "bias of 3 axes": (lambda: attention(Q, K, V, bias=torch.ones(6, 7, 11)), ["(6, 7, 11)", "4-D"]),
     "scale": (lambda: attention(Q, K, V, scale=math.inf), ["scale is inf", "0.4472"]),
-    "dropout": (lambda: attention(Q, K, V, dropout_p=1.5), ["1.5", "from 0 up to but not 1"]),
+    "dropout": (lambda: attention(Q, K, V, dropout_p=1.5), ["1.5", "from 0 to below 1"]),
     "dropout of all": (lambda: attention(Q, K, V, dropout_p=1.0), ["1.0"]),
     "dropout below 0": (lambda: attention(Q, K, V, dropout_p=-0.25), ["-0.25"]),
 }

@@ -254,7 +254,7 @@ def test_online_reduction_must_have_rescale() -> None:
         rescale = reductions.Reduction.rescale
 
     query, key, _ = operands()
-    with pytest.raises(NotImplementedError, match=r"Forgot says online = True, but has no rescale\(\)"):
+    with pytest.raises(NotImplementedError, match=r"Forgot has online = True, but no rescale\(\)"):
         AttentionMatrix(query, key).reduce(Forgot())
 
 

@@ -1,4 +1,4 @@
-"""Attention, and the attention matrix as an operator that is never built: masks, scores, kernels, reductions."""
+"""Attention and AttentionMatrix, weights that are computed when you ask: masks, scores, kernels, reductions."""
 
 from headscope.ops import masks, positions, reductions
 from headscope.ops.functional import attention

@@ -1,4 +1,4 @@
-"""attention(): the function, softmax(QKᵀ·scale + bias) V without the matrix."""
+"""attention(), the function: softmax(QKᵀ·scale + bias) V without building the matrix."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> Float[Tensor, "B H L Dv"]:
-    """Scaled dot-product attention (arXiv 1706.03762), softmax(QKᵀ·scale + bias) V, without the matrix.
+    """Scaled dot-product attention (arXiv 1706.03762), softmax(QKᵀ·scale + bias) V, without building the matrix.
 
     Args:
         query: one query for each of the last L positions, H heads of size D.
         key: S keys, G heads; H is a multiple of G (grouped-query attention, arXiv 2305.13245).
         value: S values of any width, G heads.
-        mask: who may see whom, see :mod:`headscope.masks`; a bool tensor is taken as ``masks.dense`` (True: may
+        mask: who may see whom, see :mod:`headscope.masks`; a bool tensor means ``masks.dense`` (True: may
             attend). A query that may attend to nothing gives zeros, with zero gradient.
         bias: added to the scores, [L, S] or 4-D broadcastable to [B, H, L, S], or ``positions.alibi(slopes)``.
-        scale: 1/√D unless given.
-        dropout_p: share of the weights that are dropped, from 0 up to but not 1.
+        scale: 1/√D by default.
+        dropout_p: share of the weights that are dropped, from 0 to below 1.
 
     Raises:
         ValueError: operands that do not fit each other.
@@ -49,6 +49,6 @@ def attention(
         torch.Size([1, 8, 16, 64])
     """
     if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p is {dropout_p}: a share of the weights, from 0 up to but not 1.")
+        raise ValueError(f"dropout_p is {dropout_p}: a share of the weights, from 0 to below 1.")
     scores = make_scores(query, key, mask, bias, scale)
     return product(scores, as_value(value, scores, "value"), dropout_p)

@@ -1,4 +1,4 @@
-"""AttentionMatrix: attention weights as an operator that is never built, and the questions it answers."""
+"""AttentionMatrix: attention weights as an operator, computed when you ask, never stored."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ __all__ = ["AttentionMatrix"]
 
 
 class AttentionMatrix:
-    """P = softmax(QKᵀ·scale + bias), hidden where the mask says so: [B, H, L, S], known but never built.
+    """P = softmax(QKᵀ·scale + bias), hidden where the mask says so: [B, H, L, S], computed when you ask, never stored.
 
-    It holds the query and the key, and computes what it is asked: ``P @ value`` by the fused kernel,
-    ``P.entropy()``, ``P.max()``, ``P.topk(k)``, ``P.received()`` … in one blockwise pass, ``P[index]`` from the
-    rows and keys that the index names. Weights are before dropout, float32 (float64 for float64 inputs).
+    It keeps the query and the key. ``P @ value`` is computed by the fused kernel; ``P.entropy()``, ``P.max()``,
+    ``P.topk(k)``, ``P.received()`` … in one blockwise pass; ``P[index]`` from the rows and keys that it names.
+    Weights are before dropout, float32 (float64 for float64 inputs).
 
     Args:
         query: [B, H, L, D]; key: [B, G, S, D] with H a multiple of G.
         mask, bias, scale: as for :func:`headscope.attention`.
         softcap: c for models that cap scores, s → c·tanh(s/c), before the bias (arXiv 2408.00118).
-        sinks: [H], an extra logit a head in the denominator; rows then sum to less than 1.
+        sinks: [H], an extra logit per head in the denominator; rows then sum to less than 1.
 
     Raises:
-        ValueError: operands that do not fit; at the first question but ``P @ value``, NaN or infinite operands.
+        ValueError: operands that do not fit; NaN or infinite operands, at the first answer other than ``P @ value``.
 
     Example:
         >>> import torch, headscope
@@ -70,13 +70,13 @@ class AttentionMatrix:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> None:
-        self._set(make_scores(query, key, mask, bias, scale, softcap, sinks))
+        self._init(make_scores(query, key, mask, bias, scale, softcap, sinks))
 
     @classmethod
     def _from_scores(cls, scores: Scores, logsumexp: Float[Tensor, "B H L"] | None = None) -> AttentionMatrix:
         """From checked scores and, where it is known, the log-sum-exp of each row; NaN marks rows to compute."""
         matrix = cls.__new__(cls)
-        matrix._set(scores)
+        matrix._init(scores)
         if logsumexp is not None:
             normalizer = Normalizer.from_logsumexp(logsumexp)
             if bool(logsumexp.isnan().any()):
@@ -85,7 +85,7 @@ class AttentionMatrix:
                 matrix._normalizer = normalizer
         return matrix
 
-    def _set(self, scores: Scores) -> None:
+    def _init(self, scores: Scores) -> None:
         self._scores = scores
         self._normalizer: Normalizer | None = None
         self._reader: PartReader | None = None
@@ -103,27 +103,27 @@ class AttentionMatrix:
 
     @property
     def device(self) -> torch.device:
-        """Where the operands are, and the answers will be."""
+        """Device of the operands and of the answers."""
         return self._scores.query.device
 
     @property
     def operands(self) -> Scores:
-        """The query, key, mask, bias, scale, softcap and sinks that it was made from."""
+        """The query, key, mask, bias, scale, softcap and sinks."""
         return self._scores
 
     def __matmul__(self, value: Tensor) -> Tensor:
         """P @ value → [B, H, L, N]; value is [S], [S, N], [B|1, 1|G|H, S, N]. Differentiable.
 
-        A value of more precision than a half-precision query is not rounded to it, nor by autocast.
+        A value is not rounded to the precision of a half-precision query, nor by autocast.
         """
         scores = self._scores.at_least(value.dtype)
         flat = value.dim() == 1
-        given = as_value(value[:, None] if flat else value, scores, "P @ value")
+        value_4d = as_value(value[:, None] if flat else value, scores, "P @ value")
         with torch.autocast(self.device.type, enabled=False):
             if is_fused(scores) and self._normalizer is None:
-                output, self._normalizer = fused_product_with_normalizer(scores, given)
+                output, self._normalizer = fused_product_with_normalizer(scores, value_4d)
             else:
-                output = product(scores, given)
+                output = product(scores, value_4d)
         return output.squeeze(-1) if flat else output
 
     @property
@@ -132,34 +132,34 @@ class AttentionMatrix:
         return _Transposed(self)
 
     def __getitem__(self, index: Any) -> Tensor:
-        """Equal in value and shape to ``P.dense()[index]``, computed for that part only.
+        """``P.dense()[index]``, computed for that part only.
 
         Raises:
-            ValueError: bool masks and None; IndexError: positions that do not exist.
+            ValueError: bool masks and None. IndexError: positions that do not exist.
         """
-        self._check()
+        self._check_finite()
         self._reader = self._reader or PartReader(self._scores, self._normalizer)
         return self._reader[index]
 
     @property
     def logsumexp(self) -> Float[Tensor, "B H L"]:
         """Log Σ_j exp(s_ij) of each row, with the bias and the sink; −inf where nothing is visible."""
-        return self._known().logsumexp
+        return self._get_normalizer().logsumexp
 
     def reduce(self, *reductions: Reduction) -> tuple[Any, ...]:
-        """Several answers from one pass over the weights, in the order asked; see headscope.reductions."""
+        """The results of several reductions from one pass over the weights, in order; see headscope.reductions."""
         if not reductions:
             raise ValueError("reduce() got no reductions: pass some, such as Entropy(), Max().")
         check_reductions(reductions)
-        self._check()
-        answers, self._normalizer = stream(self._scores, reductions, self._normalizer)
-        return tuple(answers)
+        self._check_finite()
+        results, self._normalizer = stream(self._scores, reductions, self._normalizer)
+        return tuple(results)
 
     def entropy(self) -> Float[Tensor, "B H L"]:
         """−Σ_j P_ij ln P_ij in nats (arXiv 1906.04341). Differentiable, first order."""
         if not self._needs_grad():
             return self._one(Entropy())
-        self._check()
+        self._check_finite()
         return torch.cat(list(by_rows(self._scores, _entropy_of_rows)), 2)
 
     def max(self) -> WeightsAt:
@@ -167,11 +167,11 @@ class AttentionMatrix:
         return self._one(Max())
 
     def topk(self, k: int) -> WeightsAt:
-        """The k largest weights of each row and their keys: [B, H, L, k], largest first; −1 past the visible."""
+        """The k largest weights of each row and their keys: [B, H, L, k], largest first; −1 past the visible keys."""
         return self._one(TopK(k))
 
     def received(self, *, mean: bool = False) -> Float[Tensor, "B H S"]:
-        """Σ_i P_ij, what each key gets; with ``mean`` ÷ the queries that may see it (arXiv 2306.14048)."""
+        """Σ_i P_ij, the weight that each key receives; ``mean``: ÷ the queries that may see it (arXiv 2306.14048)."""
         return self._one(Received(mean))
 
     def offsets(self, radius: int) -> Float[Tensor, "B H L O"]:
@@ -188,19 +188,19 @@ class AttentionMatrix:
         cols: Tensor | int,
         how: Literal["mean", "max", "mass"] = "mean",
     ) -> Float[Tensor, "B H R C"]:
-        """The map made small; ``rows`` and ``cols`` are group ids (−1: left out) or a number of even bins.
+        """A smaller map; ``rows`` and ``cols`` are group ids (−1: left out) or a number of equal bins.
 
-        "mass" sums over a group's keys and averages over its queries, as tokens become words (arXiv 1906.04341).
+        "mass" sums over a group's keys and averages over its queries: from tokens to words (arXiv 1906.04341).
         """
         return self._one(Pool(rows, cols, how))
 
     def dense(self, *, limit: int | str = "1 GiB") -> Float[Tensor, "B H L S"]:
-        """The matrix itself. Raises ValueError above ``limit`` (bytes, or text such as "4 GiB")."""
+        """The matrix as a tensor. Raises ValueError above ``limit`` (bytes, or text such as "4 GiB")."""
         size = self._num_bytes()
         if size > parse_bytes(limit):
             raise ValueError(
                 f"the dense matrix {tuple(self.shape)} would take {format_bytes(size)}, the limit is {limit}. "
-                "Ask for a part, P[0, 8, 100:200, :50], for P.topk(k), or for a small picture, P.pool(64, 64); "
+                "Ask for a part, P[0, 8, 100:200, :50], for P.topk(k), or for a smaller map, P.pool(64, 64); "
                 "or raise limit=."
             )
         return self[:]
@@ -231,17 +231,17 @@ class AttentionMatrix:
     def _one(self, reduction: Reduction) -> Any:
         return self.reduce(reduction)[0]
 
-    def _known(self) -> Normalizer:
+    def _get_normalizer(self) -> Normalizer:
         if self._normalizer is None:
-            self._check()
+            self._check_finite()
             _, self._normalizer = stream(self._scores, [])
         return self._normalizer
 
     def _needs_grad(self) -> bool:
-        parts = (self._scores.query, self._scores.key, self._scores.bias, self._scores.sinks)
-        return torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parts)
+        operands = (self._scores.query, self._scores.key, self._scores.bias, self._scores.sinks)
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
 
-    def _check(self) -> None:
+    def _check_finite(self) -> None:
         if not self._checked:
             self._scores.check_finite()
             self._checked = True
@@ -264,7 +264,7 @@ class _Transposed:
 
     @property
     def T(self) -> AttentionMatrix:
-        """P again."""
+        """P."""
         return self._matrix
 
     def __matmul__(self, x: Tensor) -> Tensor:
@@ -272,24 +272,24 @@ class _Transposed:
         scores = self._matrix.operands
         flat = x.dim() == 1
         batch, heads, queries, _ = scores.shape
-        given = x[:, None] if flat else x
-        given = given[None, None] if given.dim() == 2 else given
-        if given.dim() != 4 or given.shape[0] not in (1, batch) or given.shape[1] not in (1, heads):
+        x_4d = x[:, None] if flat else x
+        x_4d = x_4d[None, None] if x_4d.dim() == 2 else x_4d
+        if x_4d.dim() != 4 or x_4d.shape[0] not in (1, batch) or x_4d.shape[1] not in (1, heads):
             raise ValueError(f"P.T @ x: x has shape {tuple(x.shape)}, wanted [{queries}], [{queries}, N] or 4-D.")
-        if given.shape[2] != queries:
-            raise ValueError(f"P.T @ x: x has {given.shape[2]} rows, but P has {queries} queries.")
-        if not given.is_floating_point():
+        if x_4d.shape[2] != queries:
+            raise ValueError(f"P.T @ x: x has {x_4d.shape[2]} rows, but P has {queries} queries.")
+        if not x_4d.is_floating_point():
             raise ValueError(f"P.T @ x: x is {x.dtype}, wanted floating point: convert it with .float().")
-        given = given.expand(batch, heads, -1, -1)
+        x_4d = x_4d.expand(batch, heads, -1, -1)
         if self._matrix._needs_grad() or (torch.is_grad_enabled() and x.requires_grad):
-            output = self._differentiable(given)
+            output = self._differentiable(x_4d)
         else:
-            output = self._matrix._one(TransposedProduct(given)).to(x.dtype)
+            output = self._matrix._one(TransposedProduct(x_4d)).to(x.dtype)
         return output.squeeze(-1) if flat else output
 
     def _differentiable(self, x: Tensor) -> Tensor:
-        self._matrix._check()
-        parts = by_rows(self._matrix.operands, _sent_by_rows, x)
+        self._matrix._check_finite()
+        parts = by_rows(self._matrix.operands, _transposed_product_of_rows, x)
         total = next(parts)
         for part in parts:
             total = total + part
@@ -300,5 +300,5 @@ def _entropy_of_rows(weights: Tensor, log_weights: Tensor, _: slice) -> Tensor:
     return -(weights * log_weights).sum(-1)
 
 
-def _sent_by_rows(weights: Tensor, _: Tensor, rows: slice, x: Tensor) -> Tensor:
+def _transposed_product_of_rows(weights: Tensor, _: Tensor, rows: slice, x: Tensor) -> Tensor:
     return weights.transpose(-1, -2) @ x[:, :, rows].to(weights.dtype)

@@ -8,17 +8,17 @@ __all__ = ["format_bytes", "parse_bytes"]
 
 
 def parse_bytes(limit: int | str) -> int:
-    """Bytes, of a number or of text such as "4 GiB". Raises ValueError for other text."""
+    """A number of bytes, from a number or from text such as "4 GiB". Raises ValueError for other text."""
     if isinstance(limit, int):
         return limit
-    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)i?B\s*", limit)
-    if not found:
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)i?B\s*", limit)
+    if not match:
         raise ValueError(f"limit is {limit!r}: give bytes as a number, or text such as '512 MiB'.")
-    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
 
 
 def format_bytes(count: int | float) -> str:
-    """With the unit that suits it.
+    """A number of bytes with its largest unit.
 
     >>> format_bytes(3 << 30)
     '3 GiB'

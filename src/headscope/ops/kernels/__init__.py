@@ -1,1 +1,1 @@
-"""How answers about an attention matrix are computed: fused, blockwise, differentiable, by index."""
+"""How answers of an attention matrix are computed: fused, blockwise, differentiable, indexing."""

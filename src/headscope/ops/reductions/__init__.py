@@ -1,4 +1,4 @@
-"""What can be asked of attention weights in one pass, block by block; several questions share the pass.
+"""Reductions of attention weights, block by block; several of them share one pass.
 
 Write your own by subclassing :class:`Reduction`::
 

@@ -1,4 +1,4 @@
-"""Questions with an answer for each key: what it receives."""
+"""Reductions with a result per key: what it receives."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from headscope.ops.reductions.reduction import Block, Reduction, Shape
 
 
 class Received(Reduction):
-    """What each key gets: [B, H, S]. The sum of its column, or with ``mean`` that ÷ the queries that may see it.
+    """What each key receives: [B, H, S]. The sum of its column; with ``mean`` ÷ the queries that may see it.
 
     The accumulated score of arXiv 2306.14048.
     """
@@ -27,9 +27,8 @@ class Received(Reduction):
         at = (block.batch, block.heads, block.keys)
         state[0][at].add_(block.weights.sum(-2))
         if self.mean:
-            seen = block.visible
-            rows = block.weights.shape[-2]
-            state[1][at] += rows if seen is None else seen.expand(-1, -1, rows, -1).sum(-2)
+            visible, rows = block.visible, block.weights.shape[-2]
+            state[1][at] += rows if visible is None else visible.expand(-1, -1, rows, -1).sum(-2)
 
     def finish(self, state: tuple[Tensor, Tensor]) -> Tensor:
         """A key that no query may see gets 0."""
@@ -47,7 +46,7 @@ class TransposedProduct(Reduction):
         return like.new_zeros((shape[0], shape[1], shape[3], self.x.shape[-1]))
 
     def update(self, state: Tensor, block: Block) -> None:
-        """Each block sends its queries' x to its keys."""
-        x = self.x[block.at].to(state.dtype).transpose(-1, -2).flatten(0, 1)  # few rows times a block: the fast way
-        found = torch.bmm(x, block.weights.flatten(0, 1)).unflatten(0, block.weights.shape[:2])
-        state[block.batch, block.heads, block.keys].add_(found.transpose(-1, -2))
+        """Add the products of this block."""
+        x = self.x[block.at].to(state.dtype).transpose(-1, -2).flatten(0, 1)  # few rows times a block is fast
+        product = torch.bmm(x, block.weights.flatten(0, 1)).unflatten(0, block.weights.shape[:2])
+        state[block.batch, block.heads, block.keys].add_(product.transpose(-1, -2))

@@ -1,4 +1,4 @@
-"""Questions about groups of positions: words, documents, bins of a picture."""
+"""Reductions over groups of positions: words, documents, bins of a picture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headscope.ops.reductions.reduction import Block, Reduction, Shape
 
-_INDICATOR = 1 << 22  # cells of a matrix that says which position belongs to which group
+_INDICATOR = 1 << 22  # cells of a matrix with 1 where a position belongs to a group
 
 
 class Groups(Reduction):
@@ -22,16 +22,16 @@ class Groups(Reduction):
         self.ids, self.num_groups = _group_ids("groups", ids, num_groups)
 
     def start(self, shape: Shape, like: Tensor) -> Tensor:
-        """Zeros, [B, H, L, N]. Raises ValueError when ids do not fit the keys."""
+        """Zeros, [B, H, L, N]. Raises ValueError if ids do not fit the keys."""
         _fit_ids("groups", self.ids, shape[0], shape[3], "keys")
         return like.new_zeros((*shape[:3], self.num_groups))
 
     def update(self, state: Tensor, block: Block) -> None:
-        """Multiply by the groups' indicator, only those that occur in the block; add one by one if they are many."""
+        """Multiply by the indicator of the groups in this block; if they are too many, scatter instead."""
         ids = _ids_of(self.ids, block.batch, block.keys, block.weights.device)
         indicator = _indicator(ids, block.weights)
         if indicator is None:
-            for b, own in _each(ids):
+            for b, own in _same_groups(ids):
                 groups, sums = _summed(block.weights[b], own, 3)
                 state[block.at][b][..., groups] += sums
             return
@@ -40,17 +40,17 @@ class Groups(Reduction):
             part = state[(*block.at, slice(low, low + chosen.shape[-1]))]
             part += block.product(chosen.transpose(-1, -2).unsqueeze(1))
 
-    def rescale(self, state: Tensor, at: tuple[slice, slice, slice], by: Tensor, total: Tensor) -> None:
-        """Every weight by its row's factor."""
-        state[at] *= by.exp()
+    def rescale(self, state: Tensor, at: tuple[slice, slice, slice], log_factor: Tensor, total: Tensor) -> None:
+        """Multiply by each row's factor."""
+        state[at] *= log_factor.exp()
 
 
 class Pool(Reduction):
-    """The map made small: [B, H, R, C], cells of query group r and key group c put together.
+    """A smaller map: [B, H, R, C], the cells of query group r and key group c combined.
 
     ``rows`` [L] or [B, L] and ``cols`` [S] or [B, S] name the groups (−1: left out); a whole number n means n
-    even bins. ``how``: "mean" and "max" over a cell's weights (a hidden one counts as 0), or "mass": summed
-    over its keys and averaged over its queries, the rule by which tokens become words (arXiv 1906.04341).
+    equal bins. ``how``: "mean" and "max" over a cell's weights (a hidden one counts as 0), or "mass": summed
+    over its keys and averaged over its queries, which turns tokens into words (arXiv 1906.04341).
     """
 
     def __init__(self, rows: Tensor | int, cols: Tensor | int, how: str = "mean") -> None:
@@ -59,7 +59,7 @@ class Pool(Reduction):
         self.rows, self.cols, self.how = rows, cols, how
 
     def start(self, shape: Shape, like: Tensor) -> dict[str, Any]:
-        """Zeros, and the group of each row and column. Raises ValueError when they do not fit."""
+        """Zeros, and the group of each row and column. Raises ValueError if they do not fit."""
         rows, num_rows = _pool_ids("rows", self.rows, shape[0], shape[2], "queries")
         cols, num_cols = _pool_ids("cols", self.cols, shape[0], shape[3], "keys")
         out = like.new_zeros((shape[0], shape[1], num_rows, num_cols))
@@ -85,14 +85,14 @@ class Pool(Reduction):
     def _update_max(self, state: dict[str, Any], block: Block) -> None:
         device = block.weights.device
         ids = _ids_of(state["cols"], block.batch, block.keys, device)
-        best = _segment_max(block.weights, ids, state["out"].shape[3])
+        maxima = _segment_max(block.weights, ids, state["out"].shape[3])
         ids = _ids_of(state["rows"], block.batch, block.rows, device)
-        best = _segment_max(best.transpose(-1, -2), ids, state["out"].shape[2])
+        maxima = _segment_max(maxima.transpose(-1, -2), ids, state["out"].shape[2])
         part = state["out"][block.batch, block.heads]
-        torch.maximum(part, best.transpose(-1, -2), out=part)
+        torch.maximum(part, maxima.transpose(-1, -2), out=part)
 
     def finish(self, state: dict[str, Any]) -> Tensor:
-        """Divide by the cells that were put together."""
+        """Divide by the number of cells that were combined."""
         out: Tensor = state["out"]
         if self.how == "max":
             return out
@@ -124,19 +124,19 @@ def _fit_ids(name: str, ids: Tensor, batch: int, size: int, what: str) -> None:
         )
 
 
-def _pool_ids(name: str, given: Tensor | int, batch: int, size: int, what: str) -> tuple[Tensor, int]:
-    if isinstance(given, int):
-        if given < 1:
-            raise ValueError(f"pool got {name}={given}: at least 1 bin.")
-        bins = min(given, size)
+def _pool_ids(name: str, bins_or_ids: Tensor | int, batch: int, size: int, what: str) -> tuple[Tensor, int]:
+    if isinstance(bins_or_ids, int):
+        if bins_or_ids < 1:
+            raise ValueError(f"pool got {name}={bins_or_ids}: at least 1 bin.")
+        bins = min(bins_or_ids, size)
         return (torch.arange(size) * bins // size)[None], bins
-    ids, count = _group_ids(f"pool {name}", given, None)
+    ids, count = _group_ids(f"pool {name}", bins_or_ids, None)
     _fit_ids(f"pool {name}", ids, batch, size, what)
     return ids, count
 
 
 def _sizes(ids: Tensor, count: int) -> Tensor:
-    """How many positions each group has, [1|B, N]; position −1 counts nowhere."""
+    """How many positions each group has, [1|B, N]; those with group −1 are not counted."""
     sizes = torch.zeros(len(ids), count + 1, dtype=torch.int64, device=ids.device)
     sizes.scatter_add_(1, ids + 1, torch.ones_like(ids))
     return sizes[:, 1:]
@@ -150,7 +150,7 @@ def _ids_of(ids: Tensor, batch: slice, span: slice, device: torch.device) -> Ten
 def _indicator(ids: Tensor, like: Tensor) -> tuple[int, Tensor] | None:
     """The lowest group of some positions, and 1 where position and group (from it) belong together, [1|b, c, N].
 
-    None where that would outweigh the block.
+    None if that would be larger than _INDICATOR.
     """
     members = ids[ids >= 0]
     low, high = (int(members.min()), int(members.max())) if members.numel() else (0, -1)
@@ -160,8 +160,8 @@ def _indicator(ids: Tensor, like: Tensor) -> tuple[int, Tensor] | None:
     return low, (ids.unsqueeze(-1) == groups).to(like.dtype)
 
 
-def _each(ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Batch rows that have the same groups [c], and these: all of them, or one after another."""
+def _same_groups(ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Batch rows with the same groups [c], and these groups: all rows together, or one by one."""
     for i, own in enumerate(ids):
         yield (slice(None) if len(ids) == 1 else slice(i, i + 1)), own
 
@@ -169,9 +169,9 @@ def _each(ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
 def _summed(x: Tensor, ids: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """The groups that occur in ``ids`` [c], and the sums over their positions along an axis of x (2 or 3)."""
     here = (ids >= 0).nonzero().flatten()
-    groups, place = ids[here].unique(return_inverse=True)
+    groups, group_index = ids[here].unique(return_inverse=True)
     x = x if len(here) == len(ids) else x.index_select(axis, here)
-    index = (place if axis == 3 else place[:, None]).expand(x.shape)
+    index = (group_index if axis == 3 else group_index[:, None]).expand(x.shape)
     out = x.new_zeros([len(groups) if i == axis else n for i, n in enumerate(x.shape)])
     return groups, out.scatter_add_(axis, index, x)
 
@@ -179,7 +179,9 @@ def _summed(x: Tensor, ids: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 def _add_cells(out: Tensor, rows: Tensor, cols: Tensor, weights: Tensor) -> None:
     """Add weights [b, h, r, c] to the cells of their groups in out [b, h, R, C]."""
     batch = len(weights) if len(rows) > 1 or len(cols) > 1 else 1
-    for (b, row), (_, col) in zip(_each(rows.expand(batch, -1)), _each(cols.expand(batch, -1)), strict=True):
+    for (b, row), (_, col) in zip(
+        _same_groups(rows.expand(batch, -1)), _same_groups(cols.expand(batch, -1)), strict=True
+    ):
         low, sums = _summed(weights[b], row, 2)
         high, sums = _summed(sums, col, 3)
         out[b][:, :, low[:, None], high] += sums
@@ -189,7 +191,7 @@ def _segment_max(x: Tensor, ids: Tensor, count: int) -> Tensor:
     """The maximum of x [b, h, r, c] over the columns of each group; ids [1|b, c]."""
     out = x.new_zeros((*x.shape[:-1], count + 1))
     runs, lengths = ids[0].unique_consecutive(return_counts=True)
-    if len(ids) == 1 and len(runs) * 16 <= x.shape[-1]:  # long runs, as bins are: much faster than scattering
+    if len(ids) == 1 and len(runs) * 16 <= x.shape[-1]:  # long runs, such as bins: much faster than scatter
         for group, piece in zip(runs.tolist(), x.split(lengths.tolist(), -1), strict=True):
             column = out[..., group + 1]
             torch.maximum(column, piece.amax(-1), out=column)

@@ -1,4 +1,4 @@
-"""What a question is, and what it sees of the weights: one block after another."""
+"""Reduction and Block: what is computed from weights in one pass, and the part of them that it reads at a time."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 from headscope.ops.scores import Scores
 
 Shape = tuple[int, int, int, int]
-_FEW = 4  # rows whose products with each other are made at once, for the sake of each with itself
-_NARROW = 8  # columns up to which a product is made of so few rows at once
-_HEADS = 16  # heads up to which each has a product of its own
+_FEW = 4  # rows in one small matrix product
+_NARROW = 8  # columns up to which a product is computed _FEW rows at a time
+_HEADS = 16  # batch rows × heads up to which each has a product of its own
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A block of weights on its way through a pass; letters as in the legend, small for a part."""
+    """A block of weights in a pass. Small letters (b, h, r query rows, c keys) are parts of B, H, L, S."""
 
     weights: Tensor  # [b, h, r, c], final: before dropout, rows sum to 1 over all blocks (less with sinks)
-    centered: Tensor  # [b, h, r, c], log-weights up to a constant a row; LOWEST or less where hidden
+    centered: Tensor  # [b, h, r, c], log-weights minus a constant per row; LOWEST or less where hidden
     offset: Tensor  # [b, h, r, 1], that constant: log_weights = centered + offset
     batch: slice
     heads: slice
@@ -35,7 +35,7 @@ class Block:
 
     @property
     def at(self) -> tuple[slice, slice, slice]:
-        """Where the rows of this block stand in a [B, H, L, …] result."""
+        """The rows of this block in a [B, H, L, …] tensor."""
         return self.batch, self.heads, self.rows
 
     @property
@@ -63,15 +63,15 @@ class Block:
 
     @property
     def hides_the_future(self) -> bool:
-        """Whether this is known without a look at the cells: the weights beyond the diagonal are 0 then."""
+        """Whether the mask is causal, so that weights beyond the diagonal are 0."""
         mask = self.scores.mask
         return mask is not None and mask.is_causal
 
     def expected_log(self) -> Tensor:
         """Σ_j P_ij·centered_ij for this block: [b, h, r].
 
-        Few rows at a time, and of their products with each other only those with themselves: it reads the block once
-        and writes nothing, and takes two thirds of the time of a product cell by cell and its sum.
+        It is the diagonal of a matrix product of a few rows. That reads the block once and writes nothing, and takes
+        two thirds of the time of a product cell by cell with its sum.
         """
         rows, width = self.weights.shape[-2:]
         if rows % _FEW:
@@ -81,16 +81,16 @@ class Block:
         return products.diagonal(dim1=1, dim2=2).reshape(self.weights.shape[:-1])
 
     def band(self, tensor: Tensor, radius: int) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Where a tensor like this block's, [b, h, r, c], holds keys at most ``radius`` from their rows: views of it.
+        """Views of a tensor like this block's, [b, h, r, c], at keys at most ``radius`` from their rows.
 
-        Each with the rows and the offsets, counted from −radius, that it is for; together they are the whole band,
-        without offsets above 0 where the mask hides the future.
+        Each comes with its rows and its offsets, counted from −radius. Together they are the whole band, without
+        offsets above 0 if the mask is causal.
         """
         rows, width = tensor.shape[-2:]
         first = self.scores.positions(self.rows).start - self.keys.start  # the column of the first row's position
         low, high = -radius, 0 if self.hides_the_future else radius
-        start, stop = max(0, -first - high), min(rows, width - first - low)  # rows with any of it
-        begin, end = max(start, -first - low), min(stop, width - first - high)  # rows with all of it
+        start, stop = max(0, -first - high), min(rows, width - first - low)  # rows with some offsets
+        begin, end = max(start, -first - low), min(stop, width - first - high)  # rows with all offsets
         begin, end = (begin, end) if begin < end else (stop, stop)
         if begin < end:
             batch, heads, down, right = tensor.stride()
@@ -103,36 +103,36 @@ class Block:
             )
         for row in (*range(start, begin), *range(end, stop)):
             left, right = max(0, first + row + low), min(width, first + row + high + 1)
-            here = slice(left - first - row - low, right - first - row - low)
-            yield slice(row, row + 1), here, tensor[..., row : row + 1, left:right]
+            offsets = slice(left - first - row - low, right - first - row - low)
+            yield slice(row, row + 1), offsets, tensor[..., row : row + 1, left:right]
 
     def product(self, columns: Tensor, keys: slice | None = None) -> Tensor:
         """P @ columnsᵀ for this block, columns [b|1, h|1, N, c]: [b, h, r, N].
 
-        With ``keys``, counted from the block's first, only over those. A narrow matrix product is four times as fast
-        with its columns as rows of memory, and with few columns and a few rows at a time twice as fast again.
+        ``keys``, counted from the block's first, restrict the sum. A narrow matrix product is four times as fast with
+        its columns as rows of memory; with few columns, a few rows at a time are twice as fast again.
         """
         weights = self.weights if keys is None else self.weights[..., keys]
         batch, heads, rows, width = weights.shape
         if width == 1:
             return weights * columns.to(weights.dtype).transpose(-1, -2)
-        given = columns.to(weights.dtype).expand(batch, heads, -1, -1)
-        if given.shape[-2] > _NARROW or rows % _FEW or batch * heads > _HEADS or keys is not None:
-            given = given.reshape(batch * heads, -1, width)
-            return torch.bmm(weights.reshape(-1, rows, width), given.transpose(1, 2)).view(batch, heads, rows, -1)
+        factors = columns.to(weights.dtype).expand(batch, heads, -1, -1)
+        if factors.shape[-2] > _NARROW or rows % _FEW or batch * heads > _HEADS or keys is not None:
+            factors = factors.reshape(batch * heads, -1, width)
+            return torch.bmm(weights.reshape(-1, rows, width), factors.transpose(1, 2)).view(batch, heads, rows, -1)
         few = weights.reshape(batch * heads, -1, _FEW, width)
-        found = weights.new_empty(*few.shape[:3], given.shape[-2])
-        for part, own, out in zip(few, given.flatten(0, 1), found, strict=True):
+        products = weights.new_empty(*few.shape[:3], factors.shape[-2])
+        for part, own, out in zip(few, factors.flatten(0, 1), products, strict=True):
             torch.bmm(part, own.t().expand(len(part), -1, -1), out=out)
-        return found.view(batch, heads, rows, -1)
+        return products.view(batch, heads, rows, -1)
 
 
 class Reduction(ABC):
-    """One question. ``start`` makes the state, ``update`` adds a block to it, ``finish`` gives the answer.
+    """A reduction of weights: ``start`` makes a state, ``update`` adds a block to it, ``finish`` gives the result.
 
-    The object holds the question only, so that one can be asked of many matrices at once.
+    The object keeps no state, so that it may be used for many matrices at once.
 
-    ``online = True`` says that :meth:`rescale` is written: then no block has to wait for its rows' sums.
+    ``online = True`` means that :meth:`rescale` is implemented. Then no block is kept until its rows' sums are known.
     """
 
     online = False
@@ -141,25 +141,27 @@ class Reduction(ABC):
     def start(self, shape: Shape, like: Tensor) -> Any:
         """An empty state for an attention of ``shape`` (B, H, L, S); ``like`` has its dtype and device.
 
-        A pass may begin again, and then asks for another.
+        A pass may start again, with a new state.
         """
 
     @abstractmethod
     def update(self, state: Any, block: Block) -> None:
         """Add one block to the state, in place. Every visible cell comes exactly once.
 
-        The block's tensors are used again for the next one: keep no view of them.
+        The block's tensors are reused for the next one: keep no view of them, and do not write into them.
         """
 
-    def rescale(self, state: Any, at: tuple[slice, slice, slice], by: Tensor, total: Tensor) -> None:
-        """All weights that rows ``at`` have shown so far are to be multiplied by exp(by), and their logs to grow by it.
+    def rescale(self, state: Any, at: tuple[slice, slice, slice], log_factor: Tensor, total: Tensor) -> None:
+        """Multiply the weights so far of rows ``at`` by exp(log_factor); their logarithms grow by it.
 
-        ``by`` and ``total``, the sum of those weights before, are [b, h, r, 1]. Called only where ``online``.
+        ``log_factor`` and ``total``, the sum of those weights before, are [b, h, r, 1]. Called only if ``online``.
         """
-        raise NotImplementedError(f"{type(self).__name__} says online = True, but has no rescale().")
+        raise NotImplementedError(
+            f"{type(self).__name__} has online = True, but no rescale(): implement it, or leave online False."
+        )
 
     def finish(self, state: Any) -> Any:
-        """The answer."""
+        """The result."""
         return state
 
 

@@ -1,4 +1,4 @@
-"""Questions with an answer for each query: entropy, mass, the largest weights, fixed offsets."""
+"""Reductions with a result per query: entropy, mass, the largest weights, weights at fixed offsets."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 from headscope.ops.reductions.reduction import Block, Reduction, Shape
 from headscope.ops.scores import LOWEST
 
-_CHUNK = 32  # keys whose maximum is looked at before they are
+_CHUNK = 32  # keys in a chunk: its maximum is compared before its keys are
 
 
 class WeightsAt(NamedTuple):
-    """Weights, and the keys they lie on; −1 where a row sees too few keys."""
+    """Weights and their keys; −1 where a row sees too few keys."""
 
     values: Tensor
     indices: Tensor
 
 
 class Entropy(Reduction):
-    """H_i = −Σ_j P_ij ln P_ij in nats: [B, H, L]. 0: one key; ln n: even over n keys (arXiv 1906.04341)."""
+    """H_i = −Σ_j P_ij ln P_ij in nats: [B, H, L]. 0: one key; ln n: uniform over n keys (arXiv 1906.04341)."""
 
     online = True
 
@@ -35,17 +35,17 @@ class Entropy(Reduction):
             state[block.at].sub_(block.weights.sum(-1) * block.offset.squeeze(-1))
         state[block.at].sub_(block.expected_log())
 
-    def rescale(self, state: Tensor, at: tuple[slice, slice, slice], by: Tensor, total: Tensor) -> None:
+    def rescale(self, state: Tensor, at: tuple[slice, slice, slice], log_factor: Tensor, total: Tensor) -> None:
         """−Σ cP ln cP = c·(−Σ P ln P − ln c·Σ P)."""
-        state[at] = (by.exp() * (state[at].unsqueeze(-1) - by * total)).squeeze(-1)
+        state[at] = (log_factor.exp() * (state[at].unsqueeze(-1) - log_factor * total)).squeeze(-1)
 
     def finish(self, state: Tensor) -> Tensor:
-        """Rounding may leave −1e−8 for a row on one key."""
+        """Rounding may give −1e−8 for a row with all weight on one key."""
         return state.clamp_(min=0)
 
 
 class Mass(Reduction):
-    """Σ_j P_ij: [B, H, L]. 1, less where sinks take a share, 0 where nothing is visible."""
+    """Σ_j P_ij: [B, H, L]. 1; less with sinks; 0 where nothing is visible."""
 
     online = True
 
@@ -57,9 +57,9 @@ class Mass(Reduction):
         """Add up the rows."""
         state[block.at].add_(block.weights.sum(-1))
 
-    def rescale(self, state: Tensor, at: tuple[slice, slice, slice], by: Tensor, total: Tensor) -> None:
-        """A sum grows with its parts."""
-        state[at] *= by.exp().squeeze(-1)
+    def rescale(self, state: Tensor, at: tuple[slice, slice, slice], log_factor: Tensor, total: Tensor) -> None:
+        """Multiply by each row's factor."""
+        state[at] *= log_factor.exp().squeeze(-1)
 
 
 class TopK(Reduction):
@@ -73,7 +73,7 @@ class TopK(Reduction):
         self.k = k
 
     def start(self, shape: Shape, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Nothing found yet. Raises ValueError when there are fewer than k keys."""
+        """−∞ and −1. Raises ValueError if there are fewer than k keys."""
         if self.k > shape[3]:
             raise ValueError(f"topk got k={self.k}, but there are only {shape[3]} keys.")
         size = (*shape[:3], self.k)
@@ -90,12 +90,14 @@ class TopK(Reduction):
         row_values.copy_(merged.values)
         row_indices.copy_(indices.gather(-1, merged.indices))
 
-    def rescale(self, state: tuple[Tensor, Tensor], at: tuple[slice, slice, slice], by: Tensor, total: Tensor) -> None:
-        """What was found keeps its place."""
-        state[0][at] += by
+    def rescale(
+        self, state: tuple[Tensor, Tensor], at: tuple[slice, slice, slice], log_factor: Tensor, total: Tensor
+    ) -> None:
+        """Add to the logarithms; the keys stay."""
+        state[0][at] += log_factor
 
     def finish(self, state: tuple[Tensor, Tensor]) -> WeightsAt:
-        """Where the row sees fewer than k keys, the rest is 0 and −1."""
+        """0 and −1 past the visible keys."""
         return _weights_at(*state)
 
 
@@ -105,52 +107,51 @@ class Max(Reduction):
     online = True
 
     def start(self, shape: Shape, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Nothing found yet."""
+        """−∞ and −1."""
         empty = torch.full(shape[:3], -1, dtype=torch.int64, device=like.device)
         return like.new_full(shape[:3], -torch.inf), empty
 
     def update(self, state: tuple[Tensor, Tensor], block: Block) -> None:
-        """The largest of this block."""
-        self._keep(state, block, *self._largest(block.centered))
-
-    def _keep(self, state: tuple[Tensor, Tensor], block: Block, values: Tensor, indices: Tensor) -> None:
-        """The larger of what was found in a block, logarithms and places in it, and the largest so far."""
+        """The larger of the block's maximum and the maximum so far."""
+        values, indices = self._largest(block.centered)
         values = values + block.offset.squeeze(-1)
-        held_values, held_indices = state[0][block.at], state[1][block.at]
-        better = values > held_values
-        held_values.copy_(torch.where(better, values, held_values))
-        held_indices.copy_(torch.where(better, indices + block.keys.start, held_indices))
+        row_values, row_indices = state[0][block.at], state[1][block.at]
+        larger = values > row_values
+        row_values.copy_(torch.where(larger, values, row_values))
+        row_indices.copy_(torch.where(larger, indices + block.keys.start, row_indices))
 
     def _largest(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Max with its index; a search of chunk maxima is cheaper, and then of the one chunk that has it."""
+        """The maximum with its index: first the chunk with the largest maximum, then the key in it, which is faster."""
         size, width = _CHUNK, x.shape[-1]
         if width % size or width < 4 * size:
-            best = x.max(-1)
-            return best.values, best.indices
+            largest = x.max(-1)
+            return largest.values, largest.indices
         chunks = x.reshape(-1, width // size, size)
-        best = chunks.amax(-1).max(-1)
+        largest = chunks.amax(-1).max(-1)
         first = torch.arange(0, len(chunks) * chunks.shape[1], chunks.shape[1], device=x.device)
-        inside = chunks.flatten(0, 1).index_select(0, first + best.indices).max(-1).indices
+        inside = chunks.flatten(0, 1).index_select(0, first + largest.indices).max(-1).indices
         shape = x.shape[:-1]
-        return best.values.view(shape), inside.add_(best.indices, alpha=size).view(shape)
+        return largest.values.view(shape), inside.add_(largest.indices, alpha=size).view(shape)
 
-    def rescale(self, state: tuple[Tensor, Tensor], at: tuple[slice, slice, slice], by: Tensor, total: Tensor) -> None:
-        """What was found keeps its place."""
-        state[0][at] += by.squeeze(-1)
+    def rescale(
+        self, state: tuple[Tensor, Tensor], at: tuple[slice, slice, slice], log_factor: Tensor, total: Tensor
+    ) -> None:
+        """Add to the logarithms; the keys stay."""
+        state[0][at] += log_factor.squeeze(-1)
 
     def finish(self, state: tuple[Tensor, Tensor]) -> WeightsAt:
-        """For a row that sees nothing, 0 and −1."""
+        """0 and −1 for a row that sees nothing."""
         return _weights_at(*state)
 
 
 def _weights_at(logs: Tensor, indices: Tensor) -> WeightsAt:
     """Weights from their logarithms; 0 and −1 where nothing is visible."""
-    unseen = logs <= LOWEST / 2
-    return WeightsAt(logs.exp_().masked_fill_(unseen, 0), indices.masked_fill_(unseen, -1))
+    hidden = logs <= LOWEST / 2
+    return WeightsAt(logs.exp_().masked_fill_(hidden, 0), indices.masked_fill_(hidden, -1))
 
 
 class Offsets(Reduction):
-    """P[i, i+δ] for δ = −radius … radius: [B, H, L, 2·radius+1]; 0 where there is no such key."""
+    """P[i, i+δ] for δ = −radius … radius: [B, H, L, 2·radius+1]; 0 if there is no such key."""
 
     online = True
 
@@ -166,9 +167,9 @@ class Offsets(Reduction):
     def update(self, state: Tensor, block: Block) -> None:
         """Add the diagonals that cross this block."""
         state = state[block.at]
-        for rows, offsets, found in block.band(block.weights, self.radius):
-            state[..., rows, offsets].add_(found)
+        for rows, offsets, weights in block.band(block.weights, self.radius):
+            state[..., rows, offsets].add_(weights)
 
-    def rescale(self, state: Tensor, at: tuple[slice, slice, slice], by: Tensor, total: Tensor) -> None:
-        """Every weight by its row's factor."""
-        state[at] *= by.exp()
+    def rescale(self, state: Tensor, at: tuple[slice, slice, slice], log_factor: Tensor, total: Tensor) -> None:
+        """Multiply by each row's factor."""
+        state[at] *= log_factor.exp()
