@@ -1,4 +1,4 @@
-"""Frames: sentences whose pairs are known by how they are made."""
+"""Constructed sentences: frames, word lists, distractors, and what varies between sentences."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.sentences import CHINESE, ENGLISH, FRAMES, of
 RELATIONS = sorted(constructed_relations())
 
 
-def test_a_slot_is_filled_from_its_list_and_no_word_twice() -> None:
+def test_fill_takes_words_of_the_list_and_none_twice() -> None:
     lists = {"cat": ["cat", "dog"], "sat": ["sat"]}
     for seed in range(5):
         text, spans, _, source, target = fill("{cat} , {cat2}/t and I {sat}/s .", lists, random.Random(seed))
@@ -30,7 +30,7 @@ def test_a_slot_is_filled_from_its_list_and_no_word_twice() -> None:
     )
 
 
-def test_every_skeleton_takes_some_of_the_insertions() -> None:
+def test_combine_gives_each_skeleton_some_insertions() -> None:
     skeletons = ["a * b", "* c", "d * , e", "f * ."]
     frames = combine("r", skeletons, ["", "x", ", y ,"], most=3)
     assert [f.template for f in frames[:6]] == ["a b", "a x b", "a , y , b", "c", "x c", ", y , c"]
@@ -41,7 +41,7 @@ def test_every_skeleton_takes_some_of_the_insertions() -> None:
     assert len({f.template.split()[1] for f in some}) == 8
 
 
-def test_a_rival_stands_in_each_place_that_a_core_has() -> None:
+def test_place_puts_a_distractor_at_each_mark_of_a_core() -> None:
     assert place(["^ a + b = .", "^ c = ."], (["x", "y"], ["z"], [])) == [
         "x a b .",
         "y a b .",
@@ -52,19 +52,19 @@ def test_a_rival_stands_in_each_place_that_a_core_has() -> None:
 
 
 @pytest.mark.parametrize("relation", ["giver-receiver", "before-after", "subject-verb", "object-verb"])
-def test_rivals_stand_before_between_and_behind_alike(relation: str) -> None:
-    """Another word of the right word's class and list, in a third of the sentences at each place."""
+def test_distractors_stand_before_between_and_behind_equally_often(relation: str) -> None:
+    """Another word of the target's class and list, in a third of the sentences before, between and behind."""
     for half in (0, 1):
-        places: Counter[int] = Counter()
+        positions: Counter[int] = Counter()
         for e in of(relation, half):
             pair = e.pairs[0]
             first, last = sorted((pair.source, pair.target))
-            kind = e.class_of(pair.target)
-            rivals = [i for i in range(len(e.words)) if e.class_of(i) == kind and i not in (first, last)]
+            kind = e.classes[pair.target]
+            distractors = [i for i in range(len(e.words)) if e.classes[i] == kind and i not in (first, last)]
             if relation == "giver-receiver":
-                assert len(rivals) == 1
-            places.update((i > first) + (i > last) for i in rivals[:1])
-        assert max(places.values()) - min(places.values()) <= sum(places.values()) / 10
+                assert len(distractors) == 1
+            positions.update((i > first) + (i > last) for i in distractors[:1])
+        assert max(positions.values()) - min(positions.values()) <= sum(positions.values()) / 10
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
@@ -76,7 +76,7 @@ def test_each_half_has_enough_frames_and_fillings(relation: str) -> None:
         assert len({e.text for e in of(relation, half)}) == sum(frames.values())
 
 
-def test_a_core_with_its_rival_is_one_case_whatever_stands_between() -> None:
+def test_a_core_with_its_distractor_is_one_cluster() -> None:
     sizes = {
         "coreference": 24,
         "determiner-noun": 32,
@@ -93,13 +93,13 @@ def test_a_core_with_its_rival_is_one_case_whatever_stands_between() -> None:
 
 @pytest.mark.parametrize("relation", RELATIONS)
 @pytest.mark.parametrize("half", [0, 1])
-@pytest.mark.parametrize("seen", ["all", "source behind", "target behind"])
-def test_no_fixed_offset_finds_the_pair(relation: str, half: int, seen: str) -> None:
+@pytest.mark.parametrize("order", ["any", "source behind", "target behind"])
+def test_no_fixed_offset_finds_the_pair(relation: str, half: int, order: str) -> None:
     offsets = [e.pairs[0].target - e.pairs[0].source for e in of(relation, half)]
-    kept = [d for d in offsets if seen == "all" or (d < 0) == (seen == "source behind")]
-    counted = Counter(kept)
-    if kept:
-        assert max(counted.values()) / len(kept) <= 0.5
+    in_order = [d for d in offsets if order == "any" or (d < 0) == (order == "source behind")]
+    counted = Counter(in_order)
+    if in_order:
+        assert max(counted.values()) / len(in_order) <= 0.5
         assert len(counted) >= 5
     else:
         assert relation in ("coreference", "coreference-zh", "determiner-noun")  # these have one order
@@ -142,19 +142,19 @@ def test_a_pronoun_stands_behind_the_only_noun_that_fits_it() -> None:
     assert set(kinds) == {"he", "she", "it"}
 
 
-def test_words_that_could_be_taken_for_each_other_have_a_class() -> None:
+def test_sources_and_targets_have_a_class() -> None:
     for e in FRAMES:
         for i in (e.pairs[0].source, e.pairs[0].target):
-            assert e.class_of(i) or e.word(i).lower() == "because"
+            assert e.classes[i] or e.word(i).lower() == "because"
     of_words = {"lamp": "thing", "moved": "verb", "baker": "person", "small": "adjective", "the": "determiner"}
     for word, kind in of_words.items():
-        found = {
-            e.class_of(i)
+        classes = {
+            e.classes[i]
             for e in of("adjective-noun", 0) + of("cause", 0)
             for i in range(len(e.words))
             if e.word(i) == word
         }
-        assert found == {kind}, word
+        assert classes == {kind}, word
 
 
 def test_english_sentences_are_english() -> None:
@@ -162,11 +162,11 @@ def test_english_sentences_are_english() -> None:
         words = [e.word(i).lower() for i in range(len(e.words))]
         for word, after in pairwise(words):
             assert word != "a" or after[0] not in "aeiou", e.text
-        kinds = [e.class_of(i) for i in range(len(e.words))]
+        kinds = [e.classes[i] for i in range(len(e.words))]
         assert ("thing",) * 3 not in set(zip(kinds, kinds[1:], kinds[2:], strict=False)), e.text  # no piles of nouns
 
 
-def test_the_marked_words_are_the_ones_meant() -> None:
+def test_marked_words_are_those_of_the_relation() -> None:
     for half in (0, 1):
         assert {e.word(e.pairs[0].target).lower() for e in of("cause", half)} == {"because"}
         assert {e.word(e.pairs[0].source) for e in of("coreference-zh", half)} == {"他", "她", "它"}
@@ -176,8 +176,8 @@ def test_the_marked_words_are_the_ones_meant() -> None:
         assert giver in {e.word(e.pairs[0].target) for e in of("giver-receiver-zh", half)}
 
 
-def test_the_sentences_are_those_that_the_shipped_atlases_were_counted_on() -> None:
-    """Each time the same ones. If a word or a frame is added on purpose, profile the shipped atlases again."""
+def test_sentences_are_those_of_the_shipped_atlases() -> None:
+    """The same ones each time. If a word or a frame is added on purpose, profile the shipped atlases again."""
     digests = [hashlib.sha256(repr(examples).encode()).hexdigest()[:16] for examples in (ENGLISH, CHINESE)]
     assert digests == ["91739d9cb39682b9", "8e3aa2e82f71e5b6"]
 

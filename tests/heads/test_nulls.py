@@ -58,7 +58,7 @@ def in_phrase(example: Example) -> list[bool]:
 
 
 def best(among: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """The word with the smallest key among some, [..., K] bool to [...], and whether there is any."""
+    """The word with the smallest key among some, [..., K] bool to [...], and whether there is one."""
     return key.masked_fill(~among, 1 << 60).argmin(-1), among.any(-1)
 
 
@@ -83,7 +83,7 @@ def at_positions(among: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def strategies(examples: Sequence[Example], among: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """For each way to choose among words [B, G, Q, K]: the word that is chosen, and whether there is one, [B, G, Q]."""
+    """For each way to choose among words [B, G, Q, K]: the chosen word, and whether there is one, [B, G, Q]."""
     words = [lower_words(e) for e in examples]
 
     def per_key(value: Callable[[Example, list[str], int], int]) -> Tensor:
@@ -94,9 +94,9 @@ def strategies(examples: Sequence[Example], among: Tensor) -> dict[str, tuple[Te
     outside = padded([[not inside for inside in in_phrase(e)] for e in examples], 0)[:, None, None].bool()
     main = per_key(lambda e, w, j: j == 0 or w[j - 1] not in RELATIVES) == 1
     for name, some in (("outside phrases", among & outside), ("not after who", among & main)):
-        there = at_positions(some)
+        positions = at_positions(some)
         for way in ("first", "nearest before, else after", "nearest after, else before"):
-            ways[f"{way} {name}"] = there[way]
+            ways[f"{way} {name}"] = positions[way]
     (first, any_word), (second, has_second) = ways["first"], ways["second"]
     preposition = torch.tensor([w[0] in PREPOSITIONS for w in words])[:, None, None]
     ways["by the first word"] = torch.where(preposition & has_second, second, first), any_word
@@ -146,7 +146,7 @@ def count_maps(
 @pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False], ids=["decoder", "encoder"])
 @pytest.mark.parametrize("examples", [ENGLISH, CHINESE], ids=["English", "Chinese"])
-def test_a_head_for_a_class_and_a_position_has_no_role(
+def test_heads_for_a_class_and_a_position_have_no_role(
     examples: list[Example], causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From any word, or the words of one class alone: to the first, the last, the nearest … word of a class; the one
@@ -194,7 +194,7 @@ def is_good(row: RelationScore, tests: int = 1) -> bool:
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["decoder", "encoder"])
-def test_a_head_that_is_always_right_has_each_role_among_50(causal: bool) -> None:
+def test_heads_that_are_always_right_have_each_role_among_50(causal: bool) -> None:
     sentences = [*ENGLISH, *CHINESE]
     counts = RelationCounts([2])
     for start in range(0, len(sentences), 256):
@@ -212,7 +212,7 @@ def test_a_head_that_is_always_right_has_each_role_among_50(causal: bool) -> Non
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["decoder", "encoder"])
-def test_heads_for_some_queries_are_counted_as_if_written_out(causal: bool) -> None:
+def test_count_maps_with_query_sets_equals_written_out_maps(causal: bool) -> None:
     """The short cut of `count_maps` against the map in which the other words' rows are zero."""
     sentences = one_per_frame(ENGLISH)[::40]
     width = max(len(e.words) for e in sentences)
@@ -230,79 +230,79 @@ def test_heads_for_some_queries_are_counted_as_if_written_out(causal: bool) -> N
             torch.testing.assert_close(*both, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_one_word_of_a_class_for_another_by_hand() -> None:
-    """Words 0 to 4 of the classes a, b, a, none, a; word 4 should look at word 0, word 3 at word 1."""
+def test_class_baseline_is_a_uniform_draw_from_the_candidates_of_the_class() -> None:
+    """Words 0 to 4 of the classes a, b, a, none, a; the gold word of 4 is 0, that of 3 is 1."""
     classes = torch.tensor([[0, 1, 0, -1, 0]])
     rows = torch.zeros(1, 3, 5, 5)
     rows[0, 0, 4, 0], rows[0, 1, 4, 2], rows[0, 2, 4, 1] = 0.9, 0.9, 0.9
     rows[0, :, 3, 1] = 0.9
     query, gold, text = torch.tensor([4, 3]), torch.tensor([0, 1]), torch.tensor([0, 0])
     here = torch.ones(1, 5, dtype=torch.bool)
-    blind, contested = count_class_baseline(rows, query, text, query, gold, here, classes, causal=True)
-    assert blind[0].tolist() == [0.5, 0.5, 0]  # the right word or its rival: one of two
+    baseline, contested = count_class_baseline(rows, query, text, query, gold, here, classes, causal=True)
+    assert baseline[0].tolist() == [0.5, 0.5, 0]  # the gold word or its distractor: one of two
     assert contested.tolist() == [True, False]  # word 1 is the only one of its class
-    unseen = here.clone()
-    unseen[0, 2] = False  # a rival without tokens is none
-    assert not count_class_baseline(rows, query, text, query, gold, unseen, classes, causal=True)[1].any()
+    without_tokens = here.clone()
+    without_tokens[0, 2] = False  # so it is no distractor
+    assert not count_class_baseline(rows, query, text, query, gold, without_tokens, classes, causal=True)[1].any()
     none = torch.full_like(classes, -1)
     assert not count_class_baseline(rows, query, text, query, gold, here, none, causal=True)[1].any()
 
 
-def test_others_of_the_class_that_asks_are_the_control_by_hand() -> None:
-    """Words 0 to 5; word 5 asks for word 0, as words 2 and 4 do; word 3 looks elsewhere, and word 1 has no choice."""
+def test_controls_are_the_other_words_of_the_query_class() -> None:
+    """Words 0 to 5. Query 5, gold word 0. Words 2 and 4 attend to it, word 3 does not, word 1 has one candidate."""
     rows = torch.zeros(1, 1, 6, 6)
     rows[0, 0, 1, 0], rows[0, 0, 2, 0], rows[0, 0, 3, 1], rows[0, 0, 4, 0] = 0.9, 0.9, 0.9, 0.9
     query, gold, text = torch.tensor([5]), torch.tensor([0]), torch.tensor([0])
     here, everyone = torch.ones(1, 6, dtype=torch.bool), torch.arange(6)[None]
-    looks = strongest_words(rows, everyone, here, causal=True)
-    assert looks.tolist() == [[[-2, -2, 0, 1, 0, -1]]]  # word 5 looks at all alike
+    chosen = strongest_words(rows, everyone, here, causal=True)
+    assert chosen.tolist() == [[[-2, -2, 0, 1, 0, -1]]]  # word 5 attends uniformly
 
     def control(classes: list[int]) -> float:
-        return float(count_controls(looks, everyone, text, query, gold, torch.tensor([classes]), causal=True))
+        return float(count_controls(chosen, everyone, text, query, gold, torch.tensor([classes]), causal=True))
 
     assert control([-1, -1, -1, 1, -1, 1]) == 0  # word 3 alone
     assert control([-1, -1, 1, 1, -1, 1]) == 0.5
     assert control([-1, 1, -1, 1, -1, 1]) == 0
-    assert control([-1, 2, 2, -1, -1, 1]) == pytest.approx(2 / 3)  # nobody else of its class: all
+    assert control([-1, 2, 2, -1, -1, 1]) == pytest.approx(2 / 3)  # no other word of its class: all
     assert control([-1] * 6) == pytest.approx(2 / 3)
 
 
-def test_words_that_cannot_see_the_right_word_are_no_control() -> None:
+def test_controls_leave_out_words_that_cannot_see_the_gold_word() -> None:
     """Word 5 of a decoder asks for word 3, and so does word 4; word 2 is of its class, and stands before word 3."""
     rows = torch.zeros(1, 1, 6, 6)
     rows[0, 0, 4, 3], rows[0, 0, 2, 1] = 0.9, 0.9
     query, gold, text = torch.tensor([5]), torch.tensor([3]), torch.tensor([0])
     here, everyone = torch.ones(1, 6, dtype=torch.bool), torch.arange(6)[None]
-    looks = strongest_words(rows, everyone, here, causal=True)
+    chosen = strongest_words(rows, everyone, here, causal=True)
     classes = torch.tensor([[-1, -1, 1, -1, -1, 1]])
-    assert float(count_controls(looks, everyone, text, query, gold, classes, causal=True)) == 1
+    assert float(count_controls(chosen, everyone, text, query, gold, classes, causal=True)) == 1
 
 
-def test_a_head_that_looks_back_alone_is_compared_with_what_looks_back() -> None:
-    """Word 0 to 4 in an encoder; all words before word 3 look at it, and those behind it do not."""
+def test_controls_of_an_encoder_are_those_on_the_side_of_the_query() -> None:
+    """Words 0 to 4 in an encoder: all words before word 3 attend to it, and those behind it do not."""
     rows = torch.zeros(1, 1, 5, 5)
     rows[0, 0, :3, 3], rows[0, 0, 4, 0] = 0.9, 0.9
     query, gold, text = torch.tensor([0]), torch.tensor([3]), torch.tensor([0])
     here, everyone = torch.ones(1, 5, dtype=torch.bool), torch.arange(5)[None]
-    looks = strongest_words(rows, everyone, here, causal=False)
-    assert float(count_controls(looks, everyone, text, query, gold, torch.full((1, 5), -1), causal=False)) == 1
+    chosen = strongest_words(rows, everyone, here, causal=False)
+    assert float(count_controls(chosen, everyone, text, query, gold, torch.full((1, 5), -1), causal=False)) == 1
 
 
-def test_among_rivals_a_head_must_be_better_than_blind() -> None:
+def test_role_needs_a_lead_over_the_class_baseline_in_contested_pairs() -> None:
     counts = RelationCounts([3])
     for half in (0, 1):
         for cluster in range(40):
             hits = torch.tensor([[1.0, 1.0, float(cluster % 2)]])
-            blind = torch.tensor([[0.5, 1 - LEAD / 2, 0.5]])
-            rivals = blind if cluster < 20 else None
-            counts.add(("r", "r", half), f"{half} {cluster}", hits, -2 - cluster % 20, None, rivals)
-    right, led, half_right = scores(counts)
+            baseline = torch.tensor([[0.5, 1 - LEAD / 2, 0.5]])
+            class_baseline = baseline if cluster < 20 else None
+            counts.add(("r", "r", half), f"{half} {cluster}", hits, -2 - cluster % 20, None, class_baseline)
+    right, short_lead, half_right = scores(counts)
     assert (right.contested, right.contested_accuracy, right.class_baseline) == (20, 1, 0.5)
     assert right.role
-    assert led.p_holm < LEVEL
-    assert not led.role  # its lead is too small
+    assert short_lead.p_holm < LEVEL
+    assert not short_lead.role  # its lead is too small
     assert half_right.accuracy == half_right.contested_accuracy == half_right.class_baseline == 0.5
     assert not half_right.role
     assert half_right.p == 1
-    assert led.null == pytest.approx(1 - LEAD / 4)  # in half of the pairs it has no rival
+    assert short_lead.null == pytest.approx(1 - LEAD / 4)  # half of the pairs are not contested
     assert half_right.null == half_right.class_null == 0.5

@@ -1,4 +1,4 @@
-"""What is counted on sentences whose pairs are known, and what is concluded from it."""
+"""Relations: counts on sentences with known pairs, and the scores and roles that follow from them."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ def example(words: str, *pairs: tuple[int, int], relation: str = "r", cluster: s
     for word in words.split():
         spans.append((at, at + len(word)))
         at += len(word) + 1
-    found = tuple(Pair(relation, source, target) for source, target in pairs)
-    return Example(words, tuple(spans), found, cluster, half, "en")
+    marked = tuple(Pair(relation, source, target) for source, target in pairs)
+    return Example(words, tuple(spans), marked, cluster, half, "en")
 
 
 def hits_by_hand(rows: list[list[float]], query: int, gold: int, causal: bool) -> list[bool]:
-    """One question to a map of [heads][words]: one text, one row."""
+    """One pair in a map of [heads][words]: one text, one row."""
     word_map = torch.tensor(rows)[None, :, None, :]
     where = [torch.tensor([n]) for n in (0, 0, query, gold)]
     present = torch.ones(1, len(rows[0]), dtype=torch.bool)
-    found: list[bool] = count_hits(word_map, *where, present, causal=causal)[0].tolist()
-    return found
+    hits: list[bool] = count_hits(word_map, *where, present, causal=causal)[0].tolist()
+    return hits
 
 
-def test_the_word_itself_and_in_a_decoder_what_follows_are_no_choice() -> None:
+def test_candidates_are_all_but_the_query_and_in_a_decoder_those_before_it() -> None:
     rows = [[0.2, 0.1, 0.6, 0.1], [0.1, 0.2, 0.3, 0.4]]
     assert hits_by_hand(rows, query=2, gold=0, causal=True) == [True, False]
     assert hits_by_hand(rows, query=2, gold=1, causal=True) == [False, True]
@@ -77,14 +77,14 @@ def test_a_tie_is_no_hit() -> None:
     assert hits_by_hand(rows, query=1, gold=0, causal=False) == [False, False, False]
 
 
-def test_words_without_tokens_are_no_choice() -> None:
+def test_words_without_tokens_are_no_candidates() -> None:
     word_map = torch.tensor([[[[0.2, 0.5, 0.3, 0.0]]]])
     where = [torch.tensor([n]) for n in (0, 0, 3, 2)]
     present = torch.tensor([[True, False, True, True]])
     assert count_hits(word_map, *where, present, causal=True).tolist() == [[True]]
 
 
-def test_which_questions_are_asked() -> None:
+def test_directed_pairs_have_tokens_and_two_candidates() -> None:
     e = example("a b c d", (3, 0), (0, 2), (1, 0), (2, 2))
     everything = [(q.reverse, q.query, q.gold) for q in directed_pairs(e, [True] * 4, causal=False)]
     assert everything == [(False, 3, 0), (True, 0, 3), (False, 0, 2), (True, 2, 0), (False, 1, 0), (True, 0, 1)]
@@ -94,7 +94,7 @@ def test_which_questions_are_asked() -> None:
     assert gone == [(False, 3, 0)]  # and now c has only a
 
 
-def test_a_token_belongs_to_the_word_that_it_overlaps_most() -> None:
+def test_words_of_tokens_are_those_that_they_overlap_most() -> None:
     tokens = tokenize("It's well-known", word_level(["It", "'", "s", "well", "-", "known"]), start_token_id=0)
     assert tokens.offsets[1:] == ((0, 2), (2, 3), (3, 4), (5, 9), (9, 10), (10, 15))
     assert words_of_tokens(tokens, [(0, 2), (2, 4), (5, 15)]) == [-1, 0, 1, 1, 2, 2, 2]
@@ -148,7 +148,7 @@ def counted(letters: Loaded) -> RelationCounts:
     return count_relations(letters, SOME)
 
 
-def test_hits_are_those_of_a_plain_computation(letters: Loaded, counted: RelationCounts) -> None:
+def test_hits_match_a_plain_computation(letters: Loaded, counted: RelationCounts) -> None:
     total: dict[tuple[str, bool], Tensor] = {}
     for e in SOME:
         tokens = tokenize(e.text, letters.tokenizer, start_token_id=0)
@@ -173,13 +173,13 @@ def test_hits_are_those_of_a_plain_computation(letters: Loaded, counted: Relatio
 
 
 def test_padding_and_batches_change_nothing(letters: Loaded, counted: RelationCounts) -> None:
-    seen: list[tuple[int, int]] = []
-    alone = count_relations(letters, SOME, batch_tokens=1, on_progress=lambda done, of: seen.append((done, of)))
+    progress: list[tuple[int, int]] = []
+    alone = count_relations(letters, SOME, batch_tokens=1, on_progress=lambda done, of: progress.append((done, of)))
     assert same(alone, counted)
-    assert seen == [(i, len(SOME)) for i in range(1, len(SOME) + 1)]
+    assert progress == [(i, len(SOME)) for i in range(1, len(SOME) + 1)]
 
 
-def test_where_memory_does_not_suffice_batches_are_halved_and_it_is_said(
+def test_batches_are_halved_with_a_note_where_memory_is_short(
     letters: Loaded, counted: RelationCounts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, notes, done = evaluate._count_batch, list[str](), list[int]()
@@ -190,8 +190,8 @@ def test_where_memory_does_not_suffice_batches_are_halved_and_it_is_said(
         return whole(loaded, batch)
 
     monkeypatch.setattr(evaluate, "_count_batch", small)
-    found = count_relations(letters, SOME, on_note=notes.append, on_progress=lambda now, of: done.append(now))
-    assert same(found, counted)
+    halved = count_relations(letters, SOME, on_note=notes.append, on_progress=lambda now, of: done.append(now))
+    assert same(halved, counted)
     assert done == sorted(done)
     assert done[-1] == len(SOME)
     assert set(notes) == {"Not enough memory for whole batches of sentences: smaller ones were used."}
@@ -250,7 +250,7 @@ def test_texts_that_are_too_long_are_skipped_and_counted(letters: Loaded) -> Non
     assert scores(nothing) == []
 
 
-def test_sentences_that_the_tokenizer_drops_are_left_out_and_said(letters: Loaded) -> None:
+def test_sentences_that_the_tokenizer_drops_are_left_out_with_a_note(letters: Loaded) -> None:
     odd = Example("\u200b", ((0, 1),), (), "odd", 1, "")
     bare = word_level(["a", "b", "c", "d"])
     bare.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
@@ -262,14 +262,14 @@ def test_sentences_that_the_tokenizer_drops_are_left_out_and_said(letters: Loade
     assert can_read(model, ["\u200b", "a b"]) == (True, "")
 
 
-def test_examples_pass_over_what_the_model_cannot_read(letters: Loaded) -> None:
+def test_pair_examples_skip_sentences_that_the_model_cannot_read(letters: Loaded) -> None:
     short, long = example("a b c d", (3, 0)), example("a b c d e f g", (6, 0))
     shown = pair_examples(loaded(letters.model, letters.tokenizer, context=7), [long, short], "r", 0, 0)
-    assert [look.text for look in shown] == ["a b c d"]
+    assert [pair.text for pair in shown] == ["a b c d"]
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_examples_are_right_where_they_were_counted_as_right(letters: Loaded, reverse: bool) -> None:
+def test_pair_examples_are_right_where_they_count_as_hits(letters: Loaded, reverse: bool) -> None:
     """Words of other bounds than the tokenizer's own, which a treebank has, too."""
     halves = [example("ab cd ef gh ij", (3, 0), (2, 1), (4, 2)), example("ij ab gh k l", (1, 3), (0, 4))]
     odd = Example("abcd ef", ((0, 2), (2, 4), (5, 7)), (Pair("r", 2, 1), Pair("r", 2, 0)), "c", 1, "en")
@@ -279,8 +279,8 @@ def test_examples_are_right_where_they_were_counted_as_right(letters: Loaded, re
     for layer in range(hits.shape[0]):
         for head in range(hits.shape[1]):
             shown = pair_examples(letters, [*halves, odd], "r", layer, head, reverse=reverse)
-            assert sum(look.hit for look in shown) == hits[layer, head]
-            assert all((look.chosen == look.gold) == look.hit for look in shown)
+            assert sum(pair.hit for pair in shown) == hits[layer, head]
+            assert all((pair.chosen == pair.gold) == pair.hit for pair in shown)
 
 
 def test_attention_that_is_not_between_the_tokens_is_refused(letters: Loaded) -> None:
@@ -305,7 +305,7 @@ def test_attention_that_is_not_between_the_tokens_is_refused(letters: Loaded) ->
 # Scores
 
 
-def made_up(hits: dict[int, list[int]], offsets: dict[int, list[int]], pairs: int = 4) -> RelationCounts:
+def counts_from(hits: dict[int, list[int]], offsets: dict[int, list[int]], pairs: int = 4) -> RelationCounts:
     """Counts of a model with two layers, of 2 heads and 1: head 1.0 hits `hits[half][cluster]` of the pairs.
 
     `offsets[half]` is the offset of every pair in a cluster.
@@ -314,10 +314,10 @@ def made_up(hits: dict[int, list[int]], offsets: dict[int, list[int]], pairs: in
     for half in hits:
         for cluster, (good, offset) in enumerate(zip(hits[half], offsets[half], strict=True)):
             for pair in range(pairs):
-                found = torch.zeros(2, 2)
-                found[1, 0] = pair < good
-                found[0, 1] = offset == -2  # a head that always looks two words back
-                counts.add(("r", "r", half), f"{half} {cluster}", found, offset)
+                hit = torch.zeros(2, 2)
+                hit[1, 0] = pair < good
+                hit[0, 1] = offset == -2  # a head that always attends two words back
+                counts.add(("r", "r", half), f"{half} {cluster}", hit, offset)
     return counts
 
 
@@ -330,7 +330,7 @@ PICKS, PICK_OFFSETS = [4, 2, 4, 4, 4, 4], [-1, -2, -3, -4, -5, -6]
 
 
 def test_a_head_is_compared_with_the_best_fixed_offset() -> None:
-    counts = made_up({0: PICKS, 1: [4] * 30}, {0: PICK_OFFSETS, 1: [-2] * 10 + [-3] * 9 + [-4] * 11})
+    counts = counts_from({0: PICKS, 1: [4] * 30}, {0: PICK_OFFSETS, 1: [-2] * 10 + [-3] * 9 + [-4] * 11})
     rows = scores(counts)
     assert [(row.layer, row.head) for row in rows] == [(0, 0), (0, 1), (1, 0)]  # 1.1 is no head
     best = rows[2]
@@ -367,28 +367,28 @@ def test_sentences_that_hardly_vary_give_no_role() -> None:
     rest = [*range(-30, -15), *range(15, 29)]
     for fixed, wanted in ((31, True), (29, False)):
         offsets = [-2] * fixed + rest + [29] * (31 - fixed)
-        row = scores(made_up({0: PICKS, 1: [4] * 60}, {0: PICK_OFFSETS, 1: offsets}))[2]
+        row = scores(counts_from({0: PICKS, 1: [4] * 60}, {0: PICK_OFFSETS, 1: offsets}))[2]
         assert row.p_holm < 0.05
         assert (row.too_fixed, row.role) == (wanted, not wanted)
 
 
-def test_a_role_has_to_show_on_both_halves() -> None:
+def test_role_needs_both_halves() -> None:
     offsets = [-2] * 10 + [-3] * 9 + [-4] * 11
     for picks, wanted in (([4] * 6, True), ([4, 0, 0, 0, 0, 4], False)):
-        row = scores(made_up({0: picks, 1: [4] * 30}, {0: PICK_OFFSETS, 1: offsets}))[2]
+        row = scores(counts_from({0: picks, 1: [4] * 30}, {0: PICK_OFFSETS, 1: offsets}))[2]
         assert row.p < 0.05
         assert row.role == wanted
 
 
 def test_pairs_far_apart_agree_with_no_offset() -> None:
-    counts = made_up({1: [4] * 4}, {1: [-2, -90, -90, -90]})
+    counts = counts_from({1: [4] * 4}, {1: [-2, -90, -90, -90]})
     row = scores(counts)[2]
     assert (row.baseline, row.baseline_offset, row.pairs) == (0.25, -2, 16)
     assert row.picked_accuracy != row.picked_accuracy  # NaN: nothing to pick on
 
 
-def test_what_is_not_there_is_told() -> None:
-    counts = made_up({1: [4]}, {1: [-2]})
+def test_best_heads_and_scores_refuse_what_was_not_counted() -> None:
+    counts = counts_from({1: [4]}, {1: [-2]})
     with pytest.raises(ValueError, match=r"'q' in the direction 'q \(reverse\)'.*half 0.*It has: nothing"):
         best_heads(counts, "q", "q (reverse)")
     with pytest.raises(ValueError, match="half=2"):
@@ -460,33 +460,33 @@ def test_random_weights_have_no_relation_role(causal: bool, monkeypatch: pytest.
     assert significant <= 8  # 5 % of 160 families of tests
 
 
-def test_a_head_that_was_built_for_a_relation_gets_its_role() -> None:
-    """A map that puts all weight on the gold word of every coreference pair, and another that looks one back."""
+def test_a_hand_built_coreference_head_gets_its_role() -> None:
+    """A map that puts all weight on the gold word of every coreference pair, and another that attends one word back."""
     counts = RelationCounts([2])
     for e in of("coreference", 0) + of("coreference", 1):
-        for question in directed_pairs(e, [True] * len(e.words), causal=True):
+        for pair in directed_pairs(e, [True] * len(e.words), causal=True):
             width = len(e.words)
             rows = torch.zeros(2, width)
-            rows[0, question.gold] = 1
-            rows[1, question.query - 1] = 1
-            where = [torch.tensor([n]) for n in (0, 0, question.query, question.gold)]
+            rows[0, pair.gold] = 1
+            rows[1, pair.query - 1] = 1
+            where = [torch.tensor([n]) for n in (0, 0, pair.query, pair.gold)]
             hit = count_hits(rows[None, :, None], *where, torch.ones(1, width, dtype=torch.bool), causal=True)
             key = ("coreference", "coreference", e.half)
-            counts.add(key, e.cluster, hit.double(), question.gold - question.query)
+            counts.add(key, e.cluster, hit.double(), pair.gold - pair.query)
     assert [row.role for row in scores(counts)] == [True, False]
 
 
 # Which languages a model reads
 
 
-def test_a_model_reads_what_it_has_tokens_for(letters: Loaded) -> None:
+def test_can_read_needs_known_tokens(letters: Loaded) -> None:
     assert can_read(letters, ["The king slept", "I saw it"]) == (True, "")
     good, reason = can_read(letters, ["The king 睡"])
     assert not good
     assert reason == "12% of the tokens are unknown to it, more than 5%"
 
 
-def test_chinese_in_bytes_is_not_read() -> None:
+def test_can_read_refuses_chinese_in_bytes() -> None:
     inner = Tokenizer(token_models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model = loaded(torch.nn.Identity(), PreTrainedTokenizerFast(tokenizer_object=inner))
@@ -497,22 +497,22 @@ def test_chinese_in_bytes_is_not_read() -> None:
     assert can_read(model, ["abc def"]) == (True, "")
 
 
-def test_what_other_words_look_at_by_hand() -> None:
-    """Words 0 to 4; word 4 asks for word 1. Of the others that may see it, 2 and 3, one head sends one there."""
+def test_controls_by_hand() -> None:
+    """Words 0 to 4. Query 4, gold word 1. Of the others that may see it, 2 and 3, one attends to it in head 0."""
     rows = torch.zeros(1, 2, 5, 5)
     rows[0, 0, 2, 1], rows[0, 0, 3, 2], rows[0, 0, 4, 1], rows[0, 0, 0, 1] = 0.9, 0.9, 0.9, 0.9
     rows[0, 1, 2:, 1] = 0.9
     where = torch.arange(5)[None], torch.tensor([0]), torch.tensor([4]), torch.tensor([1])
     present = torch.ones(1, 5, dtype=torch.bool)
     none = torch.full((1, 5), -1)
-    looks = strongest_words(rows, where[0], present, causal=True)
-    assert looks.tolist() == [[[-2, -2, 1, 2, 1], [-2, -2, 1, 1, 1]]]  # words 0 and 1 have nothing to choose
-    assert count_controls(looks, *where, none, causal=True).tolist() == [[0.5, 1.0]]
-    looks = strongest_words(rows, where[0], present, causal=False)
-    assert count_controls(looks, *where, none, causal=False)[0, 0] == pytest.approx(2 / 3)  # word 0 sees it as well
+    chosen = strongest_words(rows, where[0], present, causal=True)
+    assert chosen.tolist() == [[[-2, -2, 1, 2, 1], [-2, -2, 1, 1, 1]]]  # words 0 and 1 have fewer than two candidates
+    assert count_controls(chosen, *where, none, causal=True).tolist() == [[0.5, 1.0]]
+    chosen = strongest_words(rows, where[0], present, causal=False)
+    assert count_controls(chosen, *where, none, causal=False)[0, 0] == pytest.approx(2 / 3)  # word 0 sees it as well
 
 
-def test_a_head_that_likes_a_word_whoever_asks_has_no_role() -> None:
+def test_a_head_whose_words_all_attend_to_the_gold_word_has_no_role() -> None:
     counts = RelationCounts([2])
     for half in (0, 1):
         for cluster in range(30):

@@ -1,4 +1,4 @@
-"""Treebanks in CoNLL-U: what becomes a word, a pair and a cluster, and what is refused."""
+"""Treebanks in CoNLL-U: words, pairs, clusters, and the errors of bad files."""
 
 import re
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def words(example: Example) -> list[str]:
     return [example.word(index) for index in range(len(example.words))]
 
 
-def test_dependents_look_at_their_heads(read: Read) -> None:
+def test_pairs_go_from_dependents_to_their_heads(read: Read) -> None:
     (example,) = read("# text = The dog slept.", *DOG)
     assert example.text == "The dog slept."
     assert example.words == ((0, 3), (4, 7), (8, 13), (13, 14))
@@ -60,7 +60,7 @@ def test_a_text_that_does_not_fit_is_rebuilt(read: Read, text: list[str]) -> Non
     assert words(example) == ["The", "dog", "slept", "."]
 
 
-def test_the_given_text_keeps_its_spaces(read: Read) -> None:
+def test_a_text_that_fits_keeps_its_spaces(read: Read) -> None:
     (example,) = read("# text = The  dog   slept.", *DOG)
     assert words(example) == ["The", "dog", "slept", "."]
     assert example.words[1] == (5, 8)
@@ -90,7 +90,7 @@ def test_a_multiword_token_stays_whole_where_its_words_are_written_otherwise(rea
     )
     assert example.text == "du, chat"
     assert words(example) == ["du", ",", "chat"]
-    assert pairs(example) == [("det", "du", "chat")]  # de looks at le inside the word: left out
+    assert pairs(example) == [("det", "du", "chat")]  # de depends on le inside the word: left out
 
 
 def test_empty_nodes_are_skipped(read: Read) -> None:
@@ -148,12 +148,12 @@ def test_line_ends_and_a_byte_order_mark_do_not_matter(read: Read, tmp_path: Pat
         ([line("1", "a  b", "0", "root")], 1, "two spaces inside a column"),
     ],
 )
-def test_what_is_wrong_is_told_with_its_line(read: Read, lines: list[str], where: int, reason: str) -> None:
+def test_errors_name_the_line(read: Read, lines: list[str], where: int, reason: str) -> None:
     with pytest.raises(TreebankError, match=re.escape(f"en_tiny-ud-dev.conllu:{where}: ") + ".*" + re.escape(reason)):
         read(*lines)
 
 
-def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.conllu"
     path.write_bytes(DOG[0].encode() + b"\n2\tcaf\xe9\n")
     with pytest.raises(TreebankError, match=r"x\.conllu:2: byte 0xE9 is not UTF-8"):
@@ -161,14 +161,14 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "# text = nothing\n"])
-def test_a_file_without_sentences(tmp_path: Path, content: str) -> None:
+def test_a_file_without_sentences_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "x.conllu"
     path.write_text(content)
     with pytest.raises(TreebankError, match="holds no sentence"):
         read_conllu(path)
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TreebankError, match="No such file or directory"):
         read_conllu(tmp_path / "x.conllu")
 

@@ -1,4 +1,4 @@
-"""A head's best and worst examples in words: where it looks hardest, where it cannot choose, what it gets wrong."""
+"""A head's examples in words: its largest and smallest weights on text, and the pairs that it gets right or wrong."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["PairExample", "TokenExample", "pair_examples", "token_examples"]
 
 @dataclass(frozen=True)
 class TokenExample:
-    """One token's strongest look at another: the text before it, the token, what it looks at, and how much."""
+    """One token's largest weight: the text before it, the token, the token it attends to, and the weight."""
 
     before: str
     token: str
@@ -36,7 +36,7 @@ class TokenExample:
 
 @dataclass(frozen=True)
 class PairExample:
-    """One pair of a relation: the sentence, the two words, what the head chose instead, and its weights."""
+    """One pair of a relation: the sentence, the two words, the head's choice, and its weight on the gold word."""
 
     text: str
     query: str
@@ -59,41 +59,39 @@ def token_examples(
         most: How many of each.
         pieces: How many pieces are read.
     """
-    given = [piece for document in documents[:pieces] for piece in cut(loaded, document, 0, length=256, most=1)]
-    found: list[TokenExample] = []
-    for batch in batches(given, tokens=1024, pad=int(loaded.tokenizer.pad_token_id or 0), device=loaded.model.device):
-        found += _looks(loaded, batch, layer, head)
-    found.sort(key=lambda look: -look.weight)
-    best, seen = [], set()
-    for look in found:
-        if (look.token, look.target) not in seen:
-            seen.add((look.token, look.target))
-            best.append(look)
-    return best[:most], found[::-1][:most]
+    texts = [piece for document in documents[:pieces] for piece in cut(loaded, document, 0, length=256, most=1)]
+    examples: list[TokenExample] = []
+    for batch in batches(texts, tokens=1024, pad=int(loaded.tokenizer.pad_token_id or 0), device=loaded.model.device):
+        examples += _of_batch(loaded, batch, layer, head)
+    examples.sort(key=lambda example: -example.weight)
+    best: dict[tuple[str, str], TokenExample] = {}  # of each pair of tokens the first
+    for example in examples:
+        best.setdefault((example.token, example.target), example)
+    return list(best.values())[:most], examples[::-1][:most]
 
 
-def _looks(loaded: Loaded, batch: TextBatch, layer: int, head: int) -> list[TokenExample]:
-    number = -1
+def _of_batch(loaded: Loaded, batch: TextBatch, layer: int, head: int) -> list[TokenExample]:
+    site = -1
     answers: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def on_call(call: AttentionCall) -> None:
-        nonlocal number
-        number += 1
-        if number == layer:
-            seen = Visibility(batch, call.scores.mask, call.shape[1])
-            largest = call.matrix().reduce(MaxAmong(seen.text))[0]
-            answers.append((largest.values[:, head], largest.indices[:, head], seen.rows))
+    def reduce(call: AttentionCall) -> None:
+        nonlocal site
+        site += 1
+        if site == layer:
+            visibility = Visibility(batch, call.scores.mask, call.shape[1])
+            largest = call.matrix().reduce(MaxAmong(visibility.text))[0]
+            answers.append((largest.values[:, head], largest.indices[:, head], visibility.rows))
 
-    record_batch(loaded, batch.ids, batch.attention_mask, reduce=on_call)
+    record_batch(loaded, batch.ids, batch.attention_mask, reduce=reduce)
     values, keys, rows = answers[0]
     return [
-        _look(batch.pieces[b], i, int(keys[b, i]), float(values[b, i]))
+        _token_example(batch.pieces[b], i, int(keys[b, i]), float(values[b, i]))
         for b, i in rows.nonzero().tolist()
         if keys[b, i] >= 0
     ]
 
 
-def _look(piece: Piece, i: int, j: int, weight: float) -> TokenExample:
+def _token_example(piece: Piece, i: int, j: int, weight: float) -> TokenExample:
     before = "".join(_spaced(text) for text in piece.texts[max(0, i - 8) : i])
     return TokenExample(before, piece.texts[i].strip(), piece.texts[j].strip(), j - i, weight, piece.document)
 
@@ -105,17 +103,17 @@ def _spaced(text: str) -> str:
 def pair_examples(
     loaded: Loaded, examples: Sequence[Example], relation: str, layer: int, head: int, *, reverse: bool = False
 ) -> list[PairExample]:
-    """What a head does with the pairs of a relation, in the order of its weight on the right word.
+    """What a head does with the pairs of a relation: hits first, each by its weight on the gold word.
 
     Args:
         loaded: The model.
-        examples: Sentences; those without this relation are passed over, and those that the model cannot read.
+        examples: Sentences; those without this relation are skipped, and those that the model cannot read.
         relation: Its name.
         layer: From 0.
         head: From 0.
-        reverse: Whether the pair's target is the word that looks.
+        reverse: Whether the pair's target is the query.
     """
-    found = []
+    shown: list[PairExample] = []
     for example in examples:
         if not any(pair.relation == relation for pair in example.pairs):
             continue
@@ -123,32 +121,34 @@ def pair_examples(
             tokens = tokenize(
                 example.text, loaded.tokenizer, start_token_id=loaded.start_token_id, limit=loaded.context
             )
-        except TextError:  # not counted either: nothing is left of it, or it is longer than the model reads
+        except TextError:  # not counted either: no token is left of it, or more than the model reads
             continue
         words = words_of_tokens(tokens, example.words)
         present = [index in words for index in range(len(example.words))]
-        asked = directed_pairs(example, present, causal=loaded.causal)
-        mine = [question for question in asked if (question.relation, question.reverse) == (relation, reverse)]
-        if mine:
+        pairs = directed_pairs(example, present, causal=loaded.causal)
+        pairs = [pair for pair in pairs if (pair.relation, pair.reverse) == (relation, reverse)]
+        if pairs:
             groups = torch.tensor(words)
             with torch.no_grad():
                 weights = record_text(loaded, tokens)[layer].pool(groups, groups, "mass")[:, head : head + 1].cpu()
-            here = torch.tensor([present[: weights.shape[-1]]])
-            found += [_pair_look(example, weights, here, question, causal=loaded.causal) for question in mine]
-    return sorted(found, key=lambda look: (-look.hit, -look.weight))
+            with_tokens = torch.tensor([present[: weights.shape[-1]]])
+            shown += [_pair_example(example, weights, with_tokens, p, causal=loaded.causal) for p in pairs]
+    return sorted(shown, key=lambda pair: (-pair.hit, -pair.weight))
 
 
-def _pair_look(example: Example, weights: Tensor, here: Tensor, question: DirectedPair, *, causal: bool) -> PairExample:
-    """One question to one head's weights between words, [1, 1, W, W]: judged as when they are counted."""
-    query, gold = question.query, question.gold
-    asks, first, right_one = torch.tensor([query]), torch.tensor([0]), torch.tensor([gold])
-    hit = bool(count_hits(weights, asks, first, asks, right_one, here, causal=causal))
-    row = weights[0, 0, query].masked_fill(~here[0], -1.0)
-    row[query] = -1.0
+def _pair_example(
+    example: Example, weights: Tensor, present: Tensor, pair: DirectedPair, *, causal: bool
+) -> PairExample:
+    """One pair and one head's weights between words, [1, 1, W, W]: a hit if it counts as one."""
+    first, query, gold = (torch.tensor([index]) for index in (0, pair.query, pair.gold))
+    hit = bool(count_hits(weights, query, first, query, gold, present, causal=causal))
+    row = weights[0, 0, pair.query].masked_fill(~present[0], -1.0)
+    row[pair.query] = -1.0
     if causal:
-        row[query:] = -1.0
-    right = float(row[gold])
+        row[pair.query :] = -1.0
+    weight = float(row[pair.gold])
     if not hit:
-        row[gold] = -1.0  # a tie is no hit
-    chosen = gold if hit else int(row.argmax())
-    return PairExample(example.text, example.word(query), example.word(gold), example.word(chosen), right, hit)
+        row[pair.gold] = -1.0  # a tie is no hit
+    chosen = pair.gold if hit else int(row.argmax())
+    query_word, gold_word, chosen_word = (example.word(index) for index in (pair.query, pair.gold, chosen))
+    return PairExample(example.text, query_word, gold_word, chosen_word, weight, hit)

@@ -34,7 +34,7 @@ class Frame:
 
     Attributes:
         relation: The relation's name.
-        skeleton: What it was made from: frames of one skeleton are alike.
+        skeleton: The core with its distractor, before insertions: frames of one skeleton are one cluster.
         template: The line of words, as this file's docstring describes it.
         variants: Replacements in the template, for instance which noun a pronoun stands for; the
             fillings take turns in them. One empty variant if there are none.
@@ -95,24 +95,24 @@ def combine(
     ['it fell .', 'it then fell .']
     """
     chosen = tuple(tuple(variant.items()) for variant in variants)
-    made = []
+    frames = []
     for skeleton in skeletons:
         first, count = zlib.crc32(skeleton.encode()), min(most, len(insertions))
         numbers = sorted((first + i * len(insertions) // count) % len(insertions) for i in range(count))
         for number in numbers:
             template = _tidy(skeleton.replace("*", insertions[number]).split())
-            made.append(Frame(relation, skeleton, template, chosen, classes or {}))
-    return made
+            frames.append(Frame(relation, skeleton, template, chosen, classes or {}))
+    return frames
 
 
 def _tidy(words: Sequence[str]) -> str:
     """Without a comma beside another mark."""
-    kept = [w for w, after in zip(words, [*words[1:], ""], strict=True) if not (w in _COMMAS and after in _MARKS)]
-    return " ".join(kept)
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    return " ".join(word for word, after in pairs if not (word in _COMMAS and after in _MARKS))
 
 
 class Filled(NamedTuple):
-    """A sentence: its text, the spans and the classes of its words, and the places of the marked words."""
+    """A sentence: its text, the spans and classes of its words, and the indices of source and target."""
 
     text: str
     words: list[tuple[int, int]]
@@ -175,26 +175,34 @@ def fill_all(
     seed: int = 0,
     spaced: bool = True,
 ) -> list[Example]:
-    """Sentences of all frames of both halves, each half with its own word lists; always the same ones."""
+    """Sentences of all frames of both halves, each half with its own word lists; the same ones each time.
+
+    Args:
+        halves: The frames of each half.
+        lists: The word lists of each half.
+        language: Of the sentences.
+        fillings: How many sentences of each frame.
+        seed: Another seed chooses other words.
+        spaced: Whether the language puts spaces between words.
+    """
     examples = []
     for half, (frames, words) in enumerate(zip(halves, lists, strict=True)):
-        skeletons: dict[str, list[str]] = {}
+        skeletons: dict[str, dict[str, int]] = {}  # of each relation, numbered from 1
         for number, frame in enumerate(frames):
-            known = skeletons.setdefault(frame.relation, [])
-            known += [frame.skeleton] if frame.skeleton not in known else []
-            cluster = f"{frame.relation} frame {half}.{known.index(frame.skeleton) + 1}"
+            numbers = skeletons.setdefault(frame.relation, {})
+            cluster = f"{frame.relation} frame {half}.{numbers.setdefault(frame.skeleton, len(numbers) + 1)}"
             rng = random.Random(zlib.crc32(f"{seed} {frame.relation} {half} {number}".encode()))
-            seen: set[str] = set()
+            texts: set[str] = set()
             for turn in range(fillings * 20):
                 template = frame.template
                 for old, new in frame.variants[(number * fillings + turn) % len(frame.variants)]:
                     template = template.replace(old, new)
-                made = fill(template, words, rng, spaced=spaced, classes=frame.classes)
-                if made.text not in seen:
-                    seen.add(made.text)
-                    spans, classes = tuple(made.words), tuple(made.classes)
-                    pair = Pair(frame.relation, made.source, made.target)
-                    examples.append(Example(made.text, spans, (pair,), cluster, half, language, classes))
-                if len(seen) == fillings:
+                filled = fill(template, words, rng, spaced=spaced, classes=frame.classes)
+                if filled.text not in texts:
+                    texts.add(filled.text)
+                    spans, classes = tuple(filled.words), tuple(filled.classes)
+                    pair = Pair(frame.relation, filled.source, filled.target)
+                    examples.append(Example(filled.text, spans, (pair,), cluster, half, language, classes))
+                if len(texts) == fillings:
                     break
     return examples

@@ -1,4 +1,4 @@
-"""Sentences in which it is known which word belongs to which."""
+"""A sentence with pairs of words that belong together, and the relations that they have."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Pair:
 
     Attributes:
         relation: The relation's name.
-        source: Index of the word that should look, in `Example.words`.
-        target: Index of the word that it should look at.
+        source: Index of the word that should attend, in `Example.words`.
+        target: Index of the word that it should attend to.
     """
 
     relation: str
@@ -24,17 +24,17 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A sentence with the pairs that are known in it.
+    """A sentence and its known pairs.
 
     Attributes:
         text: The sentence.
         words: Start and end of each word in characters, in order, none overlapping another. A mark is a word.
-        pairs: What is known.
+        pairs: Pairs of words that belong together.
         cluster: The frame or the document that it comes from. Sentences of one cluster are alike.
         half: 0 or 1. Heads are picked on one half and reported on the other.
         language: "en", "zh"; empty if it is not known.
-        classes: For each word its class, such as its part of speech; empty if it has none. Words of one class are
-            rivals: a head that looks at any of them has not found the right one. None known: an empty tuple.
+        classes: For each word its class, such as its part of speech; "" if it has none. Words of the target's class are
+            distractors: a head that attends to any of them has not found the target. Empty if no class is known.
 
     >>> example = Example("It fell.", ((0, 2), (3, 7), (7, 8)), (Pair("nsubj", 0, 1),), "doc 1", 0, "en")
     >>> example.word(1)
@@ -54,10 +54,6 @@ class Example:
         start, end = self.words[index]
         return self.text[start:end]
 
-    def class_of(self, index: int) -> str:
-        """The class of a word; empty if it has none."""
-        return self.classes[index] if self.classes else ""
-
 
 @dataclass(frozen=True, slots=True)
 class Relation:
@@ -65,7 +61,7 @@ class Relation:
 
     Attributes:
         name: Its name, as in `Pair.relation`.
-        about: One sentence: which word should look at which.
+        about: From which word to which.
         language: "en" or "zh".
         source: Where the relation was studied in attention heads, or what this definition rests on.
     """

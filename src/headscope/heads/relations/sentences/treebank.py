@@ -1,6 +1,6 @@
-"""Treebanks in CoNLL-U format, as the Universal Dependencies are given out.
+"""Treebanks in CoNLL-U format, that of the Universal Dependencies.
 
-Every dependency becomes a pair: the dependent looks at its head. The format is described at
+Every dependency becomes a pair from the dependent to its head. The format is described at
 https://universaldependencies.org/format.html
 """
 
@@ -31,12 +31,11 @@ Span = tuple[int, int]
 def read_conllu(path: str | os.PathLike[str]) -> list[Example]:
     """The sentences of a treebank with their dependencies, dependent to head, named by the deprel.
 
-    Subtypes are kept ("nsubj:pass"); roots and punctuation are left out. A document ("# newdoc") is a cluster,
-    and a hash of its id chooses its half; a file without documents is cut into blocks of 10 sentences, named by a hash
-    of all of it, too: two treebanks may have one file name. Words
-    of a multiword token share its surface if their forms make it up ("gonna": gon, na); otherwise the
-    surface is one word ("du": de, le), and dependencies inside it are left out. Empty nodes are skipped. A word's
-    class is its universal part of speech.
+    Subtypes are kept ("nsubj:pass"); roots and punctuation are left out. A document ("# newdoc") is a cluster, and a
+    hash of its id chooses its half. A file without documents is cut into clusters of 10 sentences, whose names hold a
+    hash of the file, because two treebanks may have one file name. The words of a multiword token share its surface if
+    their forms make it up ("gonna": gon, na). Otherwise the surface is one word ("du": de, le), and dependencies inside
+    it are left out. Empty nodes are skipped. A word's class is its universal part of speech.
 
     Args:
         path: The file, in UTF-8.
@@ -59,16 +58,16 @@ def read_conllu(path: str | os.PathLike[str]) -> list[Example]:
 
 
 def _digest(file: BinaryIO) -> str:
-    """Tells treebanks apart, whatever their line ends and empty lines."""
-    found = hashlib.sha256()
+    """A hash of the file without line ends and empty lines."""
+    digest = hashlib.sha256()
     for raw in file:
         if line := raw.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n"):
-            found.update(line + b"\n")
-    return found.hexdigest()[:8]
+            digest.update(line + b"\n")
+    return digest.hexdigest()[:8]
 
 
 class _Lines(io.TextIOBase):
-    """The lines of the file, each checked as it is read; remembers where the current sentence's words stand."""
+    """The lines of the file, each checked as it is read, and the line numbers of the current sentence's words."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.file, self.path = file, path
@@ -81,8 +80,8 @@ class _Lines(io.TextIOBase):
             try:
                 line = raw.decode("utf-8-sig" if self.number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
-                found = f"byte 0x{raw[error.start]:02X} is not UTF-8. Save the file in UTF-8"
-                raise self.error(self.number, found) from None
+                reason = f"byte 0x{raw[error.start]:02X} is not UTF-8. Save the file in UTF-8"
+                raise self.error(self.number, reason) from None
             self._check(line)
             yield line + "\n"
 
@@ -95,8 +94,7 @@ class _Lines(io.TextIOBase):
             return
         columns = line.split("\t")
         if len(columns) != _COLUMNS:
-            found = f"{len(columns)} columns, wanted {_COLUMNS} with a tab between each two"
-            raise self.error(self.number, found)
+            raise self.error(self.number, f"{len(columns)} columns, wanted {_COLUMNS} with a tab between each two")
         empty = [number for number, column in enumerate(columns, 1) if not column.strip()]
         if empty:
             raise self.error(self.number, f"column {empty[0]} is empty; write _ where there is nothing")
@@ -142,7 +140,7 @@ def _examples(lines: _Lines, name: str, language: str) -> Iterator[Example]:
 
 def _example(sentence: Any, lines: _Lines, cluster: str, language: str) -> Example:
     units = _units(sentence, lines)
-    text, spans = _placed(units, sentence.metadata.get("text") or "")
+    text, spans = _located(units, sentence.metadata.get("text") or "")
     words: list[Span] = []
     classes: list[str] = []
     word_of: dict[int, int] = {}
@@ -164,9 +162,8 @@ def _example(sentence: Any, lines: _Lines, cluster: str, language: str) -> Examp
             continue
         head, relation = token["head"], token["deprel"]
         if head != 0 and (head not in word_of or head == token["id"]):
-            found = f"the head of word {token['id']} ({token['form']}) is {head}, which is "
             wrong = "the word itself" if head == token["id"] else "no word of the sentence"
-            raise lines.error(number, found + wrong)
+            raise lines.error(number, f"the head of word {token['id']} ({token['form']}) is {head}, which is {wrong}")
         if head == 0 or relation in ("root", "punct") or relation.startswith(("root:", "punct:")):
             continue
         if relation == "_":
@@ -198,7 +195,7 @@ def _class(parts_of_speech: set[str | None]) -> str:
 
 
 def _units(sentence: Any, lines: _Lines) -> list[list[Any]]:
-    """What stands in the text: each time the token that bears the surface, then the words in it."""
+    """The units of the text: for each the token with its surface, then the words in it."""
     units: list[list[Any]] = []
     expected, inside = 1, 0
     for token, number in zip(sentence, lines.words, strict=True):
@@ -223,8 +220,8 @@ def _units(sentence: Any, lines: _Lines) -> list[list[Any]]:
     return units
 
 
-def _placed(units: list[list[Any]], text: str) -> tuple[str, list[Span]]:
-    """The text and where each unit stands in it: the given text if the forms make it up, otherwise a rebuilt one."""
+def _located(units: list[list[Any]], text: str) -> tuple[str, list[Span]]:
+    """The text and each unit's span in it: the file's text if the forms make it up, otherwise a rebuilt one."""
     spans, at = [], 0
     for unit in units:
         form = unit[0]["form"]
