@@ -284,19 +284,19 @@ def an_edit_acts_one_layer_too_late(original: Any) -> Any:
     "watching/test_edits.py::test_ablate_equals_zero_columns_of_the_output_projection",
 )
 def ablating_one_head_ablates_all_of_its_layer(original: Any) -> Any:
-    return lambda self, call, place: original(replace(self, heads=tuple(range(call.shape[1]))), call, place)
+    return lambda self, call, position: original(replace(self, heads=tuple(range(call.shape[1]))), call, position)
 
 
 @fault(
-    "headscope.watching.recording.tracker:Tracker.place",
+    "headscope.watching.recording.tracker:Tracker.position",
     "watching/test_edits.py::test_knock_out_counts_positions_with_a_sliding_cache",
 )
 def a_link_is_knocked_out_at_the_wrong_place_once_a_cache_slides(original: Any) -> Any:
-    def place(self: Any, call: Any, forward: Any) -> Any:
+    def position(self: Any, call: Any, forward: Any) -> Any:
         found = original(self, call, forward)
         return replace(found, first_row=found.first_row - found.first_key, first_key=0)
 
-    return place
+    return position
 
 
 # ---------------------------------------------------------------- what heads do

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from headscope.watching.edits import Edit, edit, knock_out
 from headscope.watching.hooks import AttentionCall
-from headscope.watching.recording import Place, Recording, record
+from headscope.watching.recording import Position, Recording, record
 from tests.tiny import bart, ids, llama, mistral
 from tests.watching.zoo.reference import eager_maps
 
@@ -208,7 +208,7 @@ class Marked(Edit):
 
     names: set[str] = field(default_factory=set)
 
-    def apply(self, call: AttentionCall, place: Place) -> AttentionCall:
+    def apply(self, call: AttentionCall, position: Position) -> AttentionCall:
         self.names.add(call.name)
         return replace(call)
 

@@ -21,7 +21,7 @@ from headscope.ops.masks import Mask
 from headscope.ops.positions import Alibi
 from headscope.ops.scores import Scores, make_scores
 from headscope.watching.hooks import AttentionCall, Forward, watch, with_output
-from headscope.watching.recording import Layers, Place, Recording, Tracker, layers_of
+from headscope.watching.recording import Layers, Position, Recording, Tracker, layers_of
 
 __all__ = ["Ablate", "Edit", "Freeze", "KnockOut", "Patch", "ablate", "edit", "freeze", "knock_out", "patch"]
 
@@ -40,8 +40,8 @@ class Edit:
         """The edit for the site of this number: itself, unless it holds something for each site."""
         return self
 
-    def apply(self, call: AttentionCall, place: Place) -> AttentionCall:
-        """The call as edited, or itself; ``place`` has the positions of its rows and keys in the whole text."""
+    def apply(self, call: AttentionCall, position: Position) -> AttentionCall:
+        """The call as edited, or itself; ``position`` is that of its first row and first key in the whole text."""
         raise EditError(f"{type(self).__name__} does not say what it changes: subclass Edit and write apply().")
 
 
@@ -63,7 +63,7 @@ class Ablate(Edit):
             )
         return replace(self, to=self.to[index])
 
-    def apply(self, call: AttentionCall, place: Place) -> AttentionCall:
+    def apply(self, call: AttentionCall, position: Position) -> AttentionCall:
         """Replace the heads' outputs; the weights stay what they were."""
         _check_heads(self.heads, call)
         outputs = call.head_outputs()
@@ -89,14 +89,14 @@ class KnockOut(Edit):
     keys: tuple[int, ...]
     heads: tuple[int, ...] | None
 
-    def apply(self, call: AttentionCall, place: Place) -> AttentionCall:
+    def apply(self, call: AttentionCall, position: Position) -> AttentionCall:
         """Hide the links, and compute the rows that had them again."""
         _refuse_dropout(self, call)
         batch, num_heads, rows, num_keys = call.shape
         chosen = tuple(range(num_heads)) if self.heads is None else self.heads
         _check_heads(chosen, call)
-        rows_here = [q - place.first_row for q in self.queries if 0 <= q - place.first_row < rows]
-        keys = [k - place.first_key for k in self.keys if 0 <= k - place.first_key < num_keys]
+        rows_here = [q - position.first_row for q in self.queries if 0 <= q - position.first_row < rows]
+        keys = [k - position.first_key for k in self.keys if 0 <= k - position.first_key < num_keys]
         if not rows_here or not keys:
             return call
         first = call.scores.origin[2]
@@ -119,13 +119,13 @@ class Patch(Edit):
     """Some heads attend as in a recording: with its queries and keys, and the values of this forward."""
 
     heads: tuple[int, ...]
-    source: Callable[[AttentionCall, Place], Scores]
+    source: Callable[[AttentionCall, Position], Scores]
 
-    def apply(self, call: AttentionCall, place: Place) -> AttentionCall:
+    def apply(self, call: AttentionCall, position: Position) -> AttentionCall:
         """Apply the recorded weights to the values of this forward."""
         _refuse_dropout(self, call)
         _check_heads(self.heads, call)
-        recorded = _same_shape("patch", self.source(call, place), call)
+        recorded = _same_shape("patch", self.source(call, position), call)
         outputs = call.head_outputs().clone()
         chosen = list(self.heads)
         new = product(recorded, _per_head(call.value, call.shape[1]))
@@ -137,12 +137,12 @@ class Patch(Edit):
 class Freeze(Edit):
     """All heads attend as in a recording, to the values of this forward: other edits do not change their weights."""
 
-    source: Callable[[AttentionCall, Place], Scores]
+    source: Callable[[AttentionCall, Position], Scores]
 
-    def apply(self, call: AttentionCall, place: Place) -> AttentionCall:
+    def apply(self, call: AttentionCall, position: Position) -> AttentionCall:
         """Attend with the recorded queries and keys to the values of this forward."""
         _refuse_dropout(self, call)
-        recorded = _same_shape("freeze", self.source(call, place), call)
+        recorded = _same_shape("freeze", self.source(call, position), call)
         new = product(recorded, _per_head(call.value, recorded.key.shape[1]))
         return with_output(call, new.to(call.value.dtype), recorded)
 
@@ -257,11 +257,11 @@ def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
     order = sorted(range(len(edits)), key=lambda number: _precedence(edits[number]))
 
     def change(call: AttentionCall, forward: Forward) -> AttentionCall:
-        place = tracker.place(call, forward)
+        position = tracker.position(call, forward)
         for number in order:
             if edits[number].applies(forward.number, call):
                 called.update((number, layer) for layer in (forward.number, call.name))
-                edited = edits[number].at(forward.number).apply(call, place)
+                edited = edits[number].at(forward.number).apply(call, position)
                 if edited is not call:
                     used.add(number)
                 call = edited
@@ -286,17 +286,17 @@ def _precedence(edit: Edit) -> int:
     return 0 if isinstance(edit, Freeze) else 2 if isinstance(edit, Ablate) else 1
 
 
-def _patterns(edit_name: str, recording: Recording) -> Callable[[AttentionCall, Place], Scores]:
+def _patterns(edit_name: str, recording: Recording) -> Callable[[AttentionCall, Position], Scores]:
     """Gives the recorded operands for the rows and keys of a call."""
 
-    def source(call: AttentionCall, place: Place) -> Scores:
+    def source(call: AttentionCall, position: Position) -> Scores:
         sites = [s for s in recording.sites if (s.name, s.occurrence) == (call.name, call.occurrence)]
         if not sites:
             raise EditError(
                 f"{edit_name}: the recording has no site {call.name!r}: record the same model with these layers."
             )
         whole = sites[0].scores()
-        first, rows, keys = place.first_row, call.shape[2], place.first_key + call.shape[3]
+        first, rows, keys = position.first_row, call.shape[2], position.first_key + call.shape[3]
         if whole.shape == tuple(call.shape) or first + rows > whole.shape[2] or keys > whole.shape[3]:
             return whole
         part = whole.narrow(slice(0, whole.shape[0]), slice(0, whole.shape[1]), slice(first, first + rows))

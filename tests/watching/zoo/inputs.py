@@ -34,7 +34,7 @@ def ids(length: int = LENGTH, batch: int = BATCH) -> Tensor:
 
 
 def padded(length: int = LENGTH, *, left: bool, batch: int = BATCH, padding: int = PADDING) -> Tensor:
-    """An attention mask whose first row has `padding` padded places."""
+    """An attention mask whose first row has `padding` padded positions."""
     mask = torch.ones(batch, length, dtype=torch.long)
     if left:
         mask[0, :padding] = 0

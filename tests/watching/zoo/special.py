@@ -171,16 +171,16 @@ def _double_patches(model: nn.Module) -> Inputs:
 
 def _placed_patches(model: nn.Module) -> Inputs:
     """Sixteen patches an image, each with its column and its row."""
-    places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(BATCH, -1, -1)
+    positions = torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(BATCH, -1, -1)
     width = 3 * model.config.patch_size**2
-    return {"pixel_values": floats(BATCH, 16, width), "pixel_position_ids": places}
+    return {"pixel_values": floats(BATCH, 16, width), "pixel_position_ids": positions}
 
 
 def _grounded(model: nn.Module) -> Inputs:
-    """Text whose places 1 to 4 stand for an image."""
-    places = torch.zeros(BATCH, LENGTH, dtype=torch.long)
-    places[:, 4:8] = 1
-    return _image_text(model) | {"image_embeds_position_mask": places}
+    """Text whose positions 1 to 4 stand for an image."""
+    positions = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+    positions[:, 4:8] = 1
+    return _image_text(model) | {"image_embeds_position_mask": positions}
 
 
 INPUTS: dict[str, Maker] = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from headscope.heads.effects.metrics import Metric, checked_metric, run_model
 from headscope.watching.edits import Edit, edit
 from headscope.watching.hooks import AttentionCall, with_output
-from headscope.watching.recording import Place
+from headscope.watching.recording import Position
 
 __all__ = ["gate_gradients"]
 
@@ -22,7 +22,7 @@ class _Gates(Edit):
 
     gates: list[Tensor]
 
-    def apply(self, call: AttentionCall, place: Place) -> AttentionCall:
+    def apply(self, call: AttentionCall, position: Position) -> AttentionCall:
         outputs = call.head_outputs()
         gate = torch.ones(outputs.shape[:2], dtype=outputs.dtype, device=outputs.device, requires_grad=True)
         self.gates.append(gate)

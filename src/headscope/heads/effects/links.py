@@ -13,7 +13,7 @@ from headscope.heads.effects.batched import BatchedForwards, ChangedRow, clean_f
 from headscope.heads.effects.metrics import forward_options, run_model
 from headscope.watching.edits import KnockOut, edit, knock_out
 from headscope.watching.hooks import AttentionCall
-from headscope.watching.recording import Layers, Place
+from headscope.watching.recording import Layers, Position
 
 __all__ = ["LinkEffect", "LinkEffects", "TokenChange", "link_effect", "link_effects"]
 
@@ -159,8 +159,8 @@ def link_effects(
 
 
 def _hidden(hide: KnockOut, call: AttentionCall) -> Tensor:
-    place = Place(0 if call.is_cross else max(0, call.shape[3] - call.shape[2]), 0)
-    return hide.apply(call, place).head_outputs()
+    position = Position(0 if call.is_cross else max(0, call.shape[3] - call.shape[2]), 0)
+    return hide.apply(call, position).head_outputs()
 
 
 def _last(logits: Tensor, model: nn.Module) -> Tensor:
