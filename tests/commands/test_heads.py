@@ -1,4 +1,4 @@
-"""The command `headscope heads`: what is said before the work, what is shown, and what cannot be written."""
+"""The command `headscope heads`: its messages before the work, its tables, and files that cannot be written."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from tests.heads.test_atlas import atlas, command, decoder, documents, few, fold
 from tests.options import one_thread  # noqa: F401  (for the whole module)
 
 
-def said(*options: str) -> str:
-    """What the command says when it refuses."""
+def message(*options: str) -> str:
+    """The message with which the command refuses."""
     done = CliRunner().invoke(cli.app, ["heads", *options])
     assert done.exit_code == 1
     return " ".join(done.stderr.split())
 
 
-def test_what_cannot_be_is_said_before_anything_is_measured(
+def test_heads_refuses_impossible_options_before_it_measures(
     folder: Path,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -41,31 +41,34 @@ def test_what_cannot_be_is_said_before_anything_is_measured(
 
     monkeypatch.setattr(heads_command, "profile", never)
     words = command(folder)[4:]
-    assert "'13' is not a head. Write layer.head" in said(*words, "--head", "13")
-    assert "tiny has 2 layers with up to 6 heads" in said(*words, "--head", "2.0")
+    assert "'13' is not a head. Write layer.head" in message(*words, "--head", "13")
+    assert "tiny has 2 layers with up to 6 heads" in message(*words, "--head", "2.0")
     figure = ["--figure", str(tmp_path / "heads.png")]
-    assert "There is no measure 'entropie' to draw. There are: roles, worth, " in said(
+    assert "There is no measure 'entropie' to draw. There are: roles, worth, " in message(
         *words, *figure, "--by", "entropie"
     )
-    assert "--by entropy says what a figure shall show: give --figure FILE" in said(*words, "--by", "entropy")
-    assert "--no-worth does not measure it" in said(*words, *figure, "--by", "ablation_zero", "--no-worth")
-    assert "There is no 'relation:corefrence' to draw. There are: adjective-noun, adjective-noun (reverse), " in said(
-        *words, *figure, "--by", "relation:corefrence"
+    assert "--by entropy chooses what a figure shows: give --figure FILE" in message(*words, "--by", "entropy")
+    assert "--no-worth does not measure it" in message(*words, *figure, "--by", "ablation_zero", "--no-worth")
+    assert (
+        "There is no 'relation:corefrence' to draw. There are: adjective-noun, adjective-noun (reverse), "
+        in message(*words, *figure, "--by", "relation:corefrence")
     )
-    assert "a model without a next token has none" in said("--again", "--model", "minilm", *figure, "--by", "gradient")
+    assert "a model without a next token has none" in message(
+        "--again", "--model", "minilm", *figure, "--by", "gradient"
+    )
     nothing = tmp_path / "one.txt"
     nothing.write_text("a")
     few_words = ["--model", str(folder / "tiny"), "--text", str(nothing)]
-    assert "No text has two tokens that the model knows" in said(*few_words)
+    assert "No text has two tokens that the model knows" in message(*few_words)
     unnamed = tmp_path / "bad\udcff.txt"
     unnamed.write_text("Some text of no importance.")
-    assert "is not UTF-8: rename it" in said("--model", str(folder / "tiny"), "--text", str(unnamed))
+    assert "is not UTF-8: rename it" in message("--model", str(folder / "tiny"), "--text", str(unnamed))
     (tmp_path / "a.parquet.shards").write_text("")
     monkeypatch.undo()
-    assert "Cannot make the folder" in said(*words, "--out", str(tmp_path / "a.parquet"))
+    assert "Cannot make the folder" in message(*words, "--out", str(tmp_path / "a.parquet"))
 
 
-def test_examples_are_of_the_model_that_was_measured(atlas: HeadAtlas, folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_one_head_has_no_examples_of_other_weights(atlas: HeadAtlas, folder: Path, tmp_path: Path) -> None:  # noqa: F811
     other = HeadAtlas(
         atlas.info | {"model": atlas.info["model"] | {"weights": "0" * 64}},
         atlas.measurements,
@@ -76,11 +79,11 @@ def test_examples_are_of_the_model_that_was_measured(atlas: HeadAtlas, folder: P
     given = ["heads", "--atlas", str(path), "--model", str(folder / "tiny"), "--head", "1.3"]
     shown = CliRunner().invoke(cli.app, given)
     assert shown.exit_code == 0
-    assert "has other weights than the atlas was made of" in " ".join(shown.stderr.split())
+    assert "has other weights than the model of the atlas" in " ".join(shown.stderr.split())
     assert "Looks hardest" not in shown.stdout
 
 
-def test_examples_are_from_the_pipe_that_was_just_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_one_head_has_examples_from_the_pipe_that_was_just_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setattr(heads_command, "_frames", dict)
     given = ["heads", "--model", str(folder / "tiny"), "--text", "-", "--head", "1.3", "--no-worth"]
     done = CliRunner().invoke(cli.app, given, input="Nobody knew where the zebra was, or whether it was asleep.")
@@ -92,9 +95,11 @@ def test_examples_are_from_the_pipe_that_was_just_read(folder: Path, monkeypatch
 @pytest.mark.parametrize(
     "words", ["--text a b - --treebank=c d --no-worth", "--treebank c --text a --text b - --no-worth --treebank d"]
 )
-def test_several_files_may_follow_an_option(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_and_treebank_take_several_files(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[object] = []
-    monkeypatch.setattr(heads_command, "_measure", lambda asked, plan: given.append(asked) or raise_(TextError("seen")))
+    monkeypatch.setattr(
+        heads_command, "_measure", lambda options, plan: given.append(options) or raise_(TextError("seen"))
+    )
     answer = CliRunner().invoke(cli.app, ["heads", *words.split()])
     assert "seen" in answer.output
     assert [str(path) for path in given[0].texts] == ["a", "b", "-"]  # type: ignore[attr-defined]
@@ -108,7 +113,7 @@ def raise_(error: Exception) -> None:
     raise error
 
 
-def test_a_disk_that_is_full_is_said(
+def test_shards_on_a_full_disk_are_one_message(
     atlas: HeadAtlas,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -123,7 +128,7 @@ def test_a_disk_that_is_full_is_said(
         list(shards.run({"texts-0": Shard}, 0))
 
 
-def test_a_pipe_is_utf8_whatever_the_locale(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_pipe_reads_utf_8_whatever_the_locale(monkeypatch: pytest.MonkeyPatch) -> None:
     def give(data: bytes) -> None:
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
 
@@ -134,7 +139,7 @@ def test_a_pipe_is_utf8_whatever_the_locale(monkeypatch: pytest.MonkeyPatch) -> 
         read_pipe()
 
 
-def test_a_narrow_terminal_keeps_every_number(atlas: HeadAtlas, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_print_atlas_keeps_every_number_in_a_narrow_terminal(atlas: HeadAtlas, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     out = io.StringIO()
     narrow = Console(file=out, width=60, highlight=False)
     monkeypatch.setattr(terminal_heads, "print_renderable", narrow.print)
@@ -149,7 +154,7 @@ def test_a_narrow_terminal_keeps_every_number(atlas: HeadAtlas, monkeypatch: pyt
     assert "…" not in out.getvalue()
 
 
-def test_what_is_not_found_is_told_with_its_null(atlas: HeadAtlas, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_print_atlas_names_the_best_head_of_no_role(atlas: HeadAtlas, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     out = io.StringIO()
     monkeypatch.setattr(terminal_heads, "print_renderable", Console(file=out, width=300, highlight=False).print)
     terminal_heads.print_atlas(atlas)
@@ -161,14 +166,14 @@ def test_what_is_not_found_is_told_with_its_null(atlas: HeadAtlas, monkeypatch: 
     assert f"(null: {best.null * 100:.0f} %, p = {best.p_holm:.1g})" in shown
 
 
-def test_atlases_of_other_plans_are_not_merged(atlas: HeadAtlas, decoder: object) -> None:  # noqa: F811
+def test_merge_refuses_an_atlas_of_another_plan(atlas: HeadAtlas, decoder: object) -> None:  # noqa: F811
     plan = Plan(length=16, repeats=0, worth=0)
     other = profile(decoder, texts=documents("owl"), plan=plan)
     with pytest.raises(AtlasError, match="of different lengths of pieces cannot be merged"):
         atlas.merge(other)
 
 
-def test_two_treebanks_on_the_same_texts_merge(decoder: object) -> None:  # noqa: F811
+def test_merge_joins_two_treebanks_on_the_same_texts(decoder: object) -> None:  # noqa: F811
     plan = Plan(length=24, repeats=4, period=7, worth=2, worth_tokens=9)
     given = few()["some"]
     first, second = (
