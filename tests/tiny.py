@@ -26,16 +26,16 @@ def mistral(window: int) -> Any:
     return MistralForCausalLM(MistralConfig(**_decoder(), sliding_window=window)).eval()
 
 
-def bart() -> Any:
-    """An encoder–decoder: 2 + 2 layers, 6 heads of size 4."""
+def bart(encoder_layers: int = 2, decoder_layers: int = 2) -> Any:
+    """An encoder–decoder with 6 heads of size 4."""
     from transformers import BartConfig, BartForConditionalGeneration
 
     torch.manual_seed(0)
     config = BartConfig(
         vocab_size=VOCABULARY,
         d_model=24,
-        encoder_layers=2,
-        decoder_layers=2,
+        encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers,
         encoder_attention_heads=6,
         decoder_attention_heads=6,
         encoder_ffn_dim=32,

@@ -318,7 +318,7 @@ def means_are_over_padded_rows_too(original: Any) -> Any:
 
 @fault(
     "headscope.heads.measures.sums:MeasureSums.value",
-    "heads/test_measures.py::test_a_head_is_reported_on_the_half_that_did_not_pick_it",
+    "heads/test_roles.py::test_a_head_is_reported_on_the_half_that_did_not_pick_it",
 )
 def heads_are_reported_on_the_texts_that_picked_them(original: Any) -> Any:
     return lambda self, column, half=None: original(self, column)

@@ -1,6 +1,6 @@
-"""An atlas as a Parquet file: a table that any reader of Parquet shows, with everything behind it in its metadata.
+"""An atlas as a Parquet file: a table for any reader of Parquet, and in its metadata the sums behind the table.
 
-docs/atlas.md says what lies where. Nothing is pickled: the sums are a safetensors block, the rest is JSON.
+docs/atlas.md describes the format. Nothing is pickled: the sums are a safetensors block, all else is JSON.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ __all__ = ["FORMAT", "check_format", "read", "table", "write"]
 
 FORMAT = 4  # of the file and of its shards
 _INFO, _STATE = b"headscope.atlas", b"headscope.sums"
-_MOST = 1 << 32  # bytes of sums that a file may unfold to
-_TEXT = (1 << 31) - 1  # bytes of one entry in Parquet's metadata
-_LIMITS = {"thrift_string_size_limit": _TEXT, "thrift_container_size_limit": _TEXT}  # pyarrow's own stop at 100 MB
+_LEVEL = 6  # of compression
+_MAX_SUMS = 1 << 32  # bytes of sums, before compression
+_MAX_TEXT = (1 << 31) - 1  # bytes of one entry in Parquet's metadata
+_LIMITS = {"thrift_string_size_limit": _MAX_TEXT, "thrift_container_size_limit": _MAX_TEXT}  # pyarrow's are 100 MB
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -46,18 +47,18 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def write(path: Path, shown: Table, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
     """Write the Parquet file, whole or not at all.
 
-    Metadata is text in Parquet, hence base64; and the schema is left out of it, which would hold all of it again.
+    Parquet's metadata is text, hence base64. The Arrow schema is not stored: it would contain all metadata again.
 
     Raises:
-        AtlasError: The sums are more than such a file may hold.
+        AtlasError: The sums are larger than such a file can be.
         HeadscopeError: It cannot be written.
     """
     with optional_imports("atlas", "Atlas files and tables"):
         from pyarrow import parquet
 
     size = sum(tensor.nbytes for tensor in tensors.values())
-    packed = base64.b64encode(zlib.compress(save_tensors(tensors), 6)) if size <= _MOST else b""
-    if size > _MOST or len(packed) > _TEXT:
+    packed = base64.b64encode(zlib.compress(save_tensors(tensors), _LEVEL)) if size <= _MAX_SUMS else b""
+    if size > _MAX_SUMS or len(packed) > _MAX_TEXT:
         raise AtlasError(
             f"{path} would hold {size >> 20} MB of sums, more than such a file can: profile the treebanks one by one, "
             "each with an --out of its own."
@@ -72,10 +73,10 @@ def write(path: Path, shown: Table, tensors: dict[str, Tensor], data: dict[str, 
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What lies behind the table of such a file.
+    """The sums and the JSON data in such a file.
 
     Raises:
-        AtlasError: It is not there, not an atlas, or cut short.
+        AtlasError: The file is missing, not an atlas, or cut short.
     """
     with optional_imports("atlas", "Atlas files and tables"):
         from pyarrow import ArrowException, parquet
@@ -93,9 +94,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         data = json.loads(metadata[_INFO])
         check_format(data, path)
         unfold = zlib.decompressobj()
-        packed = unfold.decompress(base64.b64decode(metadata[_STATE], validate=True), _MOST + (1 << 20))
+        packed = unfold.decompress(base64.b64decode(metadata[_STATE], validate=True), _MAX_SUMS + (1 << 20))
         if unfold.unconsumed_tail:
-            raise AtlasError(f"{path} unfolds to more than {_MOST >> 20} MB of sums: it is not one of ours.")
+            raise AtlasError(f"{path} unfolds to more than {_MAX_SUMS >> 20} MB of sums: it is not one of ours.")
         return load_tensors(packed), data
     except (ValueError, zlib.error, safetensors.SafetensorError) as error:
         raise AtlasError(f"{path} is damaged: {error}") from None
