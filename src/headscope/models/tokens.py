@@ -92,11 +92,11 @@ class Tokens:
             TextError: The word is not in the text, or is there more than once.
         """
         matches = self._matches(word)
-        wanted, hash_sign, number = word.rpartition("#")
-        if not matches and hash_sign and wanted and number.isdecimal():
-            return self._occurrence(wanted, int(number))
+        text, hash_sign, number = word.rpartition("#")
+        if not matches and hash_sign and text and number.isdecimal():
+            return self._occurrence(text, int(number))
         if not matches:
-            raise TextError(self._not_there(word))
+            raise TextError(self._missing(word))
         if len(matches) > 1:
             raise TextError(
                 f"{word!r} is in the text {len(matches)} times: {self._listed(word, matches)}. "
@@ -106,17 +106,17 @@ class Tokens:
 
     @cached_property
     def _by_text(self) -> dict[str, list[Word]]:
-        found: dict[str, list[Word]] = {}
+        words: dict[str, list[Word]] = {}
         for word in self.words:
-            found.setdefault(word.text, []).append(word)
-        return found
+            words.setdefault(word.text, []).append(word)
+        return words
 
     @cached_property
     def _by_folded(self) -> dict[str, list[Word]]:
-        found: dict[str, list[Word]] = {}
+        words: dict[str, list[Word]] = {}
         for word in self.words:
-            found.setdefault(_folded(word.text), []).append(word)
-        return found
+            words.setdefault(_folded(word.text), []).append(word)
+        return words
 
     def _matches(self, word: str) -> list[Word]:
         return self._by_text.get(word) or self._by_folded.get(_folded(word)) or []
@@ -124,7 +124,7 @@ class Tokens:
     def _occurrence(self, word: str, number: int) -> Word:
         matches = self._matches(word)
         if not matches:
-            raise TextError(self._not_there(word))
+            raise TextError(self._missing(word))
         if not 1 <= number <= len(matches):
             times = "once" if len(matches) == 1 else f"{len(matches)} times"
             raise TextError(
@@ -133,9 +133,9 @@ class Tokens:
             )
         return matches[number - 1]
 
-    def _listed(self, word: str, matches: Sequence[Word], most: int = 9) -> str:
-        shown = [f"{word}#{i} in {self._around(m)!r}" for i, m in enumerate(matches[:most], 1)]
-        return ", ".join(shown) + (f", … {word}#{len(matches)}" if len(matches) > most else "")
+    def _listed(self, word: str, matches: Sequence[Word], limit: int = 9) -> str:
+        occurrences = [f"{word}#{i} in {self._around(m)!r}" for i, m in enumerate(matches[:limit], 1)]
+        return ", ".join(occurrences) + (f", … {word}#{len(matches)}" if len(matches) > limit else "")
 
     def _around(self, word: Word, reach: int = 20) -> str:
         before = self.text[max(0, word.start - reach) : word.start]
@@ -143,18 +143,18 @@ class Tokens:
         around = " ".join(f"{before}[{word.text}]{after}".split())
         return ("…" if word.start > reach else "") + around + ("…" if word.end + reach < len(self.text) else "")
 
-    def _not_there(self, word: str) -> str:
+    def _missing(self, word: str) -> str:
         at = self.text.find(word) if word else -1
         parts = [w.text for w in self.words if w.start < at + len(word) and w.end > at >= 0]
         if len(parts) > 1:
             return f"{word!r} is several words here: {', '.join(parts)}. Ask for one of them."
         if parts:
             return f"{word!r} is only a part of the word {parts[0]!r} here. Ask for that."
-        there = list(self._by_text)
-        folded = {_folded(text): text for text in there}
+        texts = list(self._by_text)
+        folded = {_folded(text): text for text in texts}
         close = [folded[f] for f in difflib.get_close_matches(_folded(word), list(folded), n=3)]
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-        listed = " ".join(there[:40]) + (" …" if len(there) > 40 else "")
+        listed = " ".join(texts[:40]) + (" …" if len(texts) > 40 else "")
         return f"{word!r} is not a word of the text.{hint} Its words are: {listed}"
 
 
@@ -243,8 +243,8 @@ def _check_text(text: str) -> None:
         ) from None
 
 
-def _shortened(text: str, most: int = 40) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+def _shortened(text: str, limit: int = 40) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _folded(text: str) -> str:
@@ -254,7 +254,7 @@ def _folded(text: str) -> str:
 def special_tokens(text: str, tokenizer: Any, ids: list[int], offsets: list[Span], added: list[bool]) -> list[bool]:
     """True for tokens that the tokenizer added, and for control tokens written in the text.
 
-    What a tokenizer does not know is text, though its token for that is among the special ones.
+    The token for unknown text is not special, though tokenizers declare it so.
     """
     declared = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     return [
@@ -265,9 +265,9 @@ def special_tokens(text: str, tokenizer: Any, ids: list[int], offsets: list[Span
 
 def _pieces(text: str, tokenizer: Any, ids: list[int], offsets: list[Span], special: list[bool]) -> tuple[str, ...]:
     pieces = [text[start:end] for start, end in offsets]
-    unseen = [i for i, piece in enumerate(pieces) if special[i] or not piece]
-    names = tokenizer.convert_ids_to_tokens([ids[i] for i in unseen])
-    for i, name in zip(unseen, names, strict=True):
+    unnamed = [i for i, piece in enumerate(pieces) if special[i] or not piece]
+    names = tokenizer.convert_ids_to_tokens([ids[i] for i in unnamed])
+    for i, name in zip(unnamed, names, strict=True):
         pieces[i] = name if special[i] else name.replace("▁", " ")
     bounds = np.array(offsets, dtype=np.int64).reshape(-1, 2)
     start = np.maximum(bounds[:-1, 0], bounds[1:, 0])
@@ -319,14 +319,14 @@ _WORD = re.compile(
 
 
 class _Classes(dict[int, str]):
-    """The class of each character, found once for each that occurs."""
+    """The class of each character, computed once for each that occurs."""
 
     def __missing__(self, code: int) -> str:
         self[code] = _character_class(code)
         return self[code]
 
 
-# Where the characters lie that are words alone: Chinese, and the two Japanese syllabaries.
+# The ranges of characters that are words alone: Chinese, and the two Japanese syllabaries.
 _ALONE = (
     (0x2E80, 0x2FDF),
     (0x3005, 0x3007),
@@ -369,5 +369,5 @@ _CLASSES = _Classes()
 
 
 def _word_spans(text: str) -> list[Span]:
-    """Start and end of each word of the text by its characters alone, no token considered."""
+    """Start and end of each word of the text, from its characters alone."""
     return [match.span() for match in _WORD.finditer(text.translate(_CLASSES))]
