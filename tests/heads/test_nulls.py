@@ -10,20 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from headscope.heads.relations import (
-    Example,
-    RelationCounts,
-    RelationScore,
+from headscope.heads.relations import Example, RelationCounts, RelationScore, score, scores
+from headscope.heads.relations.counts import direction_of
+from headscope.heads.relations.evaluate import directed_pairs
+from headscope.heads.relations.hits import (
+    class_ids,
     count_class_baseline,
     count_controls,
     count_hits,
-    score,
-    scores,
     strongest_words,
 )
-from headscope.heads.relations.counts import direction_of
-from headscope.heads.relations.evaluate import directed_pairs
-from headscope.heads.relations.hits import class_ids
 from headscope.heads.relations.score import LEAD, LEVEL
 from headscope.heads.relations.sentences.languages import load_language
 from headscope.heads.statistics import cluster_bootstrap

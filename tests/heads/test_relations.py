@@ -17,23 +17,21 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from headscope.errors import HeadscopeError
-from headscope.heads.examples import pair_examples
+from headscope.heads.corpus import Document
+from headscope.heads.examples import pair_examples, token_examples
 from headscope.heads.relations import (
     Example,
     Pair,
     RelationCounts,
-    Tally,
-    best_heads,
     can_read,
-    count_controls,
-    count_hits,
     count_relations,
     evaluate,
     score,
     scores,
-    strongest_words,
 )
+from headscope.heads.relations.counts import Tally
 from headscope.heads.relations.evaluate import directed_pairs, words_of_tokens
+from headscope.heads.relations.hits import count_controls, count_hits, strongest_words
 from headscope.heads.statistics import cluster_bootstrap
 from headscope.models.loading import Loaded
 from headscope.models.tokens import tokenize
@@ -268,6 +266,23 @@ def test_pair_examples_skip_sentences_that_the_model_cannot_read(letters: Loaded
     assert [pair.text for pair in shown] == ["a b c d"]
 
 
+def test_token_examples_are_the_largest_and_smallest_weights_on_text(letters: Loaded) -> None:
+    text = "The cat sat on the mat and the dog slept"
+    best, worst = token_examples(letters, [Document("a text", lambda: text)], 1, 4, most=100)
+    tokens = tokenize(text, letters.tokenizer, start_token_id=0)
+    with torch.no_grad(), record(letters.model) as recording:
+        letters.model(torch.tensor([tokens.ids]))
+    weights = recording.to_attentions()[1][0, 4, :, 1:]  # the start token is a sink
+    largest = weights[2:].amax(-1).tolist()  # rows with two text keys
+    assert [example.weight for example in worst] == pytest.approx(sorted(largest), rel=1e-4)
+    assert best[0].weight == pytest.approx(max(largest), rel=1e-4)
+    assert len({(example.token, example.target) for example in best}) == len(best) < len(worst)
+    row = 2 + largest.index(max(largest))
+    key = 1 + int(weights[row].argmax())
+    letter = [text[start:end] for start, end in tokens.offsets]
+    assert (best[0].token, best[0].target, best[0].distance) == (letter[row], letter[key], key - row)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_pair_examples_are_right_where_they_count_as_hits(letters: Loaded, reverse: bool) -> None:
     """Words of other bounds than the tokenizer's own, which a treebank has, too."""
@@ -348,7 +363,6 @@ def test_a_head_is_compared_with_the_best_fixed_offset() -> None:
     assert rows[1].low < 1 / 3 < rows[1].high
     assert not rows[1].role
     assert rows[0].p > 0.5
-    assert best_heads(counts, "r")[0] == (1, 0, 22 / 24)
     assert scores(counts, half=0)[2].accuracy == 22 / 24
 
 
@@ -387,12 +401,9 @@ def test_pairs_far_apart_agree_with_no_offset() -> None:
     assert row.picked_accuracy != row.picked_accuracy  # NaN: nothing to pick on
 
 
-def test_best_heads_and_scores_refuse_what_was_not_counted() -> None:
-    counts = counts_from({1: [4]}, {1: [-2]})
-    with pytest.raises(ValueError, match=r"'q' in the direction 'q \(reverse\)'.*half 0.*It has: nothing"):
-        best_heads(counts, "q", "q (reverse)")
-    with pytest.raises(ValueError, match="half=2"):
-        scores(counts, half=2)
+def test_scores_refuse_a_third_half() -> None:
+    with pytest.raises(ValueError, match="half=2: wanted 0 or 1"):
+        scores(counts_from({1: [4]}, {1: [-2]}), half=2)
 
 
 class Models(torch.nn.Module):

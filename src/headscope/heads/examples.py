@@ -12,8 +12,9 @@ from headscope.errors import TextError
 from headscope.heads.corpus import Document, Piece, TextBatch, batches, cut
 from headscope.heads.measures import Visibility
 from headscope.heads.measures.strongest import MaxAmong
-from headscope.heads.relations import Example, count_hits
 from headscope.heads.relations.evaluate import DirectedPair, directed_pairs, words_of_tokens
+from headscope.heads.relations.hits import count_hits
+from headscope.heads.relations.sentences import Example
 from headscope.models.loading import Loaded
 from headscope.models.tokens import tokenize
 from headscope.watching.hooks import AttentionCall

@@ -2,13 +2,12 @@
 
 Sentences whose pairs are known come from `english_sentences`, `chinese_sentences` or a treebank
 (`sentences.treebank.read_conllu`, which needs the package conllu); `count_relations` runs a model over them, and
-`scores` says which heads do better than a fixed distance.
+`scores` compares every head with three nulls.
 """
 
-from headscope.heads.relations.counts import RelationCounts, Tally
+from headscope.heads.relations.counts import RelationCounts
 from headscope.heads.relations.evaluate import can_read, count_relations
-from headscope.heads.relations.hits import count_class_baseline, count_controls, count_hits, strongest_words
-from headscope.heads.relations.score import RelationScore, best_heads, scores
+from headscope.heads.relations.score import RelationScore, scores
 from headscope.heads.relations.sentences import (
     Example,
     Pair,
@@ -24,16 +23,10 @@ __all__ = [
     "Relation",
     "RelationCounts",
     "RelationScore",
-    "Tally",
-    "best_heads",
     "can_read",
     "chinese_sentences",
     "constructed_relations",
-    "count_class_baseline",
-    "count_controls",
-    "count_hits",
     "count_relations",
     "english_sentences",
     "scores",
-    "strongest_words",
 ]

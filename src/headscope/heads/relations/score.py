@@ -17,7 +17,7 @@ from torch import Tensor
 from headscope.heads.relations.counts import MAX_OFFSET, RelationCounts, Tally, direction_of
 from headscope.heads.statistics import cluster_bootstrap, cluster_score_test, holm
 
-__all__ = ["LEAD", "LEVEL", "RelationScore", "best_heads", "scores"]
+__all__ = ["LEAD", "LEVEL", "RelationScore", "scores"]
 
 LEVEL = 0.05  # of a role, on either half
 LEAD = 0.1  # how far a role's accuracy is above each null at least
@@ -198,32 +198,3 @@ def _p(tally: Tally, is_head: Tensor) -> list[float]:
 
 def _accuracy(tally: Tally, is_head: Tensor) -> Tensor:
     return tally.hits[:, is_head].sum(0) / tally.pairs.sum()
-
-
-def best_heads(
-    counts: RelationCounts, relation: str, direction: str | None = None, *, half: int = 0
-) -> list[tuple[int, int, float]]:
-    """All heads by their accuracy on the half that picks: (layer, head, accuracy), the best first.
-
-    Args:
-        counts: What `count_relations` counted.
-        relation: The relation's name.
-        direction: The relation's name, or that with " (reverse)"; the first by default.
-        half: The half on which they are picked.
-
-    Raises:
-        ValueError: Nothing was counted for this relation and direction on this half.
-    """
-    direction = relation if direction is None else direction
-    tally = counts.tally(relation, direction, half)
-    if not tally.clusters:
-        counted = ", ".join(sorted({repr(d) for _, d, h in counts.keys if h == half})) or "nothing"
-        raise ValueError(
-            f"best_heads got the relation {relation!r} in the direction {direction!r}, for which half {half} has no "
-            f"pairs. It has: {counted}."
-        )
-    is_head = _is_head(counts)
-    accuracy = _accuracy(tally, is_head).tolist()
-    places = is_head.nonzero().tolist()
-    ranked = sorted(zip(places, accuracy, strict=True), key=lambda item: (-item[1], item[0]))
-    return [(layer, head, share) for (layer, head), share in ranked]
