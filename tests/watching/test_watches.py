@@ -304,11 +304,12 @@ def test_checkpoint_recomputation_is_not_a_second_call(reentrant: bool) -> None:
 
 
 def test_on_call_gets_operands_and_outputs() -> None:
-    model, x, seen = NanoGPT(), torch.randn(B, L, E), []
-    with watch(model, lambda call, forward: seen.append((call, forward.root))):
+    model, x = NanoGPT(), torch.randn(B, L, E)
+    calls: list[tuple[AttentionCall, list[str]]] = []
+    with watch(model, lambda call, forward: calls.append((call, list(forward.stack)))):
         model(x)
-    call: AttentionCall = seen[0][0]
-    assert seen[0][1] == call.name == ""
+    ((call, running),) = calls
+    assert running == [call.name] == [""]
     assert call.value.shape == (B, H, L, D)
     assert_close(call.matrix() @ call.value, call.head_outputs())
 

@@ -23,8 +23,6 @@ from headscope.watching.hooks.watches import Forward, Watch, unwatched, with_out
 __all__ = ["AttentionCall", "Forward", "Output", "Watch", "unwatched", "watch", "with_output"]
 
 _lock = threading.Lock()
-watches._ON_BEGIN[:] = [sdpa.enter]
-watches._ON_END[:] = [sdpa.leave]
 
 
 @contextmanager
@@ -56,7 +54,7 @@ def watch(
         >>> shapes
         [(2, 4, 7, 7)]
     """
-    watcher = Watch(model, on_call, edit, on_end)
+    watcher = Watch(model, (sdpa.enter, sdpa.leave), on_call, edit, on_end)
     try:
         with _lock:
             watches._WATCHES.append(watcher)

@@ -35,7 +35,6 @@ __all__ = [
 class Forward:
     """One forward of the watched model, from its outermost module in to out."""
 
-    root: str
     valid: Tensor | None  # [B, S] bool, from the attention_mask that the outermost module got
     ran: set[str] = field(default_factory=set)
     stack: list[str] = field(default_factory=list)
@@ -56,11 +55,13 @@ class Watch:
     def __init__(
         self,
         model: nn.Module,
+        modes: tuple[Callable[[], None], Callable[[], None]],
         on_call: Callable[[AttentionCall, Forward], None] | None = None,
         edit: Edit | None = None,
         on_end: Callable[[Forward], None] | None = None,
     ) -> None:
         self.model, self.on_call, self.edit, self.on_end = model, on_call, edit, on_end
+        self.push_modes, self.pop_modes = modes  # for the thread in which a forward runs
         self.names = {id(module): name for name, module in model.named_modules(remove_duplicate=True)}
         self._local = threading.local()
         self._handles: list[Any] = []
@@ -93,7 +94,7 @@ class Watch:
         self._handles.clear()
         if self.forward is not None:
             self._local.forward = None
-            end_forward()
+            self.pop_modes()
 
     def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -112,8 +113,8 @@ class Watch:
             if self.edit is not None:
                 refuse_checkpointing(self.model)
             with without_modes():
-                self._local.forward = Forward(name, read_valid(module, args, kwargs))
-            begin_forward()
+                self._local.forward = Forward(read_valid(module, args, kwargs))
+            self.push_modes()
         forward = self.forward
         if forward is not None:
             forward.stack.append(name)
@@ -130,7 +131,7 @@ class Watch:
         if not forward.stack:
             self._local.forward = None
             forward.failed = sys.exception() is not forward.handling
-            end_forward()
+            self.pop_modes()
             if self.on_end is not None:
                 self.on_end(forward)
 
@@ -150,8 +151,6 @@ class Watch:
 _WATCHES: list[Watch] = []
 _SOURCES = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 _local = threading.local()
-_ON_BEGIN: list[Callable[[], None]] = []
-_ON_END: list[Callable[[], None]] = []
 
 
 def is_plain_layer(module: nn.Module) -> bool:
@@ -174,18 +173,6 @@ def running_module() -> nn.Module | None:
 def watches_of(module: nn.Module) -> list[Watch]:
     """The watches in whose model this module is."""
     return [watch for watch in list(_WATCHES) if id(module) in watch.names]
-
-
-def begin_forward() -> None:
-    """Switch on the modes that a thread needs while a watched model runs in it."""
-    for action in _ON_BEGIN:
-        action()
-
-
-def end_forward() -> None:
-    """Switch them off again."""
-    for action in _ON_END:
-        action()
 
 
 def active_watches() -> list[Watch]:
@@ -256,19 +243,17 @@ def report_call(
     Raises:
         ProofError: no candidate reading explains the output; UnsupportedAttention: an edit under dropout.
     """
-    watches = active_watches()
-    forwards = [watch.forward for watch in watches]
-    first = next(f for f in forwards if f is not None)
-    name = (watches[0].name_of(module) + suffix).removeprefix(".")
+    pairs = [(watch, watch.forward) for watch in active_watches() if watch.forward is not None]
+    names = [(watch.name_of(module) + suffix).removeprefix(".") for watch, _ in pairs]
+    first = pairs[0][1]
     with unwatched():
         if dropout_p:
             reading = Proved(next(iter(candidates(first))), None, None)
         else:
             text = valid if valid is not None else first.valid
-            reading = prove(name or "the model", candidates(first), value, output, text, logsumexp)
-    cross = cross or _is_cross(module, first, reading.scores)
+            reading = prove(names[0] or "the model", candidates(first), value, output, text, logsumexp)
     call = AttentionCall(
-        name,
+        names[0],
         0,
         way,
         reading.scores,
@@ -276,23 +261,19 @@ def report_call(
         output,
         dropout_p,
         reading.difference,
-        is_cross=cross,
+        is_cross=cross or _is_cross(module, first, reading.scores),
         logsumexp=reading.logsumexp,
     )
     with within_call():
-        for watch, forward in zip(watches, forwards, strict=True):
-            assert forward is not None  # active_watches() gives only those
-            own = (watch.name_of(module) + suffix).removeprefix(".")
-            occurrence = forward.counts.get(own, 0)
-            forward.counts[own] = occurrence + 1
-            forward.number = watch.number_of(own, occurrence)
+        for (watch, forward), name in zip(pairs, names, strict=True):
+            occurrence = forward.counts.get(name, 0)
+            forward.counts[name] = occurrence + 1
+            forward.number = watch.number_of(name, occurrence)
             if watch.edit is not None:
-                call = watch.edit(call.at(own, occurrence), forward)
-        for watch, forward in zip(watches, forwards, strict=True):
-            assert forward is not None
-            own = (watch.name_of(module) + suffix).removeprefix(".")
+                call = watch.edit(call.at(name, occurrence), forward)
+        for (watch, forward), name in zip(pairs, names, strict=True):
             if watch.on_call is not None:
-                watch.on_call(call.at(own, forward.counts[own] - 1), forward)
+                watch.on_call(call.at(name, forward.counts[name] - 1), forward)
     return call
 
 
