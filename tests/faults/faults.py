@@ -85,7 +85,7 @@ def the_softmax_is_over_queries(original: Any) -> Any:
     return weights_of_rows
 
 
-@fault("headscope.ops.kernels.fused:product", "nn/test_multihead.py::test_it_is_the_articles_formula")
+@fault("headscope.ops.kernels.fused:product", "nn/test_multihead.py::test_forward_is_the_articles_formula")
 def heads_are_concatenated_in_another_order(original: Any) -> Any:
     return lambda *args: original(*args).flip(1)
 
@@ -156,12 +156,14 @@ def rotary_turns_neighbours_where_it_should_turn_halves(original: Any) -> Any:
     return lambda *args, interleaved=False, **kwargs: original(*args, interleaved=not interleaved, **kwargs)
 
 
-@fault("headscope.ops.positions:rotary", "nn/test_multihead.py::test_llama")
+@fault("headscope.ops.positions:rotary", "nn/test_weights.py::test_llama")
 def the_rotary_base_is_ignored(original: Any) -> Any:
     return lambda base=10_000.0, **kwargs: original(**kwargs)
 
 
-@fault("headscope.ops.positions:Rotary.rotate", "nn/test_multihead.py::test_chunks_of_any_size_give_one_forward_pass")
+@fault(
+    "headscope.ops.positions:Rotary.rotate", "nn/test_cache.py::test_cache_in_chunks_of_any_size_gives_one_forward_pass"
+)
 def positions_restart_at_0_with_each_step_of_a_cache(original: Any) -> Any:
     return lambda self, x, first=0: original(self, x)
 
@@ -179,7 +181,7 @@ def heads_are_cut_out_by_a_view_without_a_transpose(original: Any) -> Any:
 
 @fault(
     "headscope.nn.multihead:MultiHeadAttention.forward",
-    "nn/test_multihead.py::test_dropout_drops_in_training_only_and_leaves_the_mean",
+    "nn/test_multihead.py::test_dropout_acts_in_training_only_and_keeps_the_mean",
 )
 def weights_are_dropped_in_evaluation(original: Any) -> Any:
     @wraps(original)
@@ -193,7 +195,7 @@ def weights_are_dropped_in_evaluation(original: Any) -> Any:
     return forward
 
 
-@fault("headscope.nn.weights:packed_rows", "nn/test_multihead.py::test_it_is_the_articles_formula")
+@fault("headscope.nn.weights:packed_rows", "nn/test_multihead.py::test_forward_is_the_articles_formula")
 def weights_of_keys_and_values_are_swapped(original: Any) -> Any:
     def rows(module: Any) -> Any:
         query, key, value = original(module)
@@ -204,7 +206,7 @@ def weights_of_keys_and_values_are_swapped(original: Any) -> Any:
 
 @fault(
     "headscope.nn.cache:SlidingWindowCache.append",
-    "nn/test_multihead.py::test_a_sliding_window_holds_only_the_window",
+    "nn/test_cache.py::test_sliding_window_cache_stores_only_the_window",
 )
 def a_cache_forgets_the_oldest_token_of_its_window(original: Any) -> Any:
     def append(self: Any, *args: Any) -> Any:
@@ -215,7 +217,7 @@ def a_cache_forgets_the_oldest_token_of_its_window(original: Any) -> Any:
     return append
 
 
-@fault("headscope.nn.transformer:Stack.forward", "nn/test_transformer.py::test_a_decoder_looks_back_only")
+@fault("headscope.nn.transformer:Stack.forward", "nn/test_transformer.py::test_decoder_is_causal")
 def a_decoder_looks_ahead(original: Any) -> Any:
     return lambda self, x, mask, *args, **kwargs: original(self, x, None, *args, **kwargs)
 

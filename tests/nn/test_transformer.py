@@ -44,7 +44,7 @@ def inputs(kind: str) -> tuple[Tensor, ...]:
     return (tokens(L), tokens(S, 1)) if kind == "encoder-decoder" else (tokens(L),)
 
 
-def test_the_defaults_are_the_papers() -> None:
+def test_config_defaults_are_those_of_the_paper() -> None:
     config = TransformerConfig(vocab_size=37_000)
     assert (config.embed_dim, config.num_heads, config.num_layers, config.ff_dim) == (512, 8, 6, 2048)
     assert (config.kind, config.position, config.dropout_p) == ("encoder-decoder", "sinusoidal", 0.1)
@@ -55,13 +55,13 @@ def test_the_defaults_are_the_papers() -> None:
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_for_each_position(kind: str, norm: str) -> None:
+def test_forward_gives_logits_for_each_position(kind: str, norm: str) -> None:
     assert model_of(kind=kind, norm=norm)(*inputs(kind)).shape == (B, L, 31)
 
 
 @pytest.mark.parametrize("position", ["sinusoidal", "rotary", "alibi", "none"])
 @pytest.mark.parametrize("kind", ["encoder-decoder", "decoder"])
-def test_a_decoder_looks_back_only(kind: str, position: str) -> None:
+def test_decoder_is_causal(kind: str, position: str) -> None:
     model, given = model_of(kind=kind, position=position), inputs(kind)
     changed = given[0].clone()
     changed[:, 4] = (changed[:, 4] + 1) % 31
@@ -70,7 +70,7 @@ def test_a_decoder_looks_back_only(kind: str, position: str) -> None:
 
 
 @pytest.mark.parametrize("position", ["sinusoidal", "rotary", "alibi"])
-def test_an_encoder_tells_positions_apart_and_looks_both_ways(position: str) -> None:
+def test_encoder_depends_on_positions_and_attends_both_ways(position: str) -> None:
     model, text = model_of(kind="encoder", position=position), tokens(L)
     turned = model(text.flip(1)).flip(1)
     assert (model(text) - turned).abs().max() > 1e-3 or position == "alibi"  # alibi sees distances, not directions
@@ -79,13 +79,13 @@ def test_an_encoder_tells_positions_apart_and_looks_both_ways(position: str) -> 
     assert (model(text) != model(changed)).any(-1).all()
 
 
-def test_without_positions_an_encoder_is_blind_to_order() -> None:
+def test_encoder_without_positions_ignores_order() -> None:
     model, text = model_of(kind="encoder", position="none"), tokens(L)
     torch.testing.assert_close(model(text), model(text.flip(1)).flip(1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_padding_changes_nothing(kind: str) -> None:
+def test_padding_does_not_change_the_logits(kind: str) -> None:
     model, given = model_of(kind=kind), inputs(kind)
     padded = [torch.cat([x, tokens(3, 9)], 1) for x in given]
     names = ("mask", "source_mask")
@@ -96,7 +96,7 @@ def test_padding_changes_nothing(kind: str) -> None:
 @pytest.mark.parametrize("chunks", [[1] * L, [3, 4], [1, 5, 1]], ids=str)
 @pytest.mark.parametrize("position", ["sinusoidal", "rotary", "alibi"])
 @pytest.mark.parametrize("kind", ["encoder-decoder", "decoder"])
-def test_the_cache_in_chunks_gives_one_forward_pass(kind: str, position: str, chunks: list[int]) -> None:
+def test_cache_in_chunks_gives_one_forward_pass(kind: str, position: str, chunks: list[int]) -> None:
     model, (text, *source) = model_of(kind=kind, position=position, num_kv_heads=3), inputs(kind)
     cache = model.new_cache(L)
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_the_cache_in_chunks_gives_one_forward_pass(kind: str, position: str, ch
 
 
 @pytest.mark.parametrize("kind", ["encoder-decoder", "decoder"])
-def test_greedy_decoding_is_the_likeliest_token_each_time(kind: str) -> None:
+def test_generate_takes_the_likeliest_token_at_temperature_0(kind: str) -> None:
     model, (text, *source) = model_of(kind=kind), inputs(kind)
     wanted = text
     for _ in range(6):
@@ -113,7 +113,7 @@ def test_greedy_decoding_is_the_likeliest_token_each_time(kind: str) -> None:
     assert torch.equal(model.generate(text, *source, max_new_tokens=6), wanted)
 
 
-def test_a_text_that_gets_too_long_is_told_before_it_is_written() -> None:
+def test_generate_refuses_a_text_that_gets_too_long_before_the_first_token() -> None:
     model = model_of(kind="decoder", max_length=9)
     with record(model, reduce=Max()) as recording, pytest.raises(ValueError, match="the text has 10 tokens"):
         model.generate(tokens(L), max_new_tokens=3)
@@ -121,7 +121,7 @@ def test_a_text_that_gets_too_long_is_told_before_it_is_written() -> None:
     assert model.generate(tokens(L), max_new_tokens=2).shape[1] == 9
 
 
-def test_norms_keep_logits_small() -> None:
+def test_qk_norm_bounds_the_logits() -> None:
     plain, normed = (model_of(kind="decoder", qk_norm=norm) for norm in (False, True))
     largest = []
     for model in (plain, normed):
@@ -136,7 +136,7 @@ def test_norms_keep_logits_small() -> None:
     assert largest[1] <= math.sqrt(attention.head_dim) + 1e-3  # two vectors of length √D, and D^(-1/2) of their product
 
 
-def test_a_stop_token_ends_a_row() -> None:
+def test_stop_token_ends_a_row() -> None:
     model, text = model_of(kind="decoder"), tokens(4)
     free = model.generate(text, max_new_tokens=8)
     stop = int(free[0, 5])
@@ -150,7 +150,7 @@ def test_a_stop_token_ends_a_row() -> None:
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
 @pytest.mark.parametrize("position", ["sinusoidal", "rotary", "alibi"])
-def test_texts_of_unequal_length_are_written_on_as_each_alone(kind: str, position: str) -> None:
+def test_generate_continues_prompts_of_unequal_length_as_each_alone(kind: str, position: str) -> None:
     model = model_of(kind=kind, position=position)
     text, source = tokens(L, batch=3), tokens(S, batch=3) if kind == "encoder-decoder" else None
     lengths = torch.tensor([4, L, 1])
@@ -165,7 +165,7 @@ def test_texts_of_unequal_length_are_written_on_as_each_alone(kind: str, positio
         assert (written[row, alone.shape[1] :] == stop).all()
 
 
-def test_drawing_follows_the_shares() -> None:
+def test_sampling_follows_the_probabilities() -> None:
     model = model_of(kind="decoder")
     text = tokens(4, batch=1).expand(4000, -1)
     shares = model(text[:1])[0, -1].div(2.0).softmax(-1)
@@ -179,7 +179,7 @@ def test_drawing_follows_the_shares() -> None:
     assert model.generate(text, max_new_tokens=1, temperature=1.0, top_p=1e-9)[:, -1].unique().tolist() == [order[0]]
 
 
-def test_one_layer_against_torchs_encoder_layer() -> None:
+def test_encoder_layer_equals_that_of_torch() -> None:
     for norm in ("pre", "post"):
         model = model_of(kind="encoder", norm=norm, num_layers=1, position="none")
         layer = model.encoder.layers[0]
@@ -191,7 +191,7 @@ def test_one_layer_against_torchs_encoder_layer() -> None:
         torch.testing.assert_close(layer(x, None), theirs(x))
 
 
-def test_one_layer_against_torchs_decoder_layer() -> None:
+def test_decoder_layer_equals_that_of_torch() -> None:
     model = model_of(num_layers=1)
     layer = model.decoder.layers[0]
     theirs = nn.TransformerDecoderLayer(24, 6, 40, batch_first=True, norm_first=True).double().eval()
@@ -208,7 +208,7 @@ def test_one_layer_against_torchs_decoder_layer() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("padded", [False, True])
-def test_recorded_it_gives_the_same_and_every_head(kind: str, padded: bool) -> None:
+def test_recording_gives_every_head_and_the_same_logits(kind: str, padded: bool) -> None:
     model, given = model_of(kind=kind), inputs(kind)
     names = ("mask", "source_mask") if padded else ()
     hidden = {n: masks.padding([x.shape[1], x.shape[1] - 2]) for n, x in zip(names, given, strict=False)}
@@ -235,7 +235,7 @@ def test_recorded_it_gives_the_same_and_every_head(kind: str, padded: bool) -> N
     torch.testing.assert_close(got.dense(), wanted.dense())
 
 
-def test_recorded_generation_is_one_matrix_a_site() -> None:
+def test_recorded_generation_is_one_matrix_per_site() -> None:
     model, (text, source) = model_of(), inputs("encoder-decoder")
     with record(model) as recording:
         whole = model.generate(text, source, max_new_tokens=4)
@@ -246,14 +246,14 @@ def test_recorded_generation_is_one_matrix_a_site() -> None:
         torch.testing.assert_close(matrix.dense(), wanted.dense())
 
 
-def test_dropout_in_training_is_watched_unproved() -> None:
+def test_recording_of_dropout_in_training_has_answers() -> None:
     model = model_of(kind="decoder").train()
     with record(model, reduce=Entropy()) as recording:
         model(tokens(L)).sum().backward()
     assert recording.answers
 
 
-def test_edits_reach_the_module() -> None:
+def test_edits_change_the_output() -> None:
     model, text = model_of(kind="decoder"), tokens(L)
     alone = model(text)
     with edit(model, ablate(0, 3)):
@@ -308,7 +308,7 @@ def test_errors_say_what_came_and_what_was_wanted(wrong: Callable[[], object], t
         wrong()
 
 
-def test_sinusoidal_positions_are_the_papers() -> None:
+def test_sinusoidal_positions_are_those_of_the_paper() -> None:
     table = positions.sinusoidal(50, 6)
     for position in (0, 1, 49):
         for i in range(3):
