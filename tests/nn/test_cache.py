@@ -203,7 +203,7 @@ def test_cache_and_training_work_after_inference_mode(make: Callable[[], KVCache
 
 @pytest.mark.parametrize("position", [None, positions.rotary()])
 def test_equal_query_key_value_are_self_attention(position: positions.Rotary | None) -> None:
-    """layer(x, x, x) once kept the first token's keys as a source, and decoded from them for ever."""
+    """layer(x, x, x) once stored the first token's keys as a source, and used them for all later tokens."""
     torch.manual_seed(0)
     layer, x = MultiHeadAttention(16, 4, position=position).eval(), torch.randn(2, 7, 16)
     with torch.no_grad():
@@ -215,9 +215,9 @@ def test_equal_query_key_value_are_self_attention(position: positions.Rotary | N
         cache = KVCache(7)
         wanted = [layer(part, cache=cache) for part in apart]
         cache = KVCache(7)
-        found = [layer(part, part, part, cache=cache) for part in apart]
-    torch.testing.assert_close(torch.cat(found, 1), torch.cat(wanted, 1), atol=0, rtol=0)
-    torch.testing.assert_close(torch.cat(found, 1), plain, atol=1e-5, rtol=1e-5)
+        outputs = [layer(part, part, part, cache=cache) for part in apart]
+    torch.testing.assert_close(torch.cat(outputs, 1), torch.cat(wanted, 1), atol=0, rtol=0)
+    torch.testing.assert_close(torch.cat(outputs, 1), plain, atol=1e-5, rtol=1e-5)
     assert cache.length == 7
 
 

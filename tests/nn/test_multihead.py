@@ -18,7 +18,7 @@ from tests.nn.modules import B, E, H, L, S, module_of, x_of
 from tests.options import unchecked
 
 
-def by_the_article(module: MultiHeadAttention, query: Tensor, key: Tensor, seen: Tensor | None = None) -> Tensor:
+def by_the_article(module: MultiHeadAttention, query: Tensor, key: Tensor, visible: Tensor | None = None) -> Tensor:
     """Concat(head_1 … head_h) W_O with head_i = softmax(Q W_i K W_i / sqrt d) V W_i, written out a head at a time."""
     weights = module.weights_as("linears")
     q, k, v = (
@@ -28,8 +28,8 @@ def by_the_article(module: MultiHeadAttention, query: Tensor, key: Tensor, seen:
     for h in range(module.num_heads):
         part = slice(h * d, (h + 1) * d)
         scores = q[..., part] @ k[..., part].transpose(-1, -2) / math.sqrt(d)
-        if seen is not None:
-            scores = scores.masked_fill(~seen, -torch.inf)
+        if visible is not None:
+            scores = scores.masked_fill(~visible, -torch.inf)
         heads.append(scores.softmax(-1) @ v[..., part])
     return torch.cat(heads, -1) @ weights["linears.3.weight"].T + weights["linears.3.bias"]
 
@@ -43,9 +43,9 @@ def test_forward_is_the_articles_formula(heads: int, across: bool) -> None:
 
 def test_forward_with_a_mask_is_the_articles_formula() -> None:
     module, x = module_of(E, H), x_of()
-    seen = torch.ones(L, L, dtype=torch.bool).tril()
-    torch.testing.assert_close(module(x, mask=masks.causal()), by_the_article(module, x, x, seen))
-    torch.testing.assert_close(module(x, mask=seen), by_the_article(module, x, x, seen))
+    visible = torch.ones(L, L, dtype=torch.bool).tril()
+    torch.testing.assert_close(module(x, mask=masks.causal()), by_the_article(module, x, x, visible))
+    torch.testing.assert_close(module(x, mask=visible), by_the_article(module, x, x, visible))
 
 
 def test_forward_of_two_positions_worked_by_hand() -> None:
@@ -87,12 +87,12 @@ def test_matrix_of_cross_attention_gives_the_output() -> None:
 )
 def test_gradients_match_finite_differences(options: dict[str, object]) -> None:
     module, x = module_of(E, H, **options), x_of(4).requires_grad_()
-    names, held = zip(*module.named_parameters(), strict=True)
+    names, parameters = zip(*module.named_parameters(), strict=True)
 
     def run(x: Tensor, *parts: Tensor) -> Tensor:
         return torch.func.functional_call(module, dict(zip(names, parts, strict=True)), (x,), {"mask": masks.causal()})
 
-    assert torch.autograd.gradcheck(run, (x, *held))
+    assert torch.autograd.gradcheck(run, (x, *parameters))
 
 
 def test_grouped_query_heads_share_keys_in_order() -> None:
@@ -158,9 +158,9 @@ def test_causal_mask_is_aligned_to_the_last_query() -> None:
 @pytest.mark.parametrize("shape", [(L, L), (1, 1, L, L), (B, 1, L, L), (1, H, L, L), (B, H, L, L)])
 def test_mask_shapes_are_the_same_in_training_and_evaluation(shape: tuple[int, ...]) -> None:
     module, x = module_of(E, H), x_of()
-    seen = torch.rand(shape, generator=torch.Generator().manual_seed(3)) > 0.3
-    trained = module.train()(x, mask=seen)
-    torch.testing.assert_close(module.eval()(x, mask=seen), trained)
+    visible = torch.rand(shape, generator=torch.Generator().manual_seed(3)) > 0.3
+    trained = module.train()(x, mask=visible)
+    torch.testing.assert_close(module.eval()(x, mask=visible), trained)
 
 
 def test_matrix_is_before_dropout_and_sums_to_one() -> None:

@@ -62,10 +62,10 @@ def test_forward_gives_logits_for_each_position(kind: str, norm: str) -> None:
 @pytest.mark.parametrize("position", ["sinusoidal", "rotary", "alibi", "none"])
 @pytest.mark.parametrize("kind", ["encoder-decoder", "decoder"])
 def test_decoder_is_causal(kind: str, position: str) -> None:
-    model, given = model_of(kind=kind, position=position), inputs(kind)
-    changed = given[0].clone()
+    model, texts = model_of(kind=kind, position=position), inputs(kind)
+    changed = texts[0].clone()
     changed[:, 4] = (changed[:, 4] + 1) % 31
-    same = (model(*given) == model(changed, *given[1:])).all(-1)
+    same = (model(*texts) == model(changed, *texts[1:])).all(-1)
     assert same.tolist() == [[True] * 4 + [False] * 3] * B
 
 
@@ -86,11 +86,11 @@ def test_encoder_without_positions_ignores_order() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_does_not_change_the_logits(kind: str) -> None:
-    model, given = model_of(kind=kind), inputs(kind)
-    padded = [torch.cat([x, tokens(3, 9)], 1) for x in given]
+    model, texts = model_of(kind=kind), inputs(kind)
+    padded = [torch.cat([x, tokens(3, 9)], 1) for x in texts]
     names = ("mask", "source_mask")
-    hidden = {name: masks.padding([x.shape[1]] * B) for name, x in zip(names, given, strict=False)}
-    torch.testing.assert_close(model(*padded, **hidden)[:, :L], model(*given))
+    hidden = {name: masks.padding([x.shape[1]] * B) for name, x in zip(names, texts, strict=False)}
+    torch.testing.assert_close(model(*padded, **hidden)[:, :L], model(*texts))
 
 
 @pytest.mark.parametrize("chunks", [[1] * L, [3, 4], [1, 5, 1]], ids=str)
@@ -168,14 +168,14 @@ def test_generate_continues_prompts_of_unequal_length_as_each_alone(kind: str, p
 def test_sampling_follows_the_probabilities() -> None:
     model = model_of(kind="decoder")
     text = tokens(4, batch=1).expand(4000, -1)
-    shares = model(text[:1])[0, -1].div(2.0).softmax(-1)
+    probabilities = model(text[:1])[0, -1].div(2.0).softmax(-1)
     drawn = model.generate(text, max_new_tokens=1, temperature=2.0, generator=torch.Generator().manual_seed(0))[:, -1]
     counts = torch.bincount(drawn, minlength=31) / 4000
-    torch.testing.assert_close(counts.double(), shares, atol=0.03, rtol=0)
+    torch.testing.assert_close(counts.double(), probabilities, atol=0.03, rtol=0)
     few = model.generate(text, max_new_tokens=1, temperature=2.0, top_p=0.5)[:, -1].unique()
-    order = shares.argsort(descending=True)
-    kept = int((shares[order].cumsum(0) < 0.5).sum()) + 1
-    assert set(few.tolist()) <= set(order[:kept].tolist())
+    order = probabilities.argsort(descending=True)
+    count = int((probabilities[order].cumsum(0) < 0.5).sum()) + 1
+    assert set(few.tolist()) <= set(order[:count].tolist())
     assert model.generate(text, max_new_tokens=1, temperature=1.0, top_p=1e-9)[:, -1].unique().tolist() == [order[0]]
 
 
@@ -209,12 +209,12 @@ def test_decoder_layer_equals_that_of_torch() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("padded", [False, True])
 def test_recording_gives_every_head_and_the_same_logits(kind: str, padded: bool) -> None:
-    model, given = model_of(kind=kind), inputs(kind)
+    model, texts = model_of(kind=kind), inputs(kind)
     names = ("mask", "source_mask") if padded else ()
-    hidden = {n: masks.padding([x.shape[1], x.shape[1] - 2]) for n, x in zip(names, given, strict=False)}
-    alone = model(*given, **hidden)
+    hidden = {n: masks.padding([x.shape[1], x.shape[1] - 2]) for n, x in zip(names, texts, strict=False)}
+    alone = model(*texts, **hidden)
     with record(model) as recording:
-        assert torch.equal(model(*given, **hidden), alone)
+        assert torch.equal(model(*texts, **hidden), alone)
     shapes = {"encoder": [(L, L)] * 2, "decoder": [(L, L)] * 2}
     shapes["encoder-decoder"] = [(S, S)] * 2 + [(L, L), (L, S)] * 2
     assert [tuple(matrix.shape[2:]) for matrix in recording] == shapes[kind]
@@ -223,14 +223,14 @@ def test_recording_gives_every_head_and_the_same_logits(kind: str, padded: bool)
     assert recording.proof < 1e-6
     part = "decoder" if kind != "encoder" else "encoder"
     layer = getattr(model, part).layers[0]
-    seen: list[Tensor] = []
-    handle = layer.self_attention.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-    model(*given, **hidden)
+    attention_inputs: list[Tensor] = []
+    handle = layer.self_attention.register_forward_pre_hook(lambda m, args: attention_inputs.append(args[0]))
+    model(*texts, **hidden)
     handle.remove()
     mask = hidden.get("mask")
     whole = masks.causal() if part == "decoder" else None
     whole = mask if whole is None else whole if mask is None else whole & mask
-    wanted = layer.self_attention.matrix(seen[0], mask=whole)
+    wanted = layer.self_attention.matrix(attention_inputs[0], mask=whole)
     got = recording[f"{part}.layers.0.self_attention"]
     torch.testing.assert_close(got.dense(), wanted.dense())
 
