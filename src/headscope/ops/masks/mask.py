@@ -1,14 +1,15 @@
-"""Which query may see which key, as a function of positions: never an L×S tensor unless it came as one.
+"""Mask: which query may see which key, as a function of positions, and its combinations with ``&``, ``|``, ``~``.
 
-True means *may attend*. Positions are absolute: key j stands at j, and the L queries are the last L of
-the S positions, so that a causal mask is right with a cache. Masks combine with ``&``, ``|`` and ``~``,
-and can say of a whole block whether it is visible, hidden, or mixed, which is how hidden blocks are skipped.
+True means *may attend*. Positions are absolute: key j has position j, and the L queries have the last L of the S
+positions, so that a causal mask is correct with a cache. A mask also classifies whole blocks as visible, hidden or
+mixed, so that hidden blocks are skipped.
 """
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 class Mask(ABC):
     """A rule that says whether the query at position ``q_idx`` may see the key at ``kv_idx``.
 
-    Call it like FlexAttention's ``mask_mod``: index tensors that broadcast come in, a bool tensor comes out.
+    Call it like FlexAttention's ``mask_mod``, with index tensors that broadcast. It returns a bool tensor.
 
     Example:
         >>> from headscope import masks
@@ -28,7 +29,7 @@ class Mask(ABC):
                 [0, 1, 1]], dtype=torch.int32)
     """
 
-    is_causal = False  # whether this is causal() itself, which kernels have a way of their own for
+    is_causal = False  # whether this is causal() itself, which the fused kernel supports directly
 
     @abstractmethod
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ class Mask(ABC):
         heads: int = 1,
         device: str | torch.device = "cpu",
     ) -> Tensor:
-        """The whole mask as bool [batch, heads, num_queries, num_keys]: for small sizes and for looking at."""
+        """The whole mask as bool [batch, heads, num_queries, num_keys], for small sizes."""
         self.check((batch, heads, num_queries, num_keys))
         rows = slice(num_keys - num_queries, num_keys)
         full = (batch, heads, num_queries, num_keys)
@@ -73,18 +74,18 @@ class Mask(ABC):
     def spans(self, b: slice, q: slice, num_keys: int, step: int = 64) -> list[tuple[int, int, bool]]:
         """The keys that some query of the block may see, as (start, stop, mixed) in ascending order.
 
-        ``mixed`` says that the mask must still be applied inside the span. Found by halving, so that a causal
-        or windowed mask costs a few looks, whatever the length.
+        ``mixed`` means that the mask must be applied inside the span. The keys are halved repeatedly, so that a causal
+        or windowed mask needs few calls of classify at any length.
         """
         joined: list[tuple[int, int, bool]] = []
-        for start, stop, mixed in self._halve(b, q, 0, num_keys, step):
+        for start, stop, mixed in self._split_keys(b, q, 0, num_keys, step):
             if joined and joined[-1][1] == start and joined[-1][2] == mixed:
                 joined[-1] = (joined[-1][0], stop, mixed)
             else:
                 joined.append((start, stop, mixed))
         return joined
 
-    def _halve(self, b: slice, q: slice, lo: int, hi: int, step: int) -> Iterator[tuple[int, int, bool]]:
+    def _split_keys(self, b: slice, q: slice, lo: int, hi: int, step: int) -> Iterator[tuple[int, int, bool]]:
         verdict = self.classify(b, q, slice(lo, hi))
         if verdict is False or lo >= hi:
             return
@@ -92,60 +93,62 @@ class Mask(ABC):
             yield lo, hi, verdict is None
             return
         middle = (lo + hi) // 2
-        yield from self._halve(b, q, lo, middle, step)
-        yield from self._halve(b, q, middle, hi, step)
+        yield from self._split_keys(b, q, lo, middle, step)
+        yield from self._split_keys(b, q, middle, hi, step)
 
     def __and__(self, other: Mask) -> Mask:
-        return _Both(self, _a_mask(other, "&"))
+        return _And(self, _checked(other, "&"))
 
     def __or__(self, other: Mask) -> Mask:
-        return _Either(self, _a_mask(other, "|"))
+        return _Or(self, _checked(other, "|"))
 
     def __invert__(self) -> Mask:
         return _Not(self)
 
 
-def _a_mask(other: object, sign: str) -> Mask:
+def _checked(other: object, sign: str) -> Mask:
     if isinstance(other, Mask):
         return other
-    what = type(other).__name__
     raise TypeError(
-        f"mask {sign} {what}: wanted another mask; masks.dense(tensor) makes one of a bool tensor, True: see."
+        f"mask {sign} {type(other).__name__}: wanted another mask; masks.dense(tensor) makes one from a bool tensor "
+        "(True: may attend)."
     )
 
 
-class _Both(Mask):
+class _Pair(Mask):
+    """Two masks combined cell by cell."""
+
+    sign: str
+    combine: Callable[[Tensor, Tensor], Tensor]
+
     def __init__(self, left: Mask, right: Mask) -> None:
         self.left, self.right = left, right
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return self.left(b, h, q_idx, kv_idx) & self.right(b, h, q_idx, kv_idx)
+        return self.combine(self.left(b, h, q_idx, kv_idx), self.right(b, h, q_idx, kv_idx))
 
     def block(self, b: slice, h: slice, q: slice, k: slice, device: torch.device) -> Tensor:
-        return self.left.block(b, h, q, k, device) & self.right.block(b, h, q, k, device)
-
-    def classify(self, b: slice, q: slice, k: slice) -> bool | None:
-        left = self.left.classify(b, q, k)
-        right = False if left is False else self.right.classify(b, q, k)
-        return False if right is False else (left and right)
+        return self.combine(self.left.block(b, h, q, k, device), self.right.block(b, h, q, k, device))
 
     def check(self, shape: tuple[int, int, int, int]) -> None:
         self.left.check(shape)
         self.right.check(shape)
 
     def __repr__(self) -> str:
-        return f"{_wrapped(self.left)} & {_wrapped(self.right)}"
+        return f"{_wrapped(self.left)} {self.sign} {_wrapped(self.right)}"
 
 
-class _Either(Mask):
-    def __init__(self, left: Mask, right: Mask) -> None:
-        self.left, self.right = left, right
+class _And(_Pair):
+    sign, combine = "&", staticmethod(operator.and_)
 
-    def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return self.left(b, h, q_idx, kv_idx) | self.right(b, h, q_idx, kv_idx)
+    def classify(self, b: slice, q: slice, k: slice) -> bool | None:
+        left = self.left.classify(b, q, k)
+        right = False if left is False else self.right.classify(b, q, k)
+        return False if right is False else (left and right)
 
-    def block(self, b: slice, h: slice, q: slice, k: slice, device: torch.device) -> Tensor:
-        return self.left.block(b, h, q, k, device) | self.right.block(b, h, q, k, device)
+
+class _Or(_Pair):
+    sign, combine = "|", staticmethod(operator.or_)
 
     def classify(self, b: slice, q: slice, k: slice) -> bool | None:
         left = self.left.classify(b, q, k)
@@ -153,13 +156,6 @@ class _Either(Mask):
         if left is True or right is True:
             return True
         return False if left is False and right is False else None
-
-    def check(self, shape: tuple[int, int, int, int]) -> None:
-        self.left.check(shape)
-        self.right.check(shape)
-
-    def __repr__(self) -> str:
-        return f"{_wrapped(self.left)} | {_wrapped(self.right)}"
 
 
 class _Not(Mask):
@@ -189,4 +185,4 @@ def arange(part: slice, device: torch.device) -> Tensor:
 
 
 def _wrapped(mask: Mask) -> str:
-    return f"({mask})" if isinstance(mask, (_Both, _Either)) else repr(mask)
+    return f"({mask})" if isinstance(mask, _Pair) else repr(mask)

@@ -28,40 +28,42 @@ def window(left: int | None, right: int | None) -> Mask:
 
 
 def prefix(n: int) -> Mask:
-    """The first n keys are seen by every query; joined with causal() it makes a prefix language model."""
+    """The first n keys are visible to every query; combined with causal() it makes a prefix language model."""
     if n < 0:
         raise ValueError(f"prefix() got {n}: it counts keys, from 0 up.")
     return _Prefix(int(n))
 
 
 def padding(lengths: Sequence[int] | Tensor, side: str = "right", num_keys: int | None = None) -> Mask:
-    """Hides keys that are padding: row b holds ``lengths[b]`` keys of text.
+    """Hides keys that are padding: batch row b has ``lengths[b]`` keys of text.
 
     Args:
         lengths: B whole numbers.
-        side: where the padding stands, "right" or "left"; "left" needs ``num_keys``.
+        side: where the padding is, "right" or "left"; "left" needs ``num_keys``.
         num_keys: S, the number of keys with the padding.
 
     Raises:
         ValueError: negative lengths, an unknown side, or left padding without ``num_keys``.
     """
-    held = torch.as_tensor(lengths, dtype=torch.int64).cpu()
-    if held.dim() != 1 or held.numel() == 0 or int(held.min()) < 0:
-        raise ValueError(f"padding() got lengths {_short(held)}: wanted one whole number from 0 up for each batch row.")
+    lengths = torch.as_tensor(lengths, dtype=torch.int64).cpu()
+    if lengths.dim() != 1 or lengths.numel() == 0 or int(lengths.min()) < 0:
+        raise ValueError(
+            f"padding() got lengths {_short(lengths)}: wanted one whole number from 0 up for each batch row."
+        )
     if side not in ("left", "right"):
         raise ValueError(f"padding() got side={side!r}: it is 'left' or 'right'.")
     if side == "left" and num_keys is None:
-        raise ValueError("padding(side='left') counts from the end: say num_keys=S too.")
-    return _Padding(held, side, num_keys)
+        raise ValueError("padding(side='left') counts from the end: pass num_keys=S, too.")
+    return _Padding(lengths, side, num_keys)
 
 
 def documents(ids: Sequence[int] | Tensor) -> Mask:
-    """Positions see each other only inside one document: ``ids`` is [S] or [B, S], one id a position."""
-    held = torch.as_tensor(ids, dtype=torch.int64).cpu()
-    held = held[None] if held.dim() == 1 else held
-    if held.dim() != 2 or held.numel() == 0:
-        raise ValueError(f"documents() got ids of shape {tuple(held.shape)}: wanted [S] or [B, S].")
-    return _Documents(held)
+    """Positions see each other only inside one document: ``ids`` is [S] or [B, S], one id per position."""
+    ids = torch.as_tensor(ids, dtype=torch.int64).cpu()
+    ids = ids[None] if ids.dim() == 1 else ids
+    if ids.dim() != 2 or ids.numel() == 0:
+        raise ValueError(f"documents() got ids of shape {tuple(ids.shape)}: wanted [S] or [B, S].")
+    return _Documents(ids)
 
 
 class _Window(Mask):
@@ -73,16 +75,13 @@ class _Window(Mask):
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         ahead = kv_idx - q_idx
-        seen = torch.ones_like(ahead, dtype=torch.bool)
+        visible = torch.ones_like(ahead, dtype=torch.bool)
         if self.right is not None:
-            seen = ahead <= self.right
-        return seen if self.left is None else seen & (ahead >= -self.left)
+            visible = ahead <= self.right
+        return visible if self.left is None else visible & (ahead >= -self.left)
 
     def classify(self, b: slice, q: slice, k: slice) -> bool | None:
-        nearest, farthest = (
-            k.start - (q.stop - 1),
-            (k.stop - 1) - q.start,
-        )  # extremes of kv_idx − q_idx
+        nearest, farthest = k.start - (q.stop - 1), (k.stop - 1) - q.start  # extremes of kv_idx − q_idx
         if self.right is not None and nearest > self.right:
             return False
         if self.left is not None and farthest < -self.left:
@@ -146,7 +145,7 @@ class _Padding(Mask):
     def check(self, shape: tuple[int, int, int, int]) -> None:
         if len(self.lengths) != shape[0]:
             raise ValueError(
-                f"padding() holds {len(self.lengths)} lengths, but the batch has {shape[0]} rows: give one a row."
+                f"padding() has {len(self.lengths)} lengths, but the batch has {shape[0]} rows: give one per row."
             )
         if int(self.lengths.max()) > shape[3]:
             raise ValueError(f"padding() says {int(self.lengths.max())} keys are text, but there are only {shape[3]}.")
@@ -176,12 +175,7 @@ class _Documents(Mask):
         if self.ascending:
             low_q, high_q, low_k, high_k = queries[:, 0], queries[:, -1], keys[:, 0], keys[:, -1]
         else:
-            low_q, high_q, low_k, high_k = (
-                queries.amin(1),
-                queries.amax(1),
-                keys.amin(1),
-                keys.amax(1),
-            )
+            low_q, high_q, low_k, high_k = queries.amin(1), queries.amax(1), keys.amin(1), keys.amax(1)
         if bool(((high_k < low_q) | (high_q < low_k)).all()):
             return False
         same = (low_q == high_q) & (low_k == high_k) & (low_q == low_k)
@@ -190,7 +184,7 @@ class _Documents(Mask):
     def check(self, shape: tuple[int, int, int, int]) -> None:
         if shape[2] > shape[3]:
             raise ValueError(
-                f"documents() tells positions apart, but there are {shape[2]} queries and only "
+                f"documents() needs an id per position, but there are {shape[2]} queries and only "
                 f"{shape[3]} keys: queries are the last of the key positions."
             )
         if self.ids.shape[1] != shape[3] or self.ids.shape[0] not in (1, shape[0]):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headscope.errors import RecordingError
-from headscope.ops.masks import Mask, Step, causal, compact, stacked
+from headscope.ops.masks import Mask, StackedStep, causal, compact, stacked
 from headscope.ops.matrix import AttentionMatrix
 from headscope.ops.positions import Alibi
 from headscope.ops.scores import Scores
@@ -172,7 +172,7 @@ class Site:
         for call in self.calls:
             start = first + call.first_row
             own = slice(start, start + call.num_rows)
-            steps.append(Step(call.mask, own, start - call.position, call.first_key, call.num_keys))
+            steps.append(StackedStep(call.mask, own, start - call.position, call.first_key, call.num_keys))
         return stacked(steps)
 
     def _joined_bias(self) -> Tensor | Alibi | None:
