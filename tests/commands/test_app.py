@@ -1,4 +1,4 @@
-"""The command itself: its list of commands, `--version`, and an output that cannot be written."""
+"""The command itself: its list of commands, `--version`, exit codes, and errors that end in one message."""
 
 import os
 import subprocess
@@ -6,13 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
+from headscope import models
 from headscope.commands import app as cli
-
-
-def command(*words: str) -> Result:
-    return CliRunner().invoke(cli.app, list(words))
+from headscope.commands import see
+from tests.commands.runner import command
 
 
 def test_version() -> None:
@@ -60,3 +58,44 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
     done = subprocess.run(args, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "words", [["see", "--bogus"], ["see", "a", "--file", "b"], ["see", "--top", "0"], ["nothing"], ["remove"]]
+)
+def test_wrong_usage_is_exit_code_2(words: list[str]) -> None:
+    done = command(*words)
+    assert done.exit_code == 2
+    assert "Usage:" in done.stderr
+
+
+@pytest.mark.usefixtures("loaded_models")
+def test_ctrl_c_ends_in_one_line_and_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(see, "record_text", stop)
+    done = command("see")
+    assert (done.exit_code, done.stdout, done.stderr) == (130, "", "Stopped.\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError("unable to mmap 9")],
+)
+def test_too_little_memory_is_one_message(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(models, "load", fails)
+    done = command("see")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: There is not enough memory")
+
+
+def test_other_errors_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str) -> None:
+        raise RuntimeError("something of ours is wrong")
+
+    monkeypatch.setattr(models, "load", fails)
+    assert str(command("see").exception) == "something of ours is wrong"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ from typer.testing import CliRunner
 
 from headscope.commands import app as cli
 from headscope.commands import heads as heads_module
-from headscope.commands.pipe import read_pipe
 from headscope.errors import AtlasError, TextError
 from headscope.heads.atlas.atlas import HeadAtlas
 from headscope.heads.atlas.profiler import Plan, profile
@@ -128,17 +125,6 @@ def test_shards_on_a_full_disk_are_one_message(
     monkeypatch.setattr("headscope.heads.atlas.shards.save_file", full)
     with pytest.raises(AtlasError, match=r"Cannot write .*texts-0.safetensors: No space left on device"):
         list(shards.run({"texts-0": Shard}, 0))
-
-
-def test_read_pipe_reads_utf_8_whatever_the_locale(monkeypatch: pytest.MonkeyPatch) -> None:
-    def give(data: bytes) -> None:
-        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
-
-    give("\ufeffgrün".encode())
-    assert read_pipe() == "grün"
-    give("grün".encode("latin-1"))
-    with pytest.raises(TextError, match="not UTF-8 text: byte 2"):
-        read_pipe()
 
 
 def test_print_atlas_keeps_every_number_in_a_narrow_terminal(
@@ -272,3 +258,8 @@ def test_shards_stay_while_another_process_reads_them(tmp_path: Path, monkeypatc
     (parts / "done-1").touch()
     heads_module._remove(parts, patience=0.2)
     assert not parts.exists()
+
+
+def test_heads_refuses_another_kind_of_figure_before_it_measures(tmp_path: Path) -> None:
+    options = ("--model", str(tmp_path / "none"), "--figure", str(tmp_path / "a.xyz"))
+    assert ".png, .svg or .pdf" in message(*options)
