@@ -1,4 +1,4 @@
-"""Measures against their definitions on dense matrices, and on heads made by hand whose answer is known."""
+"""Measures against their definitions on dense matrices."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from headscope import AttentionMatrix, masks
-from headscope.heads.atlas.measuring import _rule, columns_of
+from headscope.heads.atlas.measuring import _mask_key, columns_of
 from headscope.heads.corpus import Piece, TextBatch, batches
 from headscope.heads.measures import AttentionBatch, Column, Measure, Ratio, Visibility, standard, take
 from headscope.heads.measures.products import Distance
@@ -126,7 +126,7 @@ def test_every_measure_is_its_definition(kind: str, blocks: str, monkeypatch: py
         torch.testing.assert_close(found[name], value, atol=2e-5, rtol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_distances_are_exact_far_into_a_text() -> None:
+def test_distance_is_exact_far_into_a_text() -> None:
     """At position 60,000 float32 has two digits after the point."""
     length, random = 60_000, torch.Generator().manual_seed(0)
     query, key = torch.randn(1, 1, 500, 3, generator=random), torch.randn(1, 1, length, 3, generator=random)
@@ -136,16 +136,16 @@ def test_distances_are_exact_far_into_a_text() -> None:
     torch.testing.assert_close(found[..., 0].double(), matrix.offsets(4).double() @ apart, atol=3e-4, rtol=0)
 
 
-def test_layers_share_what_their_masks_let_be_seen_and_no_more() -> None:
-    """Each layer's mask is an object of its own; what follows from it is computed once for all that are alike."""
-    alike = [masks.causal(), masks.causal() & masks.padding([5, 7]), masks.dense(torch.eye(9).bool()), None]
+def test_layers_with_equal_masks_share_a_visibility() -> None:
+    """Each layer has a mask object of its own; what depends on it is computed once for equal masks."""
+    equal = [masks.causal(), masks.causal() & masks.padding([5, 7]), masks.dense(torch.eye(9).bool()), None]
     again = [masks.causal(), masks.causal() & masks.padding([5, 7]), masks.dense(torch.eye(9).bool()), None]
-    assert [_rule(mask) for mask in alike] == [_rule(mask) for mask in again]
+    assert [_mask_key(mask) for mask in equal] == [_mask_key(mask) for mask in again]
     others = [masks.sliding_window(4), masks.causal() & masks.padding([5, 6]), masks.dense(torch.ones(9, 9).bool())]
-    assert len({_rule(mask) for mask in alike + others}) == 7
+    assert len({_mask_key(mask) for mask in equal + others}) == 7
 
 
-def test_padding_and_neighbours_change_nothing() -> None:
+def test_measures_of_a_text_do_not_depend_on_padding_or_other_texts() -> None:
     batch = batch_of(23, 17, end=True)
     attention = attention_of(batch, masks.padding([23, 17]))
     alone = batch_of(17, end=True)
@@ -157,7 +157,7 @@ def test_padding_and_neighbours_change_nothing() -> None:
         torch.testing.assert_close(both[name].denominator[1:], ratio.denominator, atol=1e-4, rtol=1e-5)
 
 
-def test_null_values_are_those_of_an_even_head() -> None:
+def test_nulls_are_the_values_of_uniform_attention() -> None:
     batch = batch_of(30)
     seen = Visibility(batch, masks.causal(), HEADS)
     found = values(take(standard(), AttentionBatch(seen.uniform, seen)))
@@ -177,7 +177,7 @@ class FarMass(Reduction):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.bfloat16, torch.float32, torch.float64])
-def test_rows_are_counted_exactly_whatever_a_measure_gives(dtype: torch.dtype) -> None:
+def test_over_rows_counts_exactly_in_every_dtype(dtype: torch.dtype) -> None:
     attention = attention_of(batch_of(301), masks.causal())
     ones = torch.ones(attention.matrix.shape[:3], dtype=dtype)
     found = attention.over_rows(ones)
@@ -195,7 +195,7 @@ class Far(Measure):
         return {"far": Ratio(batch.over_rows(batch.results["far"]), batch.row_count)}
 
 
-def test_a_measure_of_ones_own() -> None:
+def test_take_computes_a_measure_of_ones_own() -> None:
     attention = attention_of(batch_of(23), masks.causal())
     p, index = attention.matrix.dense().double(), torch.arange(23)
     wanted = (p * (index[:, None] - index > 4)).sum(-1)[:, :, 2:].mean((0, 2))
@@ -204,7 +204,7 @@ def test_a_measure_of_ones_own() -> None:
         columns_of([Far(), Far()])
 
 
-def test_unknown_projections_give_no_norms_rather_than_wrong_ones() -> None:
+def test_norms_are_nan_without_an_output_projection() -> None:
     attention = attention_of(batch_of(23), masks.causal())
     found = values(take(standard(), AttentionBatch(attention.matrix, attention.visibility, attention.value, None)))
     assert found["norm_sink"].isnan().all()

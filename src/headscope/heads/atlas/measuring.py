@@ -1,6 +1,6 @@
-"""Run a model over texts and take every measure of every head on the way; nothing L×S is built, nothing is kept.
+"""Run a model over texts and take every measure of every head; no L×S matrix is built, and no query or key is stored.
 
-All questions of a layer share one pass over its weights, which happens as the layer runs.
+The reductions of a layer share one pass over its weights, which happens as the layer runs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _OUTSIDE = ("output.dense", "output.o_proj", "out_proj")
 
 
 class Measurements:
-    """The sums of every head, and of a head that is even over all it may see."""
+    """The sums of every head, and those of uniform attention (the null)."""
 
     def __init__(self) -> None:
         self.sums = MeasureSums()
@@ -51,7 +51,7 @@ class Measurements:
         self.outputs: dict[str, Tensor] = {}  # "sum" [layers, H, Dv] of head outputs, "count" of positions
 
     def merge(self, other: Measurements) -> None:
-        """Add another part of the same work."""
+        """Add the sums of other texts."""
         self.sums.merge(other.sums)
         self.null.merge(other.null)
         for name, value in other.outputs.items():
@@ -63,15 +63,15 @@ def columns_of(measures: Iterable[Measure]) -> tuple[Column, ...]:
     """All columns, each once.
 
     Raises:
-        ValueError: Two measures call a column the same.
+        ValueError: Two measures have a column of the same name.
     """
-    found: dict[str, Column] = {}
-    for taken in measures:
-        for column in taken.columns:
-            if column.name in found:
+    columns: dict[str, Column] = {}
+    for measure in measures:
+        for column in measure.columns:
+            if column.name in columns:
                 raise ValueError(f"two measures have a column {column.name!r}: give one of them another name.")
-            found[column.name] = column
-    return tuple(found.values())
+            columns[column.name] = column
+    return tuple(columns.values())
 
 
 def measure(
@@ -80,39 +80,40 @@ def measure(
     measures: Sequence[Measure],
     *,
     tokens: int = 2048,
-    on_layer: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Measurements:
     """Run a model over pieces of text and add up all measures.
 
     Args:
         loaded: The model.
-        pieces: The texts; repeats and others may be mixed.
-        measures: What to take.
-        tokens: Tokens in a batch of several texts; halved, and said, where memory does not suffice.
-        on_layer: Told after each layer: layers done, and of how many.
+        pieces: The texts; texts of repeated tokens may be among them.
+        measures: The measures.
+        tokens: Tokens in a batch of several texts; halved, with a note, where memory does not suffice.
+        on_progress: Called after each batch with how many are done, and of how many.
     """
-    done = Measurements()
-    work = _in_batches(pieces, tokens, loaded)
+    measurements = Measurements()
+    waiting = _in_batches(pieces, tokens, loaded)
     layers = int(getattr(loaded.model.config.get_text_config(), "num_hidden_layers", 1))
     finished = 0
-    while work:
-        batch = work.pop(0)
+    while waiting:
+        batch = waiting.pop(0)
         try:
             part = _measure_batch(loaded, batch, measures, layers)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) or len(batch.pieces) == 1:
                 raise
             half = len(batch.pieces) // 2
-            smaller = [p for part in (batch.pieces[:half], batch.pieces[half:]) for p in batches(part, tokens=1 << 62)]
-            work = smaller + work
-            told = "Not enough memory for whole batches of texts: smaller ones were used."
-            done.notes += [told] if told not in done.notes else []
+            waiting[:0] = [
+                b for part in (batch.pieces[:half], batch.pieces[half:]) for b in batches(part, tokens=1 << 62)
+            ]
+            note = "Not enough memory for whole batches of texts: smaller ones were used."
+            measurements.notes += [note] if note not in measurements.notes else []
             continue
-        done.merge(part)
+        measurements.merge(part)
         finished += 1
-        if on_layer is not None:
-            on_layer(finished, finished + len(work))
-    return done
+        if on_progress is not None:
+            on_progress(finished, finished + len(waiting))
+    return measurements
 
 
 def _in_batches(pieces: Sequence[Piece], tokens: int, loaded: Loaded) -> list[TextBatch]:
@@ -123,14 +124,14 @@ def _in_batches(pieces: Sequence[Piece], tokens: int, loaded: Loaded) -> list[Te
 
 
 def _measure_batch(loaded: Loaded, batch: TextBatch, measures: Sequence[Measure], layers: int) -> Measurements:
-    asked = [taken for taken in measures if taken.reads(batch)]
+    measures = [measure for measure in measures if measure.reads(batch)]
     modules = dict(reader(loaded.model)[0].named_modules())
     weights = weights_of((piece.document, piece.half) for piece in batch.pieces)
-    seen: dict[tuple[object, int], Visibility] = {}
+    visibilities: dict[tuple[object, int], Visibility] = {}  # by mask and number of heads, like the next two
     nulls: dict[tuple[object, int], dict[str, Ratio]] = {}
-    alike: dict[tuple[object, int], list[int]] = {}  # layers that see the like
-    evidence = {column.name for column in columns_of(asked) if column.evidence}
-    done = Measurements()
+    layers_of: dict[tuple[object, int], list[int]] = {}
+    evidence = {column.name for column in columns_of(measures) if column.evidence}
+    measurements = Measurements()
     number = -1
     outputs: list[Tensor] = []
 
@@ -138,34 +139,35 @@ def _measure_batch(loaded: Loaded, batch: TextBatch, measures: Sequence[Measure]
         nonlocal number
         number += 1
         count = max(layers, number + 1)
-        key = (_rule(call.scores.mask), call.shape[1])
-        if key not in seen:
-            seen[key] = Visibility(batch, call.scores.mask, call.shape[1])
-            nulls[key], alike[key] = take(asked, AttentionBatch(seen[key].uniform, seen[key])), []
-        alike[key].append(number)
-        page = AttentionBatch(call.matrix(), seen[key], call.value, output_weight(modules, call))
+        key = (_mask_key(call.scores.mask), call.shape[1])
+        if key not in visibilities:
+            visibility = visibilities[key] = Visibility(batch, call.scores.mask, call.shape[1])
+            nulls[key], layers_of[key] = take(measures, AttentionBatch(visibility.uniform, visibility)), []
+        layers_of[key].append(number)
+        attention = AttentionBatch(call.matrix(), visibilities[key], call.value, output_weight(modules, call))
         outputs.append(output_sum(call, batch.valid))
-        found = take(asked, page)
-        strong = {name: ratio for name, ratio in found.items() if name in evidence}
-        others = {name: ratio for name, ratio in found.items() if name not in evidence}
-        done.sums.add(strong, number, count, weights)
-        done.sums.add(others, number, count, weights[:2])
+        ratios = take(measures, attention)
+        with_replicates = {name: ratio for name, ratio in ratios.items() if name in evidence}
+        others = {name: ratio for name, ratio in ratios.items() if name not in evidence}
+        measurements.sums.add(with_replicates, number, count, weights)
+        measurements.sums.add(others, number, count, weights[:2])
 
     record_batch(loaded, batch.ids, batch.attention_mask, reduce=on_call)
-    for key, numbers in alike.items():
-        done.null.add(nulls[key], numbers, max(layers, number + 1), weights[:2])
+    for key, numbers in layers_of.items():
+        measurements.null.add(nulls[key], numbers, max(layers, number + 1), weights[:2])
     if len({output.shape for output in outputs}) == 1 and not any(piece.period for piece in batch.pieces):
-        done.outputs = {"sum": torch.stack(outputs), "count": batch.valid.sum().double().reshape(1)}
+        measurements.outputs = {"sum": torch.stack(outputs), "count": batch.valid.sum().double().reshape(1)}
     for piece, rows in zip(batch.pieces, batch.valid.sum(-1).tolist(), strict=True):
-        done.sums.documents[piece.document] = done.sums.documents.get(piece.document, 0) + int(rows)
-    return done
+        documents = measurements.sums.documents
+        documents[piece.document] = documents.get(piece.document, 0) + int(rows)
+    return measurements
 
 
-def _rule(mask: Mask | None) -> object:
-    """The same for masks that follow the same rule: layers share what it lets be seen."""
+def _mask_key(mask: Mask | None) -> object:
+    """Equal for masks with the same cells; layers with equal keys share a Visibility."""
     try:
         return json.dumps(encode(mask, _digest))
-    except ValueError:  # a function: the same only as itself
+    except ValueError:  # a function is equal to itself only
         return mask
 
 
@@ -175,7 +177,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def output_weight(modules: dict[str, nn.Module], call: AttentionCall) -> Tensor | None:
-    """The weight [E, H·Dv] of the projection after an attention call; None if no module looks like it."""
+    """The weight [E, H·Dv] of the output projection of an attention call; None if no module looks like one."""
     width = call.shape[1] * call.value.shape[-1]
     parent = call.name.rpartition(".")[0]
     names = [f"{call.name}.{name}" for name in _PROJECTIONS] + [f"{parent}.{name}" for name in _OUTSIDE]

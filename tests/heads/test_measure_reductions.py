@@ -1,4 +1,4 @@
-"""Questions that measures ask, against dense matrices: the strongest key, keys of a few places, shared products."""
+"""The reductions of measures against dense matrices: the strongest key, near keys, shared products."""
 
 from __future__ import annotations
 
@@ -46,33 +46,35 @@ def some_keys(size: int = 37) -> Tensor:
 
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("name", MASKS)
-def test_the_strongest_key_and_how_far_off_it_is(name: str, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In blocks so narrow that keys near a row lie in another one."""
+def test_strongest_gives_the_largest_weights_and_the_offset_of_a_near_key(
+    name: str, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks so narrow that keys near a row lie in the next block."""
     small_blocks(monkeypatch)
     matrix, among = matrix_of(MASKS[name]), some_keys()
     if known:
         matrix @ torch.ones(37, 1)
     wanted = (matrix.dense() * among[:, None, None]).max(-1)
-    values, offsets, others, beside = matrix.reduce(Strongest(among, RADIUS))[0]
+    values, offsets, others, near_weights = matrix.reduce(Strongest(among, RADIUS))[0]
     torch.testing.assert_close(values, wanted.values)
     torch.testing.assert_close(others, (matrix.dense() * ~among[:, None, None]).amax(-1))
-    apart = wanted.indices - torch.arange(37)
-    near = (apart.abs() <= RADIUS) & (wanted.values > 0)
+    distances = wanted.indices - torch.arange(37)
+    near = (distances.abs() <= RADIUS) & (wanted.values > 0)
     assert 0.05 < near.float().mean() < 0.95
-    assert torch.equal(offsets, apart.where(near, Strongest.FAR))
-    torch.testing.assert_close(beside, matrix.reduce(Offsets(RADIUS))[0])
+    assert torch.equal(offsets, distances.where(near, Strongest.FAR))
+    torch.testing.assert_close(near_weights, matrix.reduce(Offsets(RADIUS))[0])
 
 
-def test_the_strongest_key_of_rows_that_come_last() -> None:
-    """Where there are more keys than rows, a row's own position is not its number."""
+def test_strongest_of_the_last_rows_is_that_of_all_rows() -> None:
+    """With more keys than rows, the position of a row is not its index."""
     matrix, among = matrix_of(masks.causal()), some_keys()
     whole, part = (m.reduce(Strongest(among, RADIUS))[0] for m in (matrix, matrix_of(masks.causal(), rows=20)))
     for all_rows, last_rows in zip(whole, part, strict=True):
         torch.testing.assert_close(last_rows, all_rows[:, :, 17:])
 
 
-def test_a_key_that_shares_the_largest_weight_is_not_the_strongest() -> None:
-    """An even head has no strongest key; nor has one whose largest weight lies near and far."""
+def test_strongest_has_no_offset_where_keys_share_the_largest_weight() -> None:
+    """Uniform attention has no strongest key, nor has a row with its largest weight on a near and on a far key."""
     zeros = torch.zeros(1, 1, 9, 2)
     everything = torch.ones(1, 9, dtype=torch.bool)
     offsets = AttentionMatrix(zeros, zeros, mask=masks.causal()).reduce(Strongest(everything, RADIUS))[0].offsets
@@ -116,12 +118,14 @@ def test_reductions_do_not_write_into_the_block(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("few", [0, 6, 64])
 @pytest.mark.parametrize("name", MASKS)
-def test_one_product_for_several_questions(name: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It gives each what it would get alone, of one head or of all, and whether few neighbours matter or many."""
+def test_shared_product_gives_each_reduction_its_own_result(
+    name: str, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For columns of one head or of all, with few neighbouring keys or many."""
     small_blocks(monkeypatch)
     products: list[Tensor] = []
-    usual = Block.product
-    monkeypatch.setattr(Block, "product", lambda self, x, *keys: products.append(x) or usual(self, x, *keys))
+    original = Block.product
+    monkeypatch.setattr(Block, "product", lambda self, x, *keys: products.append(x) or original(self, x, *keys))
     monkeypatch.setattr(measure_products, "_FEW", few)
     random = torch.Generator().manual_seed(4)
     x, own = torch.randn(2, 1, 37, 4, generator=random), torch.randn(2, 6, 37, 2, generator=random)
@@ -145,8 +149,8 @@ def test_one_product_for_several_questions(name: str, few: int, monkeypatch: pyt
 
 @pytest.mark.parametrize("size", [36, 37])
 @pytest.mark.parametrize("known", [False, True])
-def test_the_entropy_of_rows_a_few_at_a_time(size: int, known: bool) -> None:
-    """Four rows share a product, whose other cells are of no use; other numbers of rows go one by one."""
+def test_entropy_of_rows_that_are_no_multiple_of_four(size: int, known: bool) -> None:
+    """Four rows share a product; other numbers of rows are computed one by one."""
     matrix = matrix_of(masks.causal(), size)
     if known:
         matrix @ torch.ones(size, 1)
