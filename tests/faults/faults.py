@@ -355,7 +355,7 @@ def the_loss_compares_each_token_with_its_own_logits(original: Any) -> Any:
 
 @fault(
     "headscope.models.tokens:tokenize",
-    "models/test_tokens.py::test_the_start_token_is_put_in_front_once_and_is_no_word",
+    "models/test_tokens.py::test_tokenize_adds_the_start_token_once_and_not_as_a_word",
 )
 def the_start_token_is_left_out(original: Any) -> Any:
     return lambda text, tokenizer, *, start_token_id=None, **kwargs: original(text, tokenizer, **kwargs)

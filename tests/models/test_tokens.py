@@ -62,18 +62,18 @@ def words_of(text: str) -> list[str]:
         ("\u0301 x", ["\u0301", "x"]),
     ],
 )
-def test_words_are_what_a_person_reads(text: str, words: list[str]) -> None:
+def test_tokenize_groups_tokens_into_the_words_that_people_read(text: str, words: list[str]) -> None:
     assert words_of(text) == words
 
 
-def test_a_characters_bytes_are_one_word_and_are_shown_as_parts() -> None:
+def test_tokenize_joins_the_bytes_of_a_character_in_one_word() -> None:
     tokens = tokenize("a 她", byte_level())
     assert tokens.pieces == ("a", " ", "她(1/3)", "她(2/3)", "她(3/3)")
     assert [word.tokens for word in tokens.words] == [(0,), (2, 3, 4)]
     assert tokens.word_ids() == [0, -1, 1, 1, 1]
 
 
-def test_a_token_of_several_words_joins_them() -> None:
+def test_tokenize_joins_the_words_of_one_token() -> None:
     tokens = tokenize("他 因为他 (x), 好", whole("他", "因为他", "(x),", "好"))
     assert [(w.text, w.tokens) for w in tokens.words] == [
         ("他", (0,)),
@@ -83,12 +83,12 @@ def test_a_token_of_several_words_joins_them() -> None:
     ]
 
 
-def test_a_token_that_ends_inside_a_word_joins_it_to_the_word_before() -> None:
+def test_tokenize_joins_a_word_that_a_token_of_the_word_before_enters() -> None:
     tokens = tokenize("a,bc", byte_level((",", "b")))
     assert [(w.text, w.tokens) for w in tokens.words] == [("a", (0,)), (",bc", (1, 2))]
 
 
-def test_the_start_token_is_put_in_front_once_and_is_no_word() -> None:
+def test_tokenize_adds_the_start_token_once_and_not_as_a_word() -> None:
     tokens = tokenize("a", byte_level(), start_token_id=0)
     assert tokens.ids[0] == 0
     assert tokens.special == (True, False)
@@ -101,14 +101,14 @@ def test_the_start_token_is_put_in_front_once_and_is_no_word() -> None:
     assert [word.text for word in written.words] == ["a"]
 
 
-def test_unknown_tokens_are_counted_among_those_that_are_text() -> None:
+def test_unknown_share_counts_text_tokens_only() -> None:
     tokens = tokenize("red blue red red", whole("red"), start_token_id=0)
     assert tokens.unknown == (False, False, True, False, False)
     assert tokens.unknown_share == 0.25
     assert tokenize("red", whole("red")).unknown_share == 0.0
 
 
-def test_find() -> None:
+def test_find_prefers_an_exact_match_and_takes_numbers() -> None:
     tokens = tokenize("It was it, as It is, Café.", byte_level())
     assert tokens.find("it").start == 7
     assert tokens.find("WAS").text == "was"
@@ -118,7 +118,7 @@ def test_find() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("word", "message"),
     [
         ("It", "'It' is in the text 2 times: It#1 in '[It] was it, as It is', It#2 in 'It was it, "
          "as [It] is'. Write 'It#1' for the first of them."),
@@ -133,15 +133,15 @@ def test_find() -> None:
         ("was it", "'was it' is several words here: was, it. Ask for one of them."),
     ],
 )  # fmt: skip
-def test_find_says_what_is_there(asked: str, said: str) -> None:
+def test_find_names_the_words_that_are_there(word: str, message: str) -> None:
     tokens = tokenize("It was it, as It is", byte_level())
     with pytest.raises(TextError) as caught:
-        tokens.find(asked)
-    assert said in str(caught.value)
+        tokens.find(word)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "The text is blank: ''. Give at least one word."),
         (" \n\u3000", "The text is blank"),
@@ -149,19 +149,19 @@ def test_find_says_what_is_there(asked: str, said: str) -> None:
         ("\u200b", "The tokenizer keeps nothing of the text"),
     ],
 )
-def test_text_that_cannot_be_read_is_refused(text: str, said: str) -> None:
+def test_tokenize_refuses_text_that_cannot_be_read(text: str, message: str) -> None:
     with pytest.raises(TextError) as caught:
         tokenize(text, byte_level())
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_the_limit_counts_the_start_token() -> None:
+def test_tokenize_counts_the_start_token_in_the_limit() -> None:
     assert len(tokenize("abcd", byte_level(), start_token_id=0, limit=5)) == 5
     with pytest.raises(TextError, match="has 6 tokens, and the model reads at most 5"):
         tokenize("abcde", byte_level(), start_token_id=0, limit=5)
 
 
-def test_a_tokenizer_without_offsets_is_refused() -> None:
+def test_tokenize_refuses_a_tokenizer_without_offsets() -> None:
     class Slow:
         is_fast = False
 
@@ -174,7 +174,7 @@ JOINING = byte_level(("a", ","), (",", "b"))
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=40))
-def test_each_visible_token_is_in_exactly_one_word(text: str) -> None:
+def test_tokenize_puts_each_visible_token_in_exactly_one_word(text: str) -> None:
     text = "a" + text.replace("<|end|>", "")
     tokens = tokenize(text, JOINING)
     seen = [token for word in tokens.words for token in word.tokens]
@@ -189,7 +189,7 @@ def test_each_visible_token_is_in_exactly_one_word(text: str) -> None:
         assert one.end <= other.start
 
 
-def test_smollm2_cuts_text_as_it_was_trained(smollm2) -> None:
+def test_tokenize_cuts_text_as_smollm2_was_trained(smollm2) -> None:
     tokens = tokenize(SENTENCE, smollm2.tokenizer, start_token_id=smollm2.start_token_id)
     assert tokens.pieces[:5] == ("<|endoftext|>", "The", " animal", " didn", "'t")
     assert tokens.find("didn't").tokens == (3, 4)
@@ -202,7 +202,7 @@ def test_smollm2_cuts_text_as_it_was_trained(smollm2) -> None:
     assert [word.text for word in turn.words] == ["user", "Hi"]
 
 
-def test_minilm_marks_its_own_special_tokens(minilm) -> None:
+def test_tokenize_marks_the_special_tokens_of_minilm(minilm) -> None:
     tokens = tokenize(SENTENCE, minilm.tokenizer, start_token_id=minilm.start_token_id)
     assert (tokens.pieces[0], tokens.pieces[-1]) == ("[CLS]", "[SEP]")
     assert tokens.special == (True, *[False] * (len(tokens) - 2), True)

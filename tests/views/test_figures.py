@@ -24,7 +24,7 @@ def run(minilm: models.Loaded) -> Run:
 
 
 @pytest.mark.parametrize(("ending", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".PDF", b"%PDF")])
-def test_each_kind_of_file(run: Run, tmp_path: Path, ending: str, start: bytes) -> None:
+def test_thumbnails_write_png_svg_and_pdf(run: Run, tmp_path: Path, ending: str, start: bytes) -> None:
     path = tmp_path / f"heads{ending}"
     drawn = figures.thumbnails(*run, path, model="minilm")
     assert drawn == figures.Drawn(path, "")
@@ -32,13 +32,15 @@ def test_each_kind_of_file(run: Run, tmp_path: Path, ending: str, start: bytes) 
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def test_a_darker_cell_is_a_larger_share(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+def test_figures_draw_a_larger_weight_darker(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawings = []
     draw = figures._draw
-    monkeypatch.setattr(figures, "_draw", lambda axes, maps, rest: seen.append((maps, rest)) or draw(axes, maps, rest))
+    monkeypatch.setattr(
+        figures, "_draw", lambda axes, maps, special: drawings.append((maps, special)) or draw(axes, maps, special)
+    )
     figures.thumbnails(*run, tmp_path / "a.png")
     figures.head_map(*run, Head(0, 2), tmp_path / "b.png")
-    (mosaic, strips), (one, beside) = seen
+    (mosaic, strips), (one, beside) = drawings
     count = len(run[1].words)
     weights = one[:, -count:]
     before = weights.diagonal(-1)
@@ -53,25 +55,25 @@ def test_a_darker_cell_is_a_larger_share(run: Run, tmp_path: Path, monkeypatch: 
     assert picture[..., :3].min() < 0.2  # something dark is on it
 
 
-def test_what_a_decoder_hides_is_not_a_share_of_nothing(smollm2: models.Loaded) -> None:
+def test_small_maps_leave_out_what_the_mask_hides(smollm2: models.Loaded) -> None:
     tokens = tokenize("a b c", smollm2.tokenizer, start_token_id=0)
-    maps, rest = figures._small_maps(record_text(smollm2, tokens)[0], tokens, 64)
+    maps, special = figures._small_maps(record_text(smollm2, tokens)[0], tokens, 64)
     assert maps.shape == (9, 3, 3)
     assert maps.isnan().sum().item() == 9 * 3  # above the diagonal
-    assert rest.min() > 0
+    assert special.min() > 0
 
 
-def test_a_long_text_is_cut_into_parts_whose_rows_add_up(minilm: models.Loaded, tmp_path: Path) -> None:
+def test_small_maps_of_a_long_text_have_rows_that_sum_to_1(minilm: models.Loaded, tmp_path: Path) -> None:
     tokens = tokenize("one two three four five " * 30, minilm.tokenizer)
     recording = record_text(minilm, tokens)
-    maps, rest = figures._small_maps(recording[1], tokens, 64)
+    maps, special = figures._small_maps(recording[1], tokens, 64)
     assert maps.shape == (12, 64, 64)
-    assert np.allclose((maps.sum(-1) + rest).numpy(), 1, atol=1e-4)
+    assert np.allclose((maps.sum(-1) + special).numpy(), 1, atol=1e-4)
     figures.head_map(recording, tokens, Head(1, 4), tmp_path / "long.png")
     assert (tmp_path / "long.png").stat().st_size > 10_000
 
 
-def test_characters_that_no_font_has_are_told(minilm: models.Loaded, tmp_path: Path) -> None:
+def test_head_map_names_characters_that_no_font_has(minilm: models.Loaded, tmp_path: Path) -> None:
     tokens = tokenize("ok \U00012000", minilm.tokenizer)  # a cuneiform sign
     drawn = figures.head_map(record_text(minilm, tokens), tokens, Head(0, 0), tmp_path / "a.svg")
     assert drawn.missing == "\U00012000"
@@ -80,17 +82,19 @@ def test_characters_that_no_font_has_are_told(minilm: models.Loaded, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["heads.jpg", "heads"])
-def test_another_extension(run: Run, tmp_path: Path, name: str) -> None:
+def test_thumbnails_refuse_another_extension(run: Run, tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"a figure is \.png, \.svg or \.pdf"):
         figures.thumbnails(*run, tmp_path / name)
 
 
-def test_a_folder_that_is_not_there(run: Run, tmp_path: Path) -> None:
+def test_thumbnails_refuse_a_missing_folder(run: Run, tmp_path: Path) -> None:
     with pytest.raises(HeadscopeError, match=r"there is no folder .*nowhere"):
         figures.thumbnails(*run, tmp_path / "nowhere" / "heads.png")
 
 
-def test_a_figure_that_fails_leaves_the_old_one(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thumbnails_leave_the_old_file_when_they_fail(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "heads.png"
     path.write_bytes(b"old")
 

@@ -132,7 +132,7 @@ def test_find_links_looks_both_ways_in_an_encoder(minilm: models.Loaded) -> None
     assert max(shares) > 0.99  # the head of the word before
 
 
-def test_chinese_characters_are_words_though_they_are_several_tokens(smollm2: models.Loaded) -> None:
+def test_find_links_between_chinese_characters_of_several_tokens(smollm2: models.Loaded) -> None:
     tokens = tokens_of("我把苹果给了她，因为她饿了。", smollm2)
     assert max(len(word.tokens) for word in tokens.words) > 1
     view = links.find_links(record_text(smollm2, tokens), tokens, [tokens.find("饿")], top=3)

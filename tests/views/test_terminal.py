@@ -38,7 +38,7 @@ def shown(loaded: models.Loaded, text: str, capsys: pytest.CaptureFixture[str], 
     return capsys.readouterr().out
 
 
-def test_the_table_says_what_a_learner_needs(smollm2: models.Loaded, capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_links_explains_the_table(smollm2: models.Loaded, capsys: pytest.CaptureFixture[str]) -> None:
     out = shown(smollm2, TEXT, capsys, sources=["it"])
     rows = [line.split() for line in out.splitlines()]
     assert ["animal", "6", "back", "3.8"] in [row[:4] for row in rows]
@@ -51,12 +51,12 @@ def test_the_table_says_what_a_learner_needs(smollm2: models.Loaded, capsys: pyt
     assert "Try: headscope see --head 3.8 headscope see --from it --to animal" in text
 
 
-def test_no_colour_when_piped(smollm2: models.Loaded, capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_links_has_no_colour_in_a_pipe(smollm2: models.Loaded, capsys: pytest.CaptureFixture[str]) -> None:
     assert "\x1b" not in shown(smollm2, TEXT, capsys, head=Head(13, 8))
 
 
 @pytest.mark.parametrize("width", [40, 80])
-def test_no_line_is_wider_than_the_terminal(
+def test_print_links_fits_the_terminal(
     smollm2: models.Loaded, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
@@ -66,19 +66,23 @@ def test_no_line_is_wider_than_the_terminal(
     assert "她#2" in out
 
 
-def test_chinese_takes_two_cells_in_its_column(smollm2: models.Loaded, capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_links_gives_a_chinese_character_two_cells(
+    smollm2: models.Loaded, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = shown(smollm2, "她饿了 today", capsys, sources=["today"])
     ends = {cell_len(line[: line.index(" back")]) for line in out.splitlines() if " back" in line}
     assert len(ends) == 1
 
 
-def test_square_brackets_in_a_text_are_text(minilm: models.Loaded, capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_links_shows_square_brackets_as_text(minilm: models.Loaded, capsys: pytest.CaptureFixture[str]) -> None:
     out = shown(minilm, "see [bold] it", capsys, sources=["bold"])
     assert "bold" in out
     assert "[" in [row.split()[0] for row in out.splitlines() if "1 back" in row] + out.split()
 
 
-def test_links_that_were_not_checked_say_so(smollm2: models.Loaded, capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_links_says_when_the_weights_were_not_checked(
+    smollm2: models.Loaded, capsys: pytest.CaptureFixture[str]
+) -> None:
     tokens = tokenize("a b", smollm2.tokenizer, start_token_id=0)
     view = links.find_links(record_text(smollm2, tokens), tokens)
     object.__setattr__(view, "proof", None)
@@ -86,7 +90,7 @@ def test_links_that_were_not_checked_say_so(smollm2: models.Loaded, capsys: pyte
     assert "Not checked" in capsys.readouterr().out
 
 
-def test_a_terminal_that_cannot_show_a_character_does_not_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_print_line_replaces_a_character_that_the_terminal_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", file)
     terminal.print_line("她 x")
@@ -94,7 +98,7 @@ def test_a_terminal_that_cannot_show_a_character_does_not_stop(monkeypatch: pyte
     assert file.buffer.getvalue() == b"? x\n"
 
 
-def test_each_head_in_training_is_a_number_or_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_head_stats_shows_a_number_or_a_word_per_head(capsys: pytest.CaptureFixture[str]) -> None:
     share = torch.tensor([[0.42, 0.2, math.nan, math.nan]]).double()
     dead, finite = torch.tensor([[False, True, False, False]]), torch.tensor([[True, True, True, False]])
     print_head_stats(HeadStats(50, ("layers.0",), share, share, share, share, dead, finite, (4,)))
@@ -103,7 +107,7 @@ def test_each_head_in_training_is_a_number_or_a_word(capsys: pytest.CaptureFixtu
     assert re.search(r"layers\.0 +42\s% +dead +– +not finite", out)
 
 
-def test_stages_are_timed_and_silent_when_piped(capsys: pytest.CaptureFixture[str]) -> None:
+def test_stages_are_timed_and_silent_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     stages = terminal.Stages()
     with stages.stage("counting") as on_progress:
         on_progress(1, 2)

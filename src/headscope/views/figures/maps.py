@@ -31,7 +31,7 @@ _BINS = 64  # a thumbnail has at most so many rows and columns
 _INCH = 0.62  # a thumbnail with its gap
 _LABELLED = 60  # up to so many words stand on a map's axes, each
 _WORDS = LinearSegmentedColormap.from_list("words", ["#ffffff", "#c6dbef", "#4292c6", "#08519c", "#041f45"])
-_SPECIAL = LinearSegmentedColormap.from_list("rest", ["#ffffff", "#bdbdbd", "#404040"])
+_SPECIAL = LinearSegmentedColormap.from_list("special", ["#ffffff", "#bdbdbd", "#404040"])
 _HIDDEN = "#f3f0ea"  # what the mask hides
 _TICKS = [0, 0.05, 0.25, 0.5, 1]
 _FALLBACKS = (
@@ -161,16 +161,16 @@ def head_map(recording: Recording, tokens: Tokens, head: Head, path: str | Path,
     fonts = _Fonts(tokens.text)
     if count <= FEW_WORDS:
         full = word_map(recording[head.layer], tokens, head.head)
-        main, rest = _hidden_blank(full[:, :count], recording[head.layer]), full[:, count]
+        main, on_special = _hidden_blank(full[:, :count], recording[head.layer]), full[:, count]
     else:
-        maps, rests = _small_maps(recording[head.layer], tokens, 4 * _BINS)
-        main, rest = maps[head.head], rests[head.head]
+        maps, special_shares = _small_maps(recording[head.layer], tokens, 4 * _BINS)
+        main, on_special = maps[head.head], special_shares[head.head]
     side = main.shape[0]
     strip, gap = max(1, side // 40), max(1, side // 60)
     whole = torch.full((side, side + strip + gap), torch.nan)
     beside = whole.clone()
     whole[:, strip + gap :] = main
-    beside[:, :strip] = rest[:, None]
+    beside[:, :strip] = on_special[:, None]
     inch = min(8.0, max(4.0, 0.24 * side))
     names = [fonts.shown(label(tokens, word), i) for i, word in enumerate(tokens.words)]
     room = 0.35 + 0.085 * min(24, max(map(_width, names))) if count <= _LABELLED else 0.35
@@ -196,8 +196,8 @@ def _small_maps(matrix: AttentionMatrix, tokens: Tokens, parts: int) -> tuple[Te
     ids = torch.where(words >= 0, words * count // len(tokens.words), -1)
     columns = torch.where(torch.tensor(tokens.special), count, ids)
     pooled = matrix.pool(ids, columns, "mass")[0].float()
-    rest = pooled[..., count] if pooled.shape[-1] > count else pooled.new_zeros(pooled.shape[:2])
-    return _hidden_blank(pooled[..., :count], matrix), rest
+    special = pooled[..., count] if pooled.shape[-1] > count else pooled.new_zeros(pooled.shape[:2])
+    return _hidden_blank(pooled[..., :count], matrix), special
 
 
 def _hidden_blank(maps: Tensor, matrix: AttentionMatrix) -> Tensor:
@@ -209,13 +209,13 @@ def _hidden_blank(maps: Tensor, matrix: AttentionMatrix) -> Tensor:
     return maps
 
 
-def _draw(axes: Any, words: Tensor, rest: Tensor) -> Any:
-    inside = ~(words.isnan() & rest.isnan())
+def _draw(axes: Any, words: Tensor, special: Tensor) -> Any:
+    inside = ~(words.isnan() & special.isnan())
     rows = inside.any(1, keepdim=True)
-    hidden = torch.where(rows & _within(inside) & words.isnan() & rest.isnan(), 1.0, torch.nan)
+    hidden = torch.where(rows & _within(inside) & words.isnan() & special.isnan(), 1.0, torch.nan)
     options = {"interpolation": "nearest", "aspect": "auto"}
     axes.imshow(hidden.numpy(), cmap=LinearSegmentedColormap.from_list("hidden", [_HIDDEN] * 2), **options)
-    axes.imshow(rest.numpy(), cmap=_SPECIAL, norm=PowerNorm(0.5, 0, 1), **options)
+    axes.imshow(special.numpy(), cmap=_SPECIAL, norm=PowerNorm(0.5, 0, 1), **options)
     return axes.imshow(words.numpy(), cmap=_WORDS, norm=PowerNorm(0.5, 0, 1), **options)
 
 
