@@ -136,7 +136,7 @@ def train(
     began = time.monotonic()
     with joined(device) as processes, _random_state_restored(processes.device), stop_signals() as flag:
         run = _TrainingRun(config, processes, None if folder is None else Path(folder))
-        run.resume(on_note or (lambda note: None))
+        run.resume(on_note)
         first_step = run.step
         head_monitor = None
         if processes.is_main:
@@ -174,13 +174,13 @@ class _TrainingRun:
         self.path: Path | None = None
         self.in_bfloat16 = config.in_bfloat16(processes.device, processes.count)
 
-    def resume(self, note: Callable[[str], None]) -> None:
+    def resume(self, on_note: Callable[[str], None] | None) -> None:
         """Load the last whole checkpoint, if there is one; the main process reads it and broadcasts it."""
         if self.folder is None:
             return
         if self.folder.exists() and not self.folder.is_dir():
             raise HeadscopeError(f"{self.folder} is a file: checkpoints need a folder of their own.")
-        if self.processes.is_main and (last := checkpoint.latest(self.folder, note)) is not None:
+        if self.processes.is_main and (last := checkpoint.latest(self.folder, on_note)) is not None:
             self._check_same_run(last)
             self.step, self.loss, self.path = last.step, float(last.run["loss"]), last.path
             self._load_tensors(last.tensors)
