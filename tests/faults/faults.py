@@ -328,7 +328,7 @@ def heads_are_reported_on_the_texts_that_picked_them(original: Any) -> Any:
 
 @fault(
     "headscope.heads.statistics:cluster_bootstrap",
-    "heads/test_statistics.py::test_alike_clusters_make_the_interval_wider",
+    "heads/test_statistics.py::test_bootstrap_interval_is_wider_for_dependent_cases",
 )
 def intervals_draw_tokens_and_not_documents(original: Any) -> Any:
     def bootstrap(numerators: Any, denominators: Any, *args: Any, **kwargs: Any) -> Any:
@@ -341,7 +341,7 @@ def intervals_draw_tokens_and_not_documents(original: Any) -> Any:
     return bootstrap
 
 
-@fault("headscope.heads.statistics:holm", "heads/test_statistics.py::test_holm_as_worked_out_by_hand")
+@fault("headscope.heads.statistics:holm", "heads/test_statistics.py::test_holm_gives_values_computed_by_hand")
 def p_values_are_not_corrected_for_the_number_of_heads(original: Any) -> Any:
     return lambda p: list(p)
 

@@ -1,4 +1,4 @@
-"""What each head of a model does: measures, relations, effects, roles, and the atlas that holds them."""
+"""What each head of a model does: measures, relations, effects, roles, and the atlas with all of these."""
 
 from headscope.heads.atlas import HeadAtlas, Plan, profile
 from headscope.heads.effects import head_effects

@@ -1,7 +1,7 @@
-"""Texts to profile heads on: documents, cut into pieces that the model can read, put together into batches.
+"""Texts to profile heads on: documents, cut into pieces that fit the model's context, and batched.
 
-Each piece begins with the model's start token, because most heads of a decoder rest on the first position: a score
-taken without one would call a word's token what a start token should be.
+Each piece begins with the model's start token, because in most heads of a decoder the first position is an attention
+sink: without a start token a word would be the sink.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ _LICENSED = ("torch", "numpy", "safetensors", "transformers")
 
 @dataclass(frozen=True)
 class Document:
-    """A text with a name; ``read`` gives it, only when it is its turn."""
+    """A text with a name; ``read`` returns the text, which is not kept in memory."""
 
     name: str
     read: Callable[[], str]
@@ -99,17 +99,17 @@ class Document:
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens of a document that are read in one go, with the model's special tokens around them.
+    """Tokens of a document that the model reads at once, with its special tokens around them.
 
     Attributes:
         ids: Token ids.
-        sinks: True for the start token and the other special tokens: what heads may rest on.
-        delimiters: True for tokens of punctuation or line ends alone.
-        document: The document's name: pieces of one are not independent.
+        sinks: True for the start token and the other special tokens.
+        delimiters: True for tokens that are only punctuation or line ends.
+        document: The document's name; pieces of one document are not independent.
         half: 0 or 1. Heads are picked on one half of the documents and reported on the other.
-        offset: How many tokens of the document came before.
-        texts: What each token stands for.
-        period: For a repeated text, how many tokens are repeated; 0 otherwise.
+        offset: How many tokens of the document come before the piece.
+        texts: The text of each token.
+        period: For repeated random tokens, how many are repeated; 0 otherwise.
     """
 
     ids: tuple[int, ...]
@@ -139,15 +139,15 @@ class TextBatch:
 
 
 def documents_of(paths: Sequence[Path], *, text: str | None = None) -> list[Document]:
-    """Files as documents, in the order given; ``text`` is what came from a pipe.
+    """Files as documents, in this order; ``text`` is what came from a pipe.
 
     Raises:
-        TextError: A file cannot be read, is not UTF-8, or holds nothing.
+        TextError: A file cannot be read, is not UTF-8, or is empty.
     """
-    found = [Document(str(path), _reader(path)) for path in paths]
+    documents = [Document(str(path), _reader(path)) for path in paths]
     if text is not None:
-        found.append(Document("-", lambda: _checked("-", text)))
-    return found
+        documents.append(Document("-", lambda: _checked("-", text)))
+    return documents
 
 
 def _reader(path: Path) -> Callable[[], str]:
@@ -179,12 +179,12 @@ def _encodable(name: str, text: str) -> str:
 def default_documents(most: int = 24) -> list[Document]:
     """Texts that every machine has: docstrings of the standard library, and licence texts.
 
-    They differ from one version of Python to the next: an atlas keeps their hash.
+    They differ between versions of Python, so an atlas stores their hash.
     """
-    found = [Document(f"python:{name}", _docstrings(name)) for name in _MODULES]
-    found += [Document(f"licence:{name}", lambda name=name: _licence(name)) for name in _LICENSED]  # type: ignore[misc]
-    step = max(1, len(found) // most)
-    return [document for document in found[::step][:most] if document.read().strip()]
+    documents = [Document(f"python:{name}", _docstrings(name)) for name in _MODULES]
+    documents += [Document(f"licence:{name}", lambda name=name: _licence(name)) for name in _LICENSED]  # type: ignore[misc]
+    step = max(1, len(documents) // most)
+    return [document for document in documents[::step][:most] if document.read().strip()]
 
 
 def _docstrings(module: str) -> Callable[[], str]:
@@ -192,13 +192,13 @@ def _docstrings(module: str) -> Callable[[], str]:
         import importlib
         import inspect
 
-        loaded = importlib.import_module(module)
-        parts = [inspect.cleandoc(loaded.__doc__ or "")]
-        for name, thing in sorted(vars(loaded).items()):
-            if name.startswith("_") or not (inspect.isclass(thing) or inspect.isfunction(thing)):
+        imported = importlib.import_module(module)
+        parts = [inspect.cleandoc(imported.__doc__ or "")]
+        for name, member in sorted(vars(imported).items()):
+            if name.startswith("_") or not (inspect.isclass(member) or inspect.isfunction(member)):
                 continue
-            if str(getattr(thing, "__module__", "")).split(".")[0] == module.split(".")[0]:
-                parts.append(inspect.cleandoc(vars(thing).get("__doc__") or ""))
+            if str(getattr(member, "__module__", "")).split(".")[0] == module.split(".")[0]:
+                parts.append(inspect.cleandoc(vars(member).get("__doc__") or ""))
         return "\n\n".join(part for part in parts if len(part) > 80)
 
     return read
@@ -215,12 +215,12 @@ def _licence(package: str) -> str:
 
 
 def digest(document: Document) -> str:
-    """The sha256 of a document's text in UTF-8, whatever its name."""
+    """The sha256 of a document's text in UTF-8; the name does not matter."""
     return hashlib.sha256(document.read().encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def check_different(documents: Sequence[Document]) -> None:
-    """Read all documents: each must be a text of its own, or heads would be confirmed on what picked them.
+    """Check that all documents differ: else heads would be confirmed on the text that picked them.
 
     Raises:
         TextError: Two have one name or one text, or one cannot be read.
@@ -230,16 +230,16 @@ def check_different(documents: Sequence[Document]) -> None:
 
 
 def check_texts(texts: Iterable[tuple[str, str]], error: type[HeadscopeError] = TextError) -> None:
-    """Raises ``error`` when two names stand for one text, told by its digest."""
+    """Raise ``error`` when two names have one text, given as pairs of name and digest."""
     names: dict[str, str] = {}
-    for name, text in texts:
-        other = names.setdefault(text, name)
+    for name, text_digest in texts:
+        other = names.setdefault(text_digest, name)
         if other != name:
             raise error(f"{other} and {name} hold the same text: give it once, it would count twice.")
 
 
 def check_names(documents: Sequence[Document]) -> None:
-    """Raises TextError when two documents have one name."""
+    """Raise TextError when two documents have one name."""
     names: set[str] = set()
     for document in documents:
         if document.name in names:
@@ -253,12 +253,12 @@ def cut(loaded: Loaded, document: Document, half: int, *, length: int = 512, mos
     Args:
         loaded: The model whose tokens they are.
         document: The text.
-        half: Which half of the evidence it belongs to, 0 or 1.
-        length: Tokens in a piece; the model's context if that is less.
-        most: Only so many pieces from the document's start; None for all.
+        half: Which half of the documents it belongs to, 0 or 1.
+        length: Tokens in a piece; the model's context if that is shorter.
+        most: At most so many pieces, from the document's start; None for all.
 
     Raises:
-        TextError: Fewer tokens fit than the model's special tokens need; or the text cannot be read.
+        TextError: The special tokens leave no room for text, or the text cannot be read.
     """
     text = _encodable(document.name, document.read())
     before, after = _around(loaded)
@@ -291,15 +291,15 @@ def cut(loaded: Loaded, document: Document, half: int, *, length: int = 512, mos
 
 
 def is_delimiter(piece: str) -> bool:
-    """Whether a token is punctuation, or a line end: Clark et al.'s delimiters, without [SEP] (arXiv 1906.04341)."""
-    shown = piece.strip()
-    if not shown:
+    """Whether a token is punctuation or a line end: the delimiters of arXiv 1906.04341, without [SEP]."""
+    marks = piece.strip()
+    if not marks:
         return "\n" in piece
-    return all(unicodedata.category(mark)[0] == "P" for mark in shown)
+    return all(unicodedata.category(mark)[0] == "P" for mark in marks)
 
 
 def _around(loaded: Loaded) -> tuple[list[int], list[int]]:
-    """The special tokens that this model's texts begin and end with."""
+    """The special tokens at the beginning and at the end of this model's texts."""
     encoded = loaded.tokenizer("a", return_special_tokens_mask=True, verbose=False)
     ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
     first = next((i for i, flag in enumerate(added) if not flag), 0)
@@ -311,13 +311,13 @@ def _around(loaded: Loaded) -> tuple[list[int], list[int]]:
 
 
 def repeats(loaded: Loaded, *, count: int = 16, period: int = 50, seed: int = 0) -> list[Piece]:
-    """Random tokens, twice: what a head does with the second copy cannot come from meaning (arXiv 2209.11895).
+    """Texts of random tokens that are repeated once: meaning cannot help with the second copy (arXiv 2209.11895).
 
     Args:
         loaded: The model.
-        count: How many texts; each counts as a document of its own.
-        period: Tokens that are repeated.
-        seed: Of the tokens.
+        count: How many texts; each counts as a document.
+        period: How many tokens are repeated.
+        seed: The seed of the random tokens.
     """
     before, after = _around(loaded)
     period = min(period, ((loaded.context or 1 << 30) - len(before) - len(after)) // 2)
@@ -327,8 +327,8 @@ def repeats(loaded: Loaded, *, count: int = 16, period: int = 50, seed: int = 0)
     pieces = []
     for number in range(count):
         random = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{number}".encode()))
-        once = words[torch.randint(len(words), (period,), generator=random)].tolist()
-        ids = (*before, *once, *once, *after)
+        copy = words[torch.randint(len(words), (period,), generator=random)].tolist()
+        ids = (*before, *copy, *copy, *after)
         sinks = tuple(not len(before) <= i < len(before) + 2 * period for i in range(len(ids)))
         name = f"repeat:{seed}:{number}"
         pieces.append(Piece(ids, sinks, (False,) * len(ids), name, number % 2, period=period))
@@ -336,25 +336,25 @@ def repeats(loaded: Loaded, *, count: int = 16, period: int = 50, seed: int = 0)
 
 
 def batches(pieces: Iterable[Piece], *, tokens: int = 2048, pad: int = 0, device: Any = None) -> Iterator[TextBatch]:
-    """Put pieces together, the longest first, so that little is padding; at most ``tokens`` in a batch of several.
+    """Batches of pieces of similar length, the longest first; at most ``tokens`` in a batch of several pieces.
 
     Args:
         pieces: The pieces.
         tokens: Tokens in a batch, padding included.
-        pad: The id of padding.
-        device: Where the tensors shall be.
+        pad: The id of the padding token.
+        device: The device of the tensors.
     """
     for group in by_length(pieces, lambda piece: len(piece.ids), tokens):
         yield _batch(group, pad, device)
 
 
 def by_length(items: Iterable[Item], length: Callable[[Item], int], tokens: int) -> Iterator[list[Item]]:
-    """Items of like length together, the longest first, so that too little memory shows at once.
+    """Groups of items of similar length, the longest first, so that a lack of memory shows at once.
 
     Args:
-        items: What is to be run.
-        length: How many tokens one has.
-        tokens: The most in a group of several, padding included.
+        items: The items.
+        length: The number of tokens of an item.
+        tokens: The largest number of tokens in a group of several items, padding included.
     """
     waiting: list[Item] = []
     for item in sorted(items, key=lambda item: -length(item)):

@@ -1,7 +1,7 @@
-"""What may be concluded from counts that come in clusters.
+"""Tests and intervals for counts in clusters.
 
-Sentences made from one frame, or taken from one document, are alike, so a thousand of them are not a
-thousand independent cases. Here the cluster is the case: its sums are what is tested and resampled.
+Sentences from one frame, or from one document, depend on each other: a thousand of them are not a thousand
+independent cases. Here a cluster is a case: the sums of clusters are tested and resampled.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 
 __all__ = ["cluster_bootstrap", "cluster_score_test", "fewest_clusters", "holm"]
 
-_BOUND = 0.25 / (0.5 * math.erfc(1.0))  # 1 ÷ (4 P(Z > √2)) = 3.18: no smaller one holds for all differences
-_AT_ONCE = 4_000_000  # replicates held at once
+_BOUND = 0.25 / (0.5 * math.erfc(1.0))  # 1 ÷ (4 P(Z > √2)) = 3.18: a smaller factor is not a bound for all differences
+_MAX_REPLICATES = 4_000_000  # in memory at once
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """p-values adjusted for having made all these tests (Holm 1979, Scand. J. Statist. 6, 65–70).
+    """p-values adjusted for multiple tests (Holm 1979, Scand. J. Statist. 6, 65–70).
 
-    Below 0.05 after it: in at most one of 20 such families is any true null rejected.
+    If nulls with adjusted p < 0.05 are rejected, then at most one of 20 families of tests has a false rejection.
 
     Raises:
         ValueError: A p-value is not between 0 and 1.
@@ -41,12 +41,12 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def cluster_score_test(differences: Tensor) -> Tensor:
-    """A bound on the one-sided p that the clusters' differences are centred at 0; [..., C] to [...].
+    """An upper bound on the one-sided p that the clusters' differences are centred at 0; [..., C] to [...].
 
-    T = Σd ÷ √Σd² is compared with the normal distribution, times 3.18. Where each difference could as well have the
-    other sign, p is at most that, however few the clusters and however unlike (Bentkus and Dzindzalieta 2015, arXiv
-    1307.3451). The variance is taken about 0, what the null says it is, so clusters that all agree do not divide by
-    zero, and T is at most √C: few clusters can never give a small p. Where all differences are 0, p is 1.
+    The bound is 3.18 times the normal tail of T = Σd ÷ √Σd². It holds for any number of clusters of any sizes, if under
+    the null each difference could as well have the other sign (Bentkus and Dzindzalieta 2015, arXiv 1307.3451). The
+    variance is taken about 0, the mean under the null: so T is at most √C, few clusters never give a small p, and
+    clusters that all agree do not divide by zero. Where all differences are 0, p is 1.
 
     >>> cluster_score_test(torch.tensor([[1.0] * 9, [1.0, -1.0] + [0.0] * 7, [0.0] * 9]))
     tensor([0.0043, 1.0000, 1.0000], dtype=torch.float64)
@@ -59,7 +59,7 @@ def cluster_score_test(differences: Tensor) -> Tensor:
 
 
 def fewest_clusters(tests: int, level: float) -> int:
-    """How many clusters it takes at least to be below ``level`` after Holm's correction, if all of them agree.
+    """The smallest number of clusters that can give p < ``level`` after Holm's correction, if all of them agree.
 
     >>> fewest_clusters(1, 0.05), fewest_clusters(540, 0.05)
     (5, 17)
@@ -70,20 +70,20 @@ def fewest_clusters(tests: int, level: float) -> int:
 def cluster_bootstrap(
     numerators: Tensor, denominators: Tensor, replicates: int = 1000, seed: int = 0, level: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """The percentile interval of a ratio of sums when whole clusters are drawn again.
+    """The percentile interval of a ratio of sums, by a bootstrap over whole clusters.
 
     Args:
         numerators: [..., C], for instance the hits in each cluster.
         denominators: [C], for instance the pairs in each cluster. Clusters without any are left out.
         replicates: How often C clusters are drawn, with replacement.
-        seed: The same seed draws the same clusters.
+        seed: The seed of the draws.
         level: The share of replicates inside the interval.
 
     Returns:
         The lower and the upper end, each [...]; NaN if there is no cluster.
 
     Raises:
-        ValueError: The shapes do not fit, or `level` or `replicates` is out of range.
+        ValueError: The shapes do not match, or `level` or `replicates` is out of range.
     """
     if denominators.dim() != 1 or numerators.shape[-1:] != denominators.shape:
         raise ValueError(
@@ -99,18 +99,19 @@ def cluster_bootstrap(
     top, bottom = numerators.double()[..., filled].cpu(), denominators.double()[filled].cpu()
     count = len(bottom)
     if count == 0:
-        nothing = torch.full(numerators.shape[:-1], torch.nan, dtype=torch.float64)
-        return nothing, nothing.clone()
+        undefined = torch.full(numerators.shape[:-1], torch.nan, dtype=torch.float64)
+        return undefined, undefined.clone()
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(count, (replicates, count), generator=generator)
     times = torch.zeros(replicates, count, dtype=torch.float64).scatter_add_(
         1, drawn, torch.ones(replicates, count, dtype=torch.float64)
     )
-    below = times @ bottom
+    sums = times @ bottom
     flat = top.reshape(-1, count)
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     parts = [
-        torch.quantile(part @ times.T / below, ends, dim=-1) for part in flat.split(max(1, _AT_ONCE // replicates))
+        torch.quantile(part @ times.T / sums, ends, dim=-1)
+        for part in flat.split(max(1, _MAX_REPLICATES // replicates))
     ]
     low, high = torch.cat(parts, dim=-1) if parts else flat.new_zeros(2, 0)
     return low.reshape(top.shape[:-1]), high.reshape(top.shape[:-1])

@@ -1,4 +1,4 @@
-"""HeadAtlas: what every head of a model does, one row a head; profile() makes it over a corpus."""
+"""HeadAtlas: what every head of a model does, one row per head; profile() measures it over a corpus."""
 
 from headscope.heads.atlas.atlas import HeadAtlas
 from headscope.heads.atlas.profiler import Plan, profile

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,6 @@ def measure(
     measures: Sequence[Measure],
     *,
     tokens: int = 2048,
-    on_progress: Callable[[int, int], None] | None = None,
 ) -> Measurements:
     """Run a model over pieces of text and add up all measures.
 
@@ -89,12 +88,10 @@ def measure(
         pieces: The texts; texts of repeated tokens may be among them.
         measures: The measures.
         tokens: Tokens in a batch of several texts; halved, with a note, where memory does not suffice.
-        on_progress: Called after each batch with how many are done, and of how many.
     """
     measurements = Measurements()
     waiting = _in_batches(pieces, tokens, loaded)
     layers = int(getattr(loaded.model.config.get_text_config(), "num_hidden_layers", 1))
-    finished = 0
     while waiting:
         batch = waiting.pop(0)
         try:
@@ -110,9 +107,6 @@ def measure(
             measurements.notes += [note] if note not in measurements.notes else []
             continue
         measurements.merge(part)
-        finished += 1
-        if on_progress is not None:
-            on_progress(finished, finished + len(waiting))
     return measurements
 
 

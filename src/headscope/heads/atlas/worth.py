@@ -59,8 +59,8 @@ class Worth:
         values = self.values[method]
         names = sorted(set(self.documents))
         if len(names) < 2:
-            nothing = torch.full(values.shape[1:], torch.nan, dtype=values.dtype)
-            return nothing, nothing
+            undefined = torch.full(values.shape[1:], torch.nan, dtype=values.dtype)
+            return undefined, undefined
         rows = torch.tensor([names.index(name) for name in self.documents])
         sums = torch.zeros(len(names), *values.shape[1:], dtype=values.dtype).index_add(0, rows, values)
         return cluster_bootstrap(sums.movedim(0, -1), rows.bincount(), replicates, level=level)

@@ -1,4 +1,4 @@
-"""Scores of heads: each a ratio of sums, taken in one pass over the weights, with its unit and source."""
+"""Scores of heads: ratios of sums, computed in one pass over the weights, each with its unit and source."""
 
 from headscope.heads.measures.measure import AttentionBatch, Column, Measure, Ratio, Visibility, take
 from headscope.heads.measures.patterns import REPEATED, standard
