@@ -46,6 +46,9 @@ EACH: dict[str, tuple[Mask, Rule]] = {
     "dense [B, 1, 1, 1]": (masks.dense(VISIBLE[:, :1, :1, :1]), lambda b, h, i, j: bool(VISIBLE[b, 0, 0, 0])),
     "packed": (masks.packed(VISIBLE), lambda b, h, i, j: bool(VISIBLE[b, h, i - FIRST, j])),
     "packed [B, 1, 1, S]": (masks.packed(VISIBLE[:, :1, :1]), lambda b, h, i, j: bool(VISIBLE[b, 0, 0, j])),
+    "heads": (masks.heads([0, 2]), lambda b, h, i, j: h in (0, 2)),
+    "queries": (masks.queries([5, 10]), lambda b, h, i, j: i in (5, 10)),
+    "keys": (masks.keys([0, 5, 9]), lambda b, h, i, j: j in (0, 5, 9)),
     "function": (
         masks.function(lambda b, h, i, j: (i + j + b) % (h + 2) == 0),
         lambda b, h, i, j: (i + j + b) % (h + 2) == 0,
@@ -199,6 +202,12 @@ def test_classify_knows_a_block_of_one_cell(name: str) -> None:
     for b, i, j in [(0, 0, 0), (1, 3, 4), (0, 6, 10), (1, 6, 5), (1, 2, 6)]:
         verdict = mask.classify(slice(b, b + 1), slice(FIRST + i, FIRST + i + 1), slice(j, j + 1))
         assert verdict == (bool(visible[b, 0, i, j]) if same[b, i, j] else None)
+
+
+def test_classify_of_or_hides_what_neither_mask_shows() -> None:
+    either = masks.sliding_window(1) | masks.prefix(2)
+    assert either.classify(slice(0, 1), slice(8, 10), slice(3, 6)) is False
+    assert either.classify(slice(0, 1), slice(8, 10), slice(1, 6)) is None
 
 
 @pytest.mark.parametrize("name", ["causal", "window", "window both sides", "prefix", "padding", "left padding"])
