@@ -6,7 +6,7 @@ ENGLISH, CHINESE = english_sentences(), chinese_sentences()
 FRAMES = ENGLISH + CHINESE
 
 
-def of(relation: str, half: int) -> list[Example]:
+def sentences_of(relation: str, half: int) -> list[Example]:
     return [e for e in FRAMES if e.half == half and e.pairs[0].relation == relation]
 
 

@@ -194,7 +194,7 @@ def test_treebanks_of_one_file_name_are_two_collections(tiny_decoder: Loaded, tm
     )
 
 
-def test_notes_name_relations_with_rivals_in_too_few_documents(tiny_decoder: Loaded) -> None:
+def test_notes_name_relations_with_contested_pairs_in_too_few_documents(tiny_decoder: Loaded) -> None:
     """In ten documents a noun is right; there is another one in one document of each half, in five, or in none."""
     plan, names = Plan(length=24, repeats=0, worth=0), ("rare", "common")
 

@@ -12,7 +12,7 @@ import pytest
 from headscope.heads.relations import Example, constructed_relations
 from headscope.heads.relations.sentences.frames import combine, fill, place
 from headscope.heads.relations.sentences.languages import load_language
-from tests.sentences import CHINESE, ENGLISH, FRAMES, of
+from tests.sentences import CHINESE, ENGLISH, FRAMES, sentences_of
 
 RELATIONS = sorted(constructed_relations())
 
@@ -56,7 +56,7 @@ def test_distractors_stand_before_between_and_behind_equally_often(relation: str
     """Another word of the target's class and list, in a third of the sentences before, between and behind."""
     for half in (0, 1):
         positions: Counter[int] = Counter()
-        for e in of(relation, half):
+        for e in sentences_of(relation, half):
             pair = e.pairs[0]
             first, last = sorted((pair.source, pair.target))
             kind = e.classes[pair.target]
@@ -70,10 +70,10 @@ def test_distractors_stand_before_between_and_behind_equally_often(relation: str
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_each_half_has_enough_frames_and_fillings(relation: str) -> None:
     for half in (0, 1):
-        frames = Counter(e.cluster for e in of(relation, half))
+        frames = Counter(e.cluster for e in sentences_of(relation, half))
         assert len(frames) >= 20
         assert min(frames.values()) >= 4
-        assert len({e.text for e in of(relation, half)}) == sum(frames.values())
+        assert len({e.text for e in sentences_of(relation, half)}) == sum(frames.values())
 
 
 def test_a_core_with_its_distractor_is_one_cluster() -> None:
@@ -86,7 +86,7 @@ def test_a_core_with_its_distractor_is_one_cluster() -> None:
     }
     for relation in RELATIONS:
         for half in (0, 1):
-            clusters = Counter(e.cluster for e in of(relation, half))
+            clusters = Counter(e.cluster for e in sentences_of(relation, half))
             assert len(clusters) == sizes.get(relation, 72)
             assert set(clusters.values()) == {4}  # two insertions, filled twice
 
@@ -95,7 +95,7 @@ def test_a_core_with_its_distractor_is_one_cluster() -> None:
 @pytest.mark.parametrize("half", [0, 1])
 @pytest.mark.parametrize("order", ["any", "source behind", "target behind"])
 def test_no_fixed_offset_finds_the_pair(relation: str, half: int, order: str) -> None:
-    offsets = [e.pairs[0].target - e.pairs[0].source for e in of(relation, half)]
+    offsets = [e.pairs[0].target - e.pairs[0].source for e in sentences_of(relation, half)]
     in_order = [d for d in offsets if order == "any" or (d < 0) == (order == "source behind")]
     counted = Counter(in_order)
     if in_order:
@@ -131,14 +131,14 @@ def test_a_pronoun_stands_behind_the_only_noun_that_fits_it() -> None:
     words = load_language("english").words
     men, women, things = ({word for lists in words for word in lists[slot]} for slot in ("man", "woman", "thing"))
     anyone = men | women | things
-    for e in of("coreference", 0) + of("coreference", 1):
+    for e in sentences_of("coreference", 0) + sentences_of("coreference", 1):
         pair = e.pairs[0]
         before = [e.word(i) for i in range(pair.source)]
         fits = {"he": men, "she": women}.get(e.word(pair.source))
         if fits is not None:
             assert [word for word in before if word in fits] == [e.word(pair.target)]
             assert [word for word in before if word in anyone - fits]  # and another that does not
-    kinds = Counter(e.word(e.pairs[0].source) for e in of("coreference", 1))
+    kinds = Counter(e.word(e.pairs[0].source) for e in sentences_of("coreference", 1))
     assert set(kinds) == {"he", "she", "it"}
 
 
@@ -150,7 +150,7 @@ def test_sources_and_targets_have_a_class() -> None:
     for word, kind in of_words.items():
         classes = {
             e.classes[i]
-            for e in of("adjective-noun", 0) + of("cause", 0)
+            for e in sentences_of("adjective-noun", 0) + sentences_of("cause", 0)
             for i in range(len(e.words))
             if e.word(i) == word
         }
@@ -168,12 +168,12 @@ def test_english_sentences_are_english() -> None:
 
 def test_marked_words_are_those_of_the_relation() -> None:
     for half in (0, 1):
-        assert {e.word(e.pairs[0].target).lower() for e in of("cause", half)} == {"because"}
-        assert {e.word(e.pairs[0].source) for e in of("coreference-zh", half)} == {"他", "她", "它"}
-    for e in of("determiner-noun", 0):
+        assert {e.word(e.pairs[0].target).lower() for e in sentences_of("cause", half)} == {"because"}
+        assert {e.word(e.pairs[0].source) for e in sentences_of("coreference-zh", half)} == {"他", "她", "它"}
+    for e in sentences_of("determiner-noun", 0):
         assert e.word(e.pairs[0].source).lower() in {"the", "this", "every", "some"}
     for half, giver in ((0, "我"), (1, "你")):
-        assert giver in {e.word(e.pairs[0].target) for e in of("giver-receiver-zh", half)}
+        assert giver in {e.word(e.pairs[0].target) for e in sentences_of("giver-receiver-zh", half)}
 
 
 def test_sentences_are_those_of_the_shipped_atlases() -> None:

@@ -37,7 +37,7 @@ from headscope.models.loading import Loaded
 from headscope.models.tokens import tokenize
 from headscope.watching.recording import record
 from tests import tiny
-from tests.sentences import ENGLISH, of, one_per_frame
+from tests.sentences import ENGLISH, one_per_frame, sentences_of
 
 # Counting
 
@@ -132,7 +132,9 @@ def same(left: RelationCounts, right: RelationCounts) -> bool:
 
 
 SOME = (
-    one_per_frame(of("coreference", 0))[::12] + one_per_frame(of("cause", 1))[::9] + one_per_frame(of("cause", 0))[::12]
+    one_per_frame(sentences_of("coreference", 0))[::12]
+    + one_per_frame(sentences_of("cause", 1))[::9]
+    + one_per_frame(sentences_of("cause", 0))[::12]
 )
 
 
@@ -450,7 +452,7 @@ def test_random_weights_have_no_relation_role(causal: bool, monkeypatch: pytest.
     """20 models of 2 layers with 6 heads, each scored by itself."""
     monkeypatch.setattr(score, "cluster_bootstrap", partial(cluster_bootstrap, replicates=1))  # of intervals
     names = sorted({pair.relation for example in ENGLISH for pair in example.pairs})
-    examples = [e for name in names for half in (0, 1) for e in one_per_frame(of(name, half))[::2]]
+    examples = [e for name in names for half in (0, 1) for e in one_per_frame(sentences_of(name, half))[::2]]
     words = sorted({e.word(i) for e in examples for i in range(len(e.words))})
     sizes: dict[str, Any] = {"vocab_size": len(words) + 2, "hidden_size": 24, "intermediate_size": 32}
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 6, "initializer_range": 0.5}
@@ -474,7 +476,7 @@ def test_random_weights_have_no_relation_role(causal: bool, monkeypatch: pytest.
 def test_a_hand_built_coreference_head_gets_its_role() -> None:
     """A map that puts all weight on the gold word of every coreference pair, and another that attends one word back."""
     counts = RelationCounts([2])
-    for e in of("coreference", 0) + of("coreference", 1):
+    for e in sentences_of("coreference", 0) + sentences_of("coreference", 1):
         for pair in directed_pairs(e, [True] * len(e.words), causal=True):
             width = len(e.words)
             rows = torch.zeros(2, width)

@@ -86,7 +86,7 @@ class Evidence:
         layer: From 0.
         head: From 0.
         score: The column's value on the half that did not pick the head.
-        null: The value for uniform attention; for a relation what luck reaches, see `RelationScore.null`.
+        null: The value for uniform attention; for a relation the largest null, see `RelationScore.null`.
         low: Lower end of the score's 95 % interval, from a bootstrap over documents (or frames).
         high: Its upper end.
         picked: The value on the half that picked the head.
@@ -181,13 +181,13 @@ def _from_relation(row: RelationScore) -> Evidence:
 
 
 def missing_evidence(halves: Mapping[str, int], counts: RelationCounts) -> list[str]:
-    """Sentences that say where there was too little text, or too few rivals, for any role.
+    """Sentences that say where there was too little text, or too few contested pairs, for any role.
 
     Args:
         halves: The half of each text, by its name.
         counts: The counts of the relations.
     """
-    return [*_too_few_texts(halves), *_too_few_rivals(counts)]
+    return [*_too_few_texts(halves), *_too_few_distractors(counts)]
 
 
 def _too_few_texts(halves: Mapping[str, int]) -> list[str]:
@@ -201,8 +201,8 @@ def _too_few_texts(halves: Mapping[str, int]) -> list[str]:
     ]
 
 
-def _too_few_rivals(counts: RelationCounts) -> list[str]:
-    """Relations with enough documents, but too few in which a rival stands beside the right word."""
+def _too_few_distractors(counts: RelationCounts) -> list[str]:
+    """Relations with enough documents, but too few with contested pairs."""
     least = fewest_clusters(1, LEVEL)
     directions = set()
     for relation, direction, half in counts.keys:
