@@ -113,7 +113,8 @@ def entropy_is_in_bits(original: Any) -> Any:
 
 
 @fault(
-    "headscope.ops.reductions.rows:TopK.finish", "ops/test_matrix.py::test_topk_returns_minus_one_past_the_visible_keys"
+    "headscope.ops.reductions.rows:TopK.finish",
+    "ops/test_reductions.py::test_topk_returns_minus_one_past_the_visible_keys",
 )
 def topk_names_hidden_keys(original: Any) -> Any:
     def finish(*args: Any) -> Any:
