@@ -62,16 +62,16 @@ def test_measure_halves_the_batch_when_out_of_memory(tiny_decoder: Loaded, monke
     pieces = [p for d in documents() for p in corpus.cut(tiny_decoder, d, 0, length=24)]
     inner = profiling._measure_batch
 
-    def small(loaded: Any, batch: Any, *rest: Any) -> Any:
+    def small(loaded: Any, batch: Any, *args: Any) -> Any:
         if len(batch.pieces) > 3:
             return torch.empty(1 << 60)  # as it fails on a CPU
-        return inner(loaded, batch, *rest)
+        return inner(loaded, batch, *args)
 
-    wanted = measure(tiny_decoder, pieces, standard())
+    whole = measure(tiny_decoder, pieces, standard())
     monkeypatch.setattr(profiling, "_measure_batch", small)
-    found = measure(tiny_decoder, pieces, standard())
-    assert found.notes == ["Not enough memory for whole batches of texts: smaller ones were used."]
-    torch.testing.assert_close(found.sums.value("entropy"), wanted.sums.value("entropy"), atol=1e-6, rtol=1e-6)
+    halved = measure(tiny_decoder, pieces, standard())
+    assert halved.notes == ["Not enough memory for whole batches of texts: smaller ones were used."]
+    torch.testing.assert_close(halved.sums.value("entropy"), whole.sums.value("entropy"), atol=1e-6, rtol=1e-6)
 
 
 def test_profile_of_an_encoder_measures_worth_by_cosine() -> None:
@@ -82,11 +82,11 @@ def test_profile_of_an_encoder_measures_worth_by_cosine() -> None:
         vocab_size=tiny.VOCABULARY, hidden_size=24, num_hidden_layers=2, num_attention_heads=6, intermediate_size=32
     )
     loaded = Loaded("bert", BertModel(config).eval().requires_grad_(False), letter_tokenizer(), 0, 64, False, "a test")
-    found = profile(loaded, texts=documents(), plan=PLAN)
-    assert found.worth.unit == "1 - cosine"
-    assert "gradient" not in found.columns()
-    assert float(found.value("offset_mass+1").nan_to_num().sum()) > 0  # it sees what comes after
-    assert found.agreement() != found.agreement()
+    atlas = profile(loaded, texts=documents(), plan=PLAN)
+    assert atlas.worth.unit == "1 - cosine"
+    assert "gradient" not in atlas.columns()
+    assert float(atlas.value("offset_mass+1").nan_to_num().sum()) > 0  # it sees what comes after
+    assert atlas.agreement() != atlas.agreement()
 
 
 def test_notes_name_collections_with_too_few_documents_for_a_role(tiny_decoder: Loaded) -> None:
@@ -94,27 +94,27 @@ def test_notes_name_collections_with_too_few_documents_for_a_role(tiny_decoder: 
     plan = Plan(length=24, repeats=0, worth=0)
     words = (Pair("before", 2, 1), Pair("twice", 2, 0))
     text = "It was late"
-    given = {
+    collections = {
         name: [
             Example(text, ((0, 2), (3, 6), (7, 11)), words, f"{name} {i}", int(i >= 5), "en") for i in range(5 + count)
         ]
         for name, count in (("small", 4), ("large", 5))
     }
     long = Example("word " * 40, ((0, 4), (5, 9), (10, 14)), words, "long", 0, "en")
-    found = profile(
-        tiny_decoder, texts=documents("owl", "sea", "bus", "pie"), relations=given | {"long": [long]}, plan=plan
+    atlas = profile(
+        tiny_decoder, texts=documents("owl", "sea", "bus", "pie"), relations=collections | {"long": [long]}, plan=plan
     )
-    notes = found.measurements.notes
-    told = "small has 9 documents (5 to pick heads, 4 to confirm them): too few for roles that come from it, "
-    assert told + "which take 5 of each." in notes
+    notes = atlas.measurements.notes
+    expected = "small has 9 documents (5 to pick heads, 4 to confirm them): too few for roles that come from it, "
+    assert expected + "which take 5 of each." in notes
     assert not any(note.startswith("large has") for note in notes)
     unclassed = "gives no parts of speech: a head with a role from it may attend to any word of the right class."
     assert f"large {unclassed}" in notes
     frames = profile(tiny_decoder, texts=documents("owl"), relations=few_sentences(), plan=plan)
     assert not any("parts of speech" in note for note in frames.measurements.notes)
     assert "long: 1 of 1 sentences are longer than the model reads, and were left out." in notes
-    assert found.info["examples"]["large"]["read"] == found.info["examples"]["long"]["too_long"] + 9 == 10
-    assert found.relations.examples == 19
+    assert atlas.info["examples"]["large"]["read"] == atlas.info["examples"]["long"]["too_long"] + 9 == 10
+    assert atlas.relations.examples == 19
 
 
 def test_profile_measures_texts_of_a_shard_a_few_at_a_time(
@@ -123,11 +123,11 @@ def test_profile_measures_texts_of_a_shard_a_few_at_a_time(
     """With fewer tokens in memory the sums are the same."""
     whole = profile(tiny_decoder, texts=documents(), plan=PLAN)
     counts: list[int] = []
-    usual: Any = vars(profiler)["measure"]
+    original: Any = vars(profiler)["measure"]
 
-    def counted(loaded: Loaded, pieces: list[Any], *given: Any, **how: Any) -> Any:
+    def counted(loaded: Loaded, pieces: list[Any], *args: Any, **kwargs: Any) -> Any:
         counts.append(len(pieces))
-        return usual(loaded, pieces, *given, **how)
+        return original(loaded, pieces, *args, **kwargs)
 
     monkeypatch.setattr(profiler, "_TOKENS", 1)
     monkeypatch.setattr(profiler, "measure", counted)
@@ -136,25 +136,29 @@ def test_profile_measures_texts_of_a_shard_a_few_at_a_time(
 
 
 def test_notes_of_head_effects_are_notes_of_the_atlas(tiny_decoder: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    usual, told = vars(profiler)["head_effects"], ("out of memory with 12 heads",)
-    monkeypatch.setattr(profiler, "head_effects", lambda *given, **how: replace(usual(*given, **how), notes=told))
-    found = profile(tiny_decoder, texts=documents("owl"), plan=replace(PLAN, repeats=0, worth=1))
-    assert found.notes.count("What heads are worth: out of memory with 12 heads.") == 1
+    original, notes = vars(profiler)["head_effects"], ("out of memory with 12 heads",)
+    monkeypatch.setattr(
+        profiler, "head_effects", lambda *args, **kwargs: replace(original(*args, **kwargs), notes=notes)
+    )
+    atlas = profile(tiny_decoder, texts=documents("owl"), plan=replace(PLAN, repeats=0, worth=1))
+    assert atlas.notes.count("What heads are worth: out of memory with 12 heads.") == 1
 
 
 def test_worth_is_measured_on_texts_spread_over_the_corpus(
     tiny_decoder: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Texts evenly, and places in them by their names: whoever measures a text measures the same of it."""
+    """Texts are spread evenly; the name of a text decides which piece of it is read, in every corpus."""
     read: list[Any] = []
-    usual = vars(profiler)["head_effects"]
-    monkeypatch.setattr(profiler, "head_effects", lambda e, ids, **how: read.append(ids) or usual(e, ids, **how))
+    original = vars(profiler)["head_effects"]
+    monkeypatch.setattr(
+        profiler, "head_effects", lambda e, ids, **kwargs: read.append(ids) or original(e, ids, **kwargs)
+    )
     plan = replace(PLAN, repeats=0, worth=2)
-    found = profile(tiny_decoder, texts=documents(), plan=plan)
-    assert found.worth.documents == ["bus", "owl"]  # the first and the third of five
+    atlas = profile(tiny_decoder, texts=documents(), plan=plan)
+    assert atlas.worth.documents == ["bus", "owl"]  # the first and the third of five
     alone = {name: profile(tiny_decoder, texts=documents(name), plan=plan).worth for name in ("owl", "bus")}
-    for row, name in enumerate(found.worth.documents):
-        torch.testing.assert_close(found.worth.values["gradient"][row], alone[name].values["gradient"][0])
+    for row, name in enumerate(atlas.worth.documents):
+        torch.testing.assert_close(atlas.worth.values["gradient"][row], alone[name].values["gradient"][0])
     starts = {tuple(ids[0, 1:3].tolist()) for ids in read}
     assert len(starts) == 2
     assert starts != {tuple(tiny_decoder.tokenizer(TEXTS[name])["input_ids"][:2]) for name in ("owl", "bus")}
@@ -162,14 +166,14 @@ def test_worth_is_measured_on_texts_spread_over_the_corpus(
 
 def test_profile_takes_a_model_with_its_tokenizer(tiny_decoder: Loaded, tiny_atlas: HeadAtlas) -> None:
     model = tiny.llama().requires_grad_(True)
-    found = profile(model, tiny_decoder.tokenizer, list(TEXTS.values()), plan=replace(PLAN, worth=1))
+    atlas = profile(model, tiny_decoder.tokenizer, list(TEXTS.values()), plan=replace(PLAN, worth=1))
     assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
-    assert found.name == "LlamaForCausalLM"
-    assert [name[:7] for name in found.info["texts"]] == [f"text {number} " for number in range(1, 6)]
+    assert atlas.name == "LlamaForCausalLM"
+    assert [name[:7] for name in atlas.info["texts"]] == [f"text {number} " for number in range(1, 6)]
     others = profile(model, tiny_decoder.tokenizer, ["It was late. It was cold."], plan=replace(PLAN, worth=0))
-    assert len(found.merge(others).info["texts"]) == 6  # each has a first text, which is not the other's
+    assert len(atlas.merge(others).info["texts"]) == 6  # both have a first text, and these differ
     for name in ("first", "entropy", "induction"):  # with the start token that the tokenizer declares
-        torch.testing.assert_close(found.value(name), tiny_atlas.value(name))
+        torch.testing.assert_close(atlas.value(name), tiny_atlas.value(name))
     with pytest.raises(ValueError, match="a model without its tokenizer"):
         profile(tiny_decoder.model, texts=list(TEXTS.values()))
     with pytest.raises(ValueError, match="one text where a list of texts is wanted"):
@@ -199,7 +203,7 @@ def test_notes_name_relations_with_contested_pairs_in_too_few_documents(tiny_dec
     plan, names = Plan(length=24, repeats=0, worth=0), ("rare", "common")
 
     def notes(contested: int) -> list[str]:
-        found = [
+        examples = [
             Example(
                 "a cat that saw rain fell",
                 ((2, 5), (11, 14), (15, 19), (20, 24)),
@@ -211,11 +215,11 @@ def test_notes_name_relations_with_contested_pairs_in_too_few_documents(tiny_dec
             )
             for i in range(10)
         ]
-        return profile(tiny_decoder, texts=documents("owl"), relations={"nouns": found}, plan=plan).notes
+        return profile(tiny_decoder, texts=documents("owl"), relations={"nouns": examples}, plan=plan).notes
 
-    told = [note for note in notes(1) if "right class" in note]
-    assert len(told) == 1
-    assert told[0].startswith("No head can have a role from rare: in fewer than 5 documents")
+    rival_notes = [note for note in notes(1) if "right class" in note]
+    assert len(rival_notes) == 1
+    assert rival_notes[0].startswith("No head can have a role from rare: in fewer than 5 documents")
     assert not any("right class" in note for note in notes(0) + notes(5))
 
 
@@ -228,24 +232,24 @@ def test_layers_with_different_heads_are_ablated_to_zero_only(tiny_decoder: Load
     torch.manual_seed(1)
     model.model.layers[1].self_attn = LlamaAttention(narrow, 1).eval()
     loaded = replace(tiny_decoder, model=model)
-    found = profile(loaded, texts=documents("owl", "sea"), plan=replace(PLAN, repeats=0, worth=2))
-    assert found.heads == (6, 4)
-    assert set(found.worth.values) == {"ablation_zero", "gradient"}
-    assert found.value("ablation_zero").isfinite().tolist() == [[True] * 6, [True] * 4 + [False] * 2]
-    assert any(note.startswith("Ablation to the mean is left out") for note in found.measurements.notes)
+    atlas = profile(loaded, texts=documents("owl", "sea"), plan=replace(PLAN, repeats=0, worth=2))
+    assert atlas.heads == (6, 4)
+    assert set(atlas.worth.values) == {"ablation_zero", "gradient"}
+    assert atlas.value("ablation_zero").isfinite().tolist() == [[True] * 6, [True] * 4 + [False] * 2]
+    assert any(note.startswith("Ablation to the mean is left out") for note in atlas.measurements.notes)
 
 
 def test_notes_name_a_language_that_the_model_does_not_read(tiny_decoder: Loaded) -> None:
 
-    found = profile(
+    atlas = profile(
         tiny_decoder,
         texts=documents("owl"),
         relations={"Chinese frames": chinese_sentences()},
         plan=Plan(repeats=0, worth=0),
     )
-    assert found.relations.examples == 0
-    told = "Chinese frames: not profiled, the model does not read it: "
-    assert any(note.startswith(told) for note in found.measurements.notes)
+    assert atlas.relations.examples == 0
+    expected = "Chinese frames: not profiled, the model does not read it: "
+    assert any(note.startswith(expected) for note in atlas.measurements.notes)
 
 
 def test_profile_of_a_model_that_reads_chinese_counts_chinese_relations() -> None:
@@ -258,28 +262,28 @@ def test_profile_of_a_model_that_reads_chinese_counts_chinese_relations() -> Non
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**tiny._decoder() | {"vocab_size": len(known) + 2})).eval()
     loaded = Loaded("tiny", model, tokenizer, 0, 64, True, "a test")
-    found = profile(
+    atlas = profile(
         loaded, texts=documents("owl"), relations={"Chinese frames": chinese_sentences()}, plan=Plan(repeats=0, worth=0)
     )
-    assert not any("Chinese" in note for note in found.measurements.notes)
-    assert found.relations.examples == len(chinese_sentences())
-    assert {row.relation for row in found.relation_scores()} == {"coreference-zh", "giver-receiver-zh"}
-    assert not any(row.role for row in found.relation_scores())  # its weights are random
+    assert not any("Chinese" in note for note in atlas.measurements.notes)
+    assert atlas.relations.examples == len(chinese_sentences())
+    assert {row.relation for row in atlas.relation_scores()} == {"coreference-zh", "giver-receiver-zh"}
+    assert not any(row.role for row in atlas.relation_scores())  # its weights are random
 
 
 def test_profile_of_an_encoder_decoder_is_that_of_its_encoder() -> None:
     model = tiny.bart()
     loaded = Loaded("tiny", model, letter_tokenizer(), 0, 64, True, "a test")
-    found = profile(loaded, texts=documents("owl", "sea"), relations=few_sentences(), plan=PLAN)
-    assert found.heads == (6, 6)
-    assert found.relations.examples > 0
-    assert bool(found.value("norm_first").isfinite().all())
-    assert found.worth.unit == "1 - cosine"
-    assert float(found.value("ablation_zero").min()) > 0
+    atlas = profile(loaded, texts=documents("owl", "sea"), relations=few_sentences(), plan=PLAN)
+    assert atlas.heads == (6, 6)
+    assert atlas.relations.examples > 0
+    assert bool(atlas.value("norm_first").isfinite().all())
+    assert atlas.worth.unit == "1 - cosine"
+    assert float(atlas.value("ablation_zero").min()) > 0
     inner = Loaded("tiny", model.get_encoder(), letter_tokenizer(), 0, 64, True, "a test")
     alone = profile(inner, texts=documents("owl", "sea"), relations=few_sentences(), plan=PLAN)
     for column in ("entropy", "norm_first", "ablation_zero"):
-        torch.testing.assert_close(found.value(column), alone.value(column))
+        torch.testing.assert_close(atlas.value(column), alone.value(column))
 
 
 TREEBANK = """# newdoc id = {name}
@@ -295,7 +299,7 @@ TREEBANK = """# newdoc id = {name}
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_profile_of_a_loaded_folder_with_a_treebank(kind: str, tmp_path: Path) -> None:
-    """What Clark's table and the induction heads of GPT-2 small need, on models made up for it."""
+    """BERT and GPT-2 from a folder, as in the papers, but small and random."""
     from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
     from headscope import models
@@ -311,9 +315,9 @@ def test_profile_of_a_loaded_folder_with_a_treebank(kind: str, tmp_path: Path) -
     loaded = models.load(tmp_path / kind)
     examples = read_conllu(file)
     assert {example.half for example in examples} == {0, 1}
-    found = profile(loaded, texts=documents(), relations={"made up": examples}, plan=replace(PLAN, worth=0))
-    columns = found.columns()
-    assert found.relations.examples == 12
+    atlas = profile(loaded, texts=documents(), relations={"made up": examples}, plan=replace(PLAN, worth=0))
+    columns = atlas.columns()
+    assert atlas.relations.examples == 12
     assert {"relation:nsubj (reverse)", "relation:obj"} <= set(columns)  # a decoder sees what comes before
     assert ("relation:det" in columns) == (kind == "bert")
     assert columns["norm_sink"].isfinite().all()  # the output projection was found, a Conv1D in GPT-2
@@ -322,9 +326,9 @@ def test_profile_of_a_loaded_folder_with_a_treebank(kind: str, tmp_path: Path) -
 
 def test_notes_say_when_only_the_beginning_of_texts_was_read(tiny_decoder: Loaded) -> None:
     plan = replace(PLAN, repeats=0, worth=0)
-    told = "Of longer texts only the beginning was read, 24 tokens at most; --pieces 0 reads all."
-    assert told in profile(tiny_decoder, texts=documents(), plan=plan).measurements.notes
-    assert told not in profile(tiny_decoder, texts=documents(), plan=replace(plan, pieces=0)).measurements.notes
+    expected = "Of longer texts only the beginning was read, 24 tokens at most; --pieces 0 reads all."
+    assert expected in profile(tiny_decoder, texts=documents(), plan=plan).measurements.notes
+    assert expected not in profile(tiny_decoder, texts=documents(), plan=replace(plan, pieces=0)).measurements.notes
 
 
 def test_texts_longer_than_the_context_are_cut_with_a_note(tiny_decoder: Loaded) -> None:
@@ -333,5 +337,5 @@ def test_texts_longer_than_the_context_are_cut_with_a_note(tiny_decoder: Loaded)
     assert {len(piece.ids) for piece in pieces[:-1]} == {64}
     assert sum(len(piece.ids) - 1 for piece in pieces) == 1000
     assert [piece.offset for piece in pieces[:3]] == [0, 63, 126]
-    found = profile(tiny_decoder, texts=[long], plan=Plan(length=64, pieces=0, repeats=0, worth=0))
-    assert "Texts longer than 64 tokens are read in pieces, each after a start token." in found.measurements.notes
+    atlas = profile(tiny_decoder, texts=[long], plan=Plan(length=64, pieces=0, repeats=0, worth=0))
+    assert "Texts longer than 64 tokens are read in pieces, each after a start token." in atlas.measurements.notes

@@ -78,17 +78,17 @@ def test_load_refuses_files_that_are_no_atlas(tiny_atlas: HeadAtlas, tmp_path: P
     with pytest.raises(AtlasError, match="not an atlas of heads"):
         HeadAtlas.load(other)
     table = pyarrow.parquet.read_table(path)
-    held = dict(table.schema.metadata)
-    told = json.loads(held[b"headscope.atlas"])
+    metadata = dict(table.schema.metadata)
+    data = json.loads(metadata[b"headscope.atlas"])
     for name, value, match in (
-        (b"headscope.atlas", json.dumps(told | {"format": 7}).encode(), "format 7; this version reads format 4"),
+        (b"headscope.atlas", json.dumps(data | {"format": 7}).encode(), "format 7; this version reads format 4"),
         (b"headscope.atlas", b"{", "is damaged"),
         (b"headscope.sums", b"\x00\x01", "is damaged"),
         (b"headscope.atlas", json.dumps({"format": 4}).encode(), "is not a whole atlas"),
-        (b"headscope.atlas", json.dumps([told]).encode(), "is not a whole atlas"),
-        (b"headscope.atlas", json.dumps(told | {"info": {"columns": {}}}).encode(), "is not a whole atlas: 'model'"),
+        (b"headscope.atlas", json.dumps([data]).encode(), "is not a whole atlas"),
+        (b"headscope.atlas", json.dumps(data | {"info": {"columns": {}}}).encode(), "is not a whole atlas: 'model'"),
     ):
-        pyarrow.parquet.write_table(table.replace_schema_metadata(held | {name: value}), other)
+        pyarrow.parquet.write_table(table.replace_schema_metadata(metadata | {name: value}), other)
         with pytest.raises(AtlasError, match=match):
             HeadAtlas.load(other)
     with pytest.raises(AtlasError, match="no column 'entropie'; it has: offset"):

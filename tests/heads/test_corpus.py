@@ -25,8 +25,8 @@ from tests.tiny_atlas import documents
 def test_cut_and_measure_take_odd_texts(text: str, rows: int, tiny_decoder: Loaded) -> None:
     pieces = corpus.cut(tiny_decoder, Document("odd", lambda: text), 0, length=64, most=2)
     assert len(pieces) == (2 if rows > 64 else 1)
-    found = measure(tiny_decoder, pieces, standard())
-    assert found.sums.value("entropy").isfinite().all()
+    measurements = measure(tiny_decoder, pieces, standard())
+    assert measurements.sums.value("entropy").isfinite().all()
 
 
 def test_unreadable_texts_are_refused(tmp_path: Path, tiny_decoder: Loaded) -> None:
@@ -64,8 +64,8 @@ def test_delimiters_that_are_sinks_are_not_text(tiny_decoder: Loaded) -> None:
 
 
 def test_default_documents_are_long_and_stable() -> None:
-    given = corpus.default_documents()
-    assert len(given) > 15
-    assert len({document.name for document in given}) == len(given)
-    assert [corpus.digest(d) for d in given] == [corpus.digest(d) for d in corpus.default_documents()]
-    assert all(len(document.read()) > 200 for document in given)
+    default = corpus.default_documents()
+    assert len(default) > 15
+    assert len({document.name for document in default}) == len(default)
+    assert [corpus.digest(d) for d in default] == [corpus.digest(d) for d in corpus.default_documents()]
+    assert all(len(document.read()) > 200 for document in default)

@@ -1,4 +1,4 @@
-"""Effects of heads and links are what an edit of one head at a time gives."""
+"""Effects of heads and links against edits of one head at a time."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def _encoder() -> dict[str, Any]:
 def loss(logits: Tensor, text: Tensor, mask: Tensor) -> Tensor:
     """The same as the default metric, row by row through torch's own loss."""
     rows = []
-    for row, tokens, kept in zip(logits, text, mask.bool(), strict=True):
-        pairs = kept[1:] & kept[:-1]
+    for row, tokens, is_text in zip(logits, text, mask.bool(), strict=True):
+        pairs = is_text[1:] & is_text[:-1]
         rows.append(torch.nn.functional.cross_entropy(row[:-1][pairs], tokens[1:][pairs]))
     return torch.stack(rows)
 
@@ -133,7 +133,7 @@ def test_head_effects_of_an_encoder_decoder_replicate_rows() -> None:
     assert effects.unit == "the metric's"
 
 
-def test_mean_ablation_in_a_batch_is_the_edit() -> None:
+def test_head_effects_with_means_are_edits_with_means() -> None:
     model = llama()
     means = head_means(model, [ids(3, 9, seed=1)])
     effects = head_effects(model, TEXT, to=means)
@@ -142,7 +142,7 @@ def test_mean_ablation_in_a_batch_is_the_edit() -> None:
     assert (effects.values - head_effects(model, TEXT).values).abs().max() > 1e-2
 
 
-def test_clean_is_the_loss_of_the_model_as_it_is() -> None:
+def test_clean_is_the_loss_of_the_unchanged_model() -> None:
     model = llama()
     with torch.no_grad():
         expected = loss(model(TEXT).logits, TEXT, torch.ones_like(TEXT))
@@ -151,52 +151,52 @@ def test_clean_is_the_loss_of_the_model_as_it_is() -> None:
         torch.testing.assert_close(clean.float(), expected, atol=1e-5, rtol=0)
 
 
-def test_chosen_heads_are_measured_and_the_others_are_nan() -> None:
+def test_head_effects_are_nan_for_heads_that_are_not_chosen() -> None:
     model = llama()
     whole = head_effects(model, TEXT)
-    seen: list[tuple[int, int]] = []
-    some = head_effects(model, TEXT, heads=[(1, 4), (0, 2)], on_progress=lambda done, of: seen.append((done, of)))
+    progress: list[tuple[int, int]] = []
+    some = head_effects(model, TEXT, heads=[(1, 4), (0, 2)], on_progress=lambda done, of: progress.append((done, of)))
     assert torch.isfinite(some.values).nonzero().tolist() == [[0, 2], [1, 4]]
     torch.testing.assert_close(some.values[1, 4], whole.values[1, 4], atol=1e-5, rtol=0)
-    assert seen == [(2, 4), (4, 4)]
+    assert progress == [(2, 4), (4, 4)]
 
 
-def rows_seen(model: torch.nn.Module, limit: int | None = None) -> tuple[list[list[int]], Any]:
+def count_rows(model: torch.nn.Module, limit: int | None = None) -> tuple[list[list[int]], Any]:
     """How many rows each decoder layer ran on; refuses more than ``limit`` for want of memory."""
-    seen: list[list[int]] = [[], []]
+    row_counts: list[list[int]] = [[], []]
 
     def note(index: int) -> Any:
         def after(module: Any, args: Any, output: Any) -> None:
             if limit is not None and output.shape[0] > limit:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-            seen[index].append(output.shape[0])
+            row_counts[index].append(output.shape[0])
 
         return after
 
-    return seen, [layer.register_forward_hook(note(i)) for i, layer in enumerate(model.model.layers)]
+    return row_counts, [layer.register_forward_hook(note(i)) for i, layer in enumerate(model.model.layers)]
 
 
-def test_the_batch_grows_from_layer_to_layer() -> None:
+def test_ablation_batch_grows_from_layer_to_layer() -> None:
     model = llama()
-    seen, _ = rows_seen(model)
+    row_counts, _ = count_rows(model)
     head_effects(model, TEXT[:1])
-    assert seen == [[1, 7], [1, 13]]
+    assert row_counts == [[1, 7], [1, 13]]
 
 
-def test_groups_fit_the_memory_they_are_given() -> None:
+def test_ablation_groups_fit_batch_bytes() -> None:
     model = llama()
     expected = head_effects(model, TEXT)
-    seen, _ = rows_seen(model)
+    row_counts, _ = count_rows(model)
     few = head_effects(model, TEXT, batch_bytes=30_000)
-    assert len(seen[1]) > 4
+    assert len(row_counts[1]) > 4
     torch.testing.assert_close(few.per_example, expected.per_example, atol=1e-5, rtol=0)
     assert few.notes == ()
 
 
-def test_out_of_memory_halves_the_group_and_says_so() -> None:
+def test_ablation_halves_the_group_when_out_of_memory() -> None:
     model = llama()
     expected = head_effects(model, TEXT)
-    _, handles = rows_seen(model, limit=4)
+    _, handles = count_rows(model, limit=4)
     halved = head_effects(model, TEXT)
     torch.testing.assert_close(halved.per_example, expected.per_example, atol=1e-5, rtol=0)
     assert halved.notes == (
@@ -205,12 +205,12 @@ def test_out_of_memory_halves_the_group_and_says_so() -> None:
     )
     for handle in handles:
         handle.remove()
-    rows_seen(model, limit=1)
+    count_rows(model, limit=1)
     with pytest.raises(RuntimeError, match="can't allocate"):
         head_effects(model, TEXT)
 
 
-def test_a_layer_that_mixes_rows_is_run_the_plain_way() -> None:
+def test_ablation_replicates_rows_where_a_layer_mixes_them() -> None:
     model = llama()
 
     def mix(module: Any, args: Any, output: Tensor) -> Tensor:
@@ -224,7 +224,7 @@ def test_a_layer_that_mixes_rows_is_run_the_plain_way() -> None:
     assert expected.notes == ()
 
 
-def test_a_layer_that_refuses_the_grown_batch_is_run_the_plain_way() -> None:
+def test_ablation_replicates_rows_where_a_layer_refuses_the_grown_batch() -> None:
     model = llama()
     expected = head_effects(model, TEXT)
 
@@ -241,7 +241,7 @@ def test_a_layer_that_refuses_the_grown_batch_is_run_the_plain_way() -> None:
 
 
 @pytest.mark.parametrize("method", ["ablate", "gradient"])
-def test_nothing_is_left_behind_by_a_failure(method: str) -> None:
+def test_head_effects_leave_no_hooks_after_a_failure(method: str) -> None:
     model = llama()
     with torch.no_grad():
         before = model(TEXT).logits
@@ -278,7 +278,7 @@ class Gates(Edit):
 
 
 @pytest.mark.parametrize(("make", "step", "close"), [(llama, 3e-3, 1e-3), (gpt2, 1e-5, 1e-6)])
-def test_gradient_importance_is_the_finite_difference_of_the_gate(make: Any, step: float, close: float) -> None:
+def test_gradient_is_the_finite_difference_of_the_gate(make: Any, step: float, close: float) -> None:
     # Llama's norm computes in float32 also in a float64 model, so its differences are coarser.
     model = make().double()
     effects = head_effects(model, TEXT, attention_mask=PADDED, method="gradient")
@@ -299,7 +299,7 @@ def test_gradient_importance_is_the_finite_difference_of_the_gate(make: Any, ste
     assert (effects.values - slopes.mean(0).abs()).abs().max() > 1e-2, "absolute values are taken per example"
 
 
-def test_the_gradient_in_parts_is_the_same_and_parameters_keep_theirs() -> None:
+def test_gradient_in_parts_is_the_same_and_sets_no_parameter_gradients() -> None:
     model = llama()
     whole = head_effects(model, TEXT, method="gradient")
     parts = head_effects(model, TEXT, method="gradient", batch_bytes=1, heads=[(1, 3)])
@@ -308,26 +308,26 @@ def test_the_gradient_in_parts_is_the_same_and_parameters_keep_theirs() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_the_gradient_goes_on_with_fewer_texts_where_memory_does_not_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradient_halves_the_texts_when_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     from headscope.heads.effects import ablation as module
 
     inner = vars(module)["gate_gradients"]
 
-    def small(model: Any, ids: torch.Tensor, *rest: Any) -> Any:
-        return torch.empty(1 << 60) if len(ids) > 1 else inner(model, ids, *rest)  # as it fails on a CPU
+    def small(model: Any, ids: torch.Tensor, *args: Any) -> Any:
+        return torch.empty(1 << 60) if len(ids) > 1 else inner(model, ids, *args)  # as it fails on a CPU
 
     model = llama()
     whole = head_effects(model, TEXT, method="gradient")
     monkeypatch.setattr(module, "gate_gradients", small)
-    found = head_effects(model, TEXT, method="gradient")
-    torch.testing.assert_close(found.per_example, whole.per_example, atol=1e-6, rtol=1e-5)
-    assert found.notes == (f"out of memory with {len(TEXT)} texts at a time: went on with {len(TEXT) // 2}",)
-    monkeypatch.setattr(module, "gate_gradients", lambda *given: torch.empty(1 << 60))
+    halved = head_effects(model, TEXT, method="gradient")
+    torch.testing.assert_close(halved.per_example, whole.per_example, atol=1e-6, rtol=1e-5)
+    assert halved.notes == (f"out of memory with {len(TEXT)} texts at a time: went on with {len(TEXT) // 2}",)
+    monkeypatch.setattr(module, "gate_gradients", lambda *args: torch.empty(1 << 60))
     with pytest.raises(RuntimeError, match="memory"):
         head_effects(model, TEXT, method="gradient")
 
 
-def test_the_gradient_works_where_parameters_are_frozen_and_gradients_off() -> None:
+def test_gradient_works_with_frozen_parameters_under_no_grad() -> None:
     model = llama().requires_grad_(False)
     with torch.no_grad():
         assert head_effects(model, TEXT, method="gradient").values.min() > 0
@@ -359,7 +359,7 @@ def test_agreement_is_the_correlation_of_ranks() -> None:
         agreement(table([[1, math.nan]]), table([[3, 4]]))
 
 
-def test_the_interval_is_a_bootstrap_over_examples() -> None:
+def test_interval_is_a_bootstrap_over_examples() -> None:
     examples = torch.randn(40, 2, 3, dtype=torch.float64)
     effects = table(examples.mean(0).tolist(), examples)
     low, high = effects.interval(replicates=4000)
@@ -399,42 +399,42 @@ def test_next_token_loss_counts_text_only() -> None:
     torch.testing.assert_close(next_token_loss(logits, TEXT, PADDED), loss(logits, TEXT, PADDED))
 
 
-def test_a_link_that_is_hidden_changes_the_next_token() -> None:
+def test_link_effect_is_the_change_of_the_next_token() -> None:
     model = llama()
     text = TEXT[:1]
-    found = link_effect(model, text, query=6, key=[2, 3], layers=1, heads=[0, 5], top=3)
+    effect = link_effect(model, text, query=6, key=[2, 3], layers=1, heads=[0, 5], top=3)
     with torch.no_grad():
         clean = model(text).logits[0, -1].softmax(-1)
         with edit(model, knock_out(6, [2, 3], layers=1, heads=[0, 5])):
             edited = model(text).logits[0, -1].softmax(-1)
-    assert found.kl == pytest.approx(float((clean * (clean / edited).log()).sum()), abs=1e-5)
-    assert found.kl > 1e-3
-    assert [token for token, _ in found.clean] == clean.topk(3).indices.tolist()
-    assert [token for token, _ in found.edited] == edited.topk(3).indices.tolist()
-    assert {c.token_id for c in found.changes} == {token for token, _ in (*found.clean, *found.edited)}
-    for change in found.changes:
+    assert effect.kl == pytest.approx(float((clean * (clean / edited).log()).sum()), abs=1e-5)
+    assert effect.kl > 1e-3
+    assert [token for token, _ in effect.clean] == clean.topk(3).indices.tolist()
+    assert [token for token, _ in effect.edited] == edited.topk(3).indices.tolist()
+    assert {c.token_id for c in effect.changes} == {token for token, _ in (*effect.clean, *effect.edited)}
+    for change in effect.changes:
         expected = float(edited[change.token_id] - clean[change.token_id])
         assert change.change == pytest.approx(expected, abs=1e-5)
-    sizes = [abs(change.change) for change in found.changes]
+    sizes = [abs(change.change) for change in effect.changes]
     assert sizes == sorted(sizes, reverse=True)
 
 
 @pytest.mark.parametrize(("make", "heads"), [(llama, 6), (gpt2, 4)])
 def test_link_effects_of_every_head_are_those_of_one_at_a_time(make: Any, heads: int) -> None:
     model, text = make(), TEXT[:1]
-    found = link_effects(model, text, query=[5, 6], key=2)
-    assert found.notes == ()
+    effect = link_effects(model, text, query=[5, 6], key=2)
+    assert effect.notes == ()
     for layer in range(2):
         whole = link_effect(model, text, [5, 6], 2, layers=layer).kl
-        assert float(found.layers[layer]) == pytest.approx(whole, rel=1e-3, abs=1e-5)
+        assert float(effect.layers[layer]) == pytest.approx(whole, rel=1e-3, abs=1e-5)
         for head in range(heads):
             single = link_effect(model, text, [5, 6], 2, layers=layer, heads=head).kl
-            assert float(found.heads[layer, head]) == pytest.approx(single, rel=1e-3, abs=1e-5)
-    assert found.everywhere == link_effect(model, text, [5, 6], 2)
-    assert float(found.heads.max()) > 1e-3
+            assert float(effect.heads[layer, head]) == pytest.approx(single, rel=1e-3, abs=1e-5)
+    assert effect.everywhere == link_effect(model, text, [5, 6], 2)
+    assert float(effect.heads.max()) > 1e-3
 
 
-def test_a_link_to_what_comes_later_is_worth_nothing_in_a_decoder() -> None:
+def test_link_effects_of_a_later_key_are_zero_in_a_decoder() -> None:
     assert link_effects(llama(), TEXT[:1], 2, 5).heads.abs().max() < 1e-9
 
 
@@ -453,12 +453,12 @@ def test_a_link_to_what_comes_later_is_worth_nothing_in_a_decoder() -> None:
         ({"attention_mask": torch.tensor([[1] * 7, [1] + [0] * 6])}, ValueError, "row 1 of input_ids has no two"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(options: dict[str, Any], error: type[Exception], text: str) -> None:
+def test_head_effects_refuse_wrong_arguments(options: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         head_effects(llama(), TEXT, **options)
 
 
-def test_models_without_a_next_token_are_refused_by_name() -> None:
+def test_head_effects_refuse_models_without_a_next_token() -> None:
     with pytest.raises(ValueError, match=r"input_ids is \(7,\): wanted \[B, T\]"):
         head_effects(llama(), TEXT[0])
     with pytest.raises(EditError, match=r"LlamaForCausalLM is in training mode.*model.eval\(\)"):
@@ -479,12 +479,12 @@ def test_models_without_a_next_token_are_refused_by_name() -> None:
         head_effects(torch.nn.Embedding(VOCABULARY, 5).eval(), TEXT)
 
 
-def test_an_encoder_has_a_gradient_by_a_metric_of_ones_own() -> None:
+def test_gradient_of_an_encoder_with_a_metric_of_ones_own() -> None:
     effects = head_effects(bert(), TEXT, method="gradient", metric=lambda hidden, text, mask: hidden[:, 0, 3])
     assert effects.values.min() > 0
 
 
-def test_links_that_cannot_be_are_refused() -> None:
+def test_link_effects_refuse_wrong_arguments() -> None:
     model = llama()
     with pytest.raises(ValueError, match=r"input_ids is \(2, 7\): wanted one text"):
         link_effect(model, TEXT, 6, 2)

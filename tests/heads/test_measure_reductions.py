@@ -132,19 +132,19 @@ def test_shared_product_gives_each_reduction_its_own_result(
     x[:, :, :3, 1] = x[:, :, 7:, 1] = x[..., 2] = 0  # columns of four keys, and of none
     matrix, among = matrix_of(MASKS[name]), some_keys()
     far = Distance(torch.stack([among, ~among], -1))
-    found = matrix.reduce(SharedProduct([Product(x), far, Product(own)]))[0]
-    shared = len(products)
+    shared_results = matrix.reduce(SharedProduct([Product(x), far, Product(own)]))[0]
+    products_of_shared = len(products)
     alone: list[Reduction] = [Product(x), far, Product(own)]
-    for one, question in zip(found, alone, strict=True):
-        torch.testing.assert_close(one, matrix.reduce(question)[0])
-    assert len(products) > shared
+    for one, reduction in zip(shared_results, alone, strict=True):
+        torch.testing.assert_close(one, matrix.reduce(reduction)[0])
+    assert len(products) > products_of_shared
     dense = matrix.dense()
-    torch.testing.assert_close(found[0], dense @ x)
-    torch.testing.assert_close(found[2], dense @ own)
+    torch.testing.assert_close(shared_results[0], dense @ x)
+    torch.testing.assert_close(shared_results[2], dense @ own)
     apart = (torch.arange(37)[:, None] - torch.arange(37)).abs()
     for number, these in enumerate((among, ~among)):
         wanted = (dense * apart * these[:, None, None]).sum(-1)
-        torch.testing.assert_close(found[1][..., number], wanted, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(shared_results[1][..., number], wanted, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [36, 37])

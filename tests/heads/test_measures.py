@@ -38,9 +38,9 @@ def attention_of(batch: TextBatch, mask: masks.Mask | None, seed: int = 0) -> At
     return AttentionBatch(AttentionMatrix(2 * query, key, mask=mask), Visibility(batch, mask, HEADS), value, weight)
 
 
-def values(found: dict[str, Ratio]) -> dict[str, Tensor]:
+def values(ratios: dict[str, Ratio]) -> dict[str, Tensor]:
     """Each measure over the batch: [H]."""
-    return {name: ratio.numerator.sum(0) / ratio.denominator.sum(0) for name, ratio in found.items()}
+    return {name: ratio.numerator.sum(0) / ratio.denominator.sum(0) for name, ratio in ratios.items()}
 
 
 def by_definition(attention: AttentionBatch) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ def by_definition(attention: AttentionBatch) -> dict[str, Tensor]:
     p = attention.matrix.dense().double()
     rows, heads, length, _ = p.shape
     text = attention.texts.valid & ~attention.texts.sinks
-    seen = Visibility(attention.texts, attention.visibility.mask, HEADS).uniform.dense()[:, 0] > 0  # [B, L, S]
+    visible = Visibility(attention.texts, attention.visibility.mask, HEADS).uniform.dense()[:, 0] > 0  # [B, L, S]
     index = torch.arange(length)
     sums: dict[str, Tensor] = {}
     norms = []
@@ -64,17 +64,17 @@ def by_definition(attention: AttentionBatch) -> dict[str, Tensor]:
         received = torch.zeros(heads, length, dtype=torch.float64)
         queries_per_key = torch.zeros(length, dtype=torch.float64)
         for i in range(length):
-            if not text[b, i] or int((seen[b, i] & text[b]).sum()) < 2:
+            if not text[b, i] or int((visible[b, i] & text[b]).sum()) < 2:
                 continue
             a = p[b, :, i]
-            kept = a * text[b]
+            on_text = a * text[b]
             add("rows", 1.0)
-            add("on_text", kept.sum(-1))
+            add("on_text", on_text.sum(-1))
             add("entropy", -torch.xlogy(a, a).sum(-1))
-            add("possible", math.log(int(seen[b, i].sum())))
-            add("confidence", kept.amax(-1))
+            add("possible", math.log(int(visible[b, i].sum())))
+            add("confidence", on_text.amax(-1))
             add("confidence_raw", a.amax(-1))
-            add("distance", (kept * (index - i).abs()).sum(-1))
+            add("distance", (on_text * (index - i).abs()).sum(-1))
             add("distance_raw", (a * (index - i).abs()).sum(-1))
             add("text", (a * text[b]).sum(-1))
             add("sink", (a * (attention.texts.sinks & attention.texts.valid)[b]).sum(-1))
@@ -87,13 +87,13 @@ def by_definition(attention: AttentionBatch) -> dict[str, Tensor]:
             add("norm_delimiter", (carried * attention.texts.delimiters[b]).sum(-1))
             for d in range(-8, 9):
                 if 0 <= i + d < length:
-                    add(f"offset_mass{d:+d}", kept[:, i + d])
+                    add(f"offset_mass{d:+d}", on_text[:, i + d])
                     add(f"offset_mass{d:+d}_raw", a[:, i + d])
-                    add(f"offset_hits{d:+d}", (kept.argmax(-1) == i + d).double())
+                    add(f"offset_hits{d:+d}", (on_text.argmax(-1) == i + d).double())
                     if abs(d) < 2:
                         add(f"norm_offset{d:+d}", carried[:, i + d])
             received += a
-            queries_per_key += seen[b, i]
+            queries_per_key += visible[b, i]
         shares = torch.where(text[b], received / queries_per_key.clamp(min=1), 0)
         tenth = math.ceil(0.1 * int(text[b].sum()) - 1e-9)
         add("received_top", shares.sort(-1, descending=True).values[:, :tenth].sum(-1))
@@ -120,10 +120,10 @@ def test_every_measure_is_its_definition(kind: str, blocks: str, monkeypatch: py
         kind, masks.causal()
     )
     attention = attention_of(batch, mask)
-    found, wanted = values(take(standard(), attention)), by_definition(attention)
+    actual, wanted = values(take(standard(), attention)), by_definition(attention)
     assert set(wanted) == {column.name for column in columns_of(standard())} - {"induction", "duplicate"}
     for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, atol=2e-5, rtol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(actual[name], value, atol=2e-5, rtol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_distance_is_exact_far_into_a_text() -> None:
@@ -131,9 +131,9 @@ def test_distance_is_exact_far_into_a_text() -> None:
     length, random = 60_000, torch.Generator().manual_seed(0)
     query, key = torch.randn(1, 1, 500, 3, generator=random), torch.randn(1, 1, length, 3, generator=random)
     matrix = AttentionMatrix(query, key, mask=masks.sliding_window(4))
-    (found,) = matrix.reduce(Distance(torch.ones(1, length, 1, dtype=torch.bool)))
-    apart = torch.arange(-4, 5).abs().double()
-    torch.testing.assert_close(found[..., 0].double(), matrix.offsets(4).double() @ apart, atol=3e-4, rtol=0)
+    (distance,) = matrix.reduce(Distance(torch.ones(1, length, 1, dtype=torch.bool)))
+    offsets = torch.arange(-4, 5).abs().double()
+    torch.testing.assert_close(distance[..., 0].double(), matrix.offsets(4).double() @ offsets, atol=3e-4, rtol=0)
 
 
 def test_layers_with_equal_masks_share_a_visibility() -> None:
@@ -159,13 +159,13 @@ def test_measures_of_a_text_do_not_depend_on_padding_or_other_texts() -> None:
 
 def test_nulls_are_the_values_of_uniform_attention() -> None:
     batch = batch_of(30)
-    seen = Visibility(batch, masks.causal(), HEADS)
-    found = values(take(standard(), AttentionBatch(seen.uniform, seen)))
+    visibility = Visibility(batch, masks.causal(), HEADS)
+    nulls = values(take(standard(), AttentionBatch(visibility.uniform, visibility)))
     visible = torch.arange(2, 30, dtype=torch.float64) + 1  # row 1 sees one text key only and does not count
-    torch.testing.assert_close(found["entropy"], visible.log().mean()[None], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found["entropy_share"], torch.ones(1).double(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found["first"], (1 / visible).mean()[None], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(found["norm_first"], found["first"], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(nulls["entropy"], visible.log().mean()[None], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(nulls["entropy_share"], torch.ones(1).double(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(nulls["first"], (1 / visible).mean()[None], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(nulls["norm_first"], nulls["first"], atol=1e-6, rtol=1e-5)
 
 
 class FarMass(Reduction):
@@ -180,9 +180,9 @@ class FarMass(Reduction):
 def test_over_rows_counts_exactly_in_every_dtype(dtype: torch.dtype) -> None:
     attention = attention_of(batch_of(301), masks.causal())
     ones = torch.ones(attention.matrix.shape[:3], dtype=dtype)
-    found = attention.over_rows(ones)
-    assert found.dtype == torch.float64
-    assert found.tolist() == [[299.0] * HEADS]  # which bfloat16 does not have
+    total = attention.over_rows(ones)
+    assert total.dtype == torch.float64
+    assert total.tolist() == [[299.0] * HEADS]  # which bfloat16 does not have
 
 
 class Far(Measure):
@@ -206,6 +206,6 @@ def test_take_computes_a_measure_of_ones_own() -> None:
 
 def test_norms_are_nan_without_an_output_projection() -> None:
     attention = attention_of(batch_of(23), masks.causal())
-    found = values(take(standard(), AttentionBatch(attention.matrix, attention.visibility, attention.value, None)))
-    assert found["norm_sink"].isnan().all()
-    assert not found["sink"].isnan().any()
+    actual = values(take(standard(), AttentionBatch(attention.matrix, attention.visibility, attention.value, None)))
+    assert actual["norm_sink"].isnan().all()
+    assert not actual["sink"].isnan().any()

@@ -51,10 +51,10 @@ def test_merge_counts_shared_sentences_once(tiny_decoder: Loaded) -> None:
         pair = (Pair("before", 1, 0),) if number % 2 else (Pair("before", 2, 1), Pair("twice", 2, 0))
         example = Example("It was late", ((0, 2), (3, 6), (7, 11)), pair, f"document {number}", number // 2 % 2, "en")
         (mine if number < 3 else theirs).append(example)
-    given = {"frames": frames, "mine": mine}, {"frames": frames, "theirs": theirs}
+    collections = {"frames": frames, "mine": mine}, {"frames": frames, "theirs": theirs}
     first, second = (
-        profile(tiny_decoder, texts=documents(*names), relations=held, plan=plan)
-        for names, held in zip((("owl", "sea"), ("bus", "pie")), given, strict=True)
+        profile(tiny_decoder, texts=documents(*names), relations=relations, plan=plan)
+        for names, relations in zip((("owl", "sea"), ("bus", "pie")), collections, strict=True)
     )
     everything = {"frames": frames, "mine": mine, "theirs": theirs}
     whole = profile(tiny_decoder, texts=documents("owl", "sea", "bus", "pie"), relations=everything, plan=plan)

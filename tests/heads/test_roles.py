@@ -22,8 +22,8 @@ from tests.options import one_thread  # noqa: F401  (for the whole module)
 from tests.tiny_atlas import PLAN, documents
 
 
-def made(positions: list[list[int]], length: int, strength: float = 30.0) -> AttentionMatrix:
-    """A head for each list: query i looks at key positions[head][i], almost alone; −1: evenly at all."""
+def one_hot_heads(positions: list[list[int]], length: int, strength: float = 30.0) -> AttentionMatrix:
+    """A head for each list: query i attends to key positions[head][i] almost only; −1: to all keys uniformly."""
     key = torch.eye(length).expand(1, len(positions), -1, -1)
     query = torch.zeros(1, len(positions), length, length)
     for head, targets in enumerate(positions):
@@ -36,18 +36,21 @@ def made(positions: list[list[int]], length: int, strength: float = 30.0) -> Att
 def roles_of(
     matrix: AttentionMatrix, plain: TextBatch, repeated: AttentionMatrix, twice: TextBatch, *, causal: bool = True
 ) -> list[set[str]]:
-    """The roles of heads made by hand, by the same way as a model's."""
+    """The roles of heads made by hand, computed as those of a model."""
     sums, null = MeasureSums(), MeasureSums()
     count = matrix.shape[1]
     for number in range(6):
         for weights, batch in ((matrix, plain), (repeated, twice)):
-            seen = Visibility(batch, masks.causal() if causal else None, count)
-            asked = [measure for measure in standard() if measure.reads(batch)]
-            given = weights_of([(f"{'repeat:' if batch is twice else ''}{number}", number % 2)])
-            for into, attention in ((sums, AttentionBatch(weights, seen)), (null, AttentionBatch(seen.uniform, seen))):
-                into.add(take(asked, attention), 0, 1, given)
-    found = find_roles(sums, null)
-    return [{row.role for row in found if row.head == head} for head in range(count)]
+            visibility = Visibility(batch, masks.causal() if causal else None, count)
+            measures = [measure for measure in standard() if measure.reads(batch)]
+            document_weights = weights_of([(f"{'repeat:' if batch is twice else ''}{number}", number % 2)])
+            for total, attention in (
+                (sums, AttentionBatch(weights, visibility)),
+                (null, AttentionBatch(visibility.uniform, visibility)),
+            ):
+                total.add(take(measures, attention), 0, 1, document_weights)
+    evidence = find_roles(sums, null)
+    return [{row.role for row in evidence if row.head == head} for head in range(count)]
 
 
 def test_heads_made_by_hand_get_their_role_and_no_other() -> None:
@@ -55,19 +58,19 @@ def test_heads_made_by_hand_get_their_role_and_no_other() -> None:
     plain = batch_of(length)
     (twice,) = batches([piece(2 * period + 1, end=False, period=period)])
     before = [max(0, i - 1) for i in range(length)]
-    own = list(range(length))
+    current = list(range(length))
     first = [0] * length
-    even = [-1] * length
+    uniform = [-1] * length
     far = [(i * 7) % (i + 1) for i in range(length)]
     again = [i - period + 1 if i > period else 0 for i in range(length)]
     same = [i - period if i > period else 0 for i in range(length)]
     stops = [max((j for j in range(i) if j % 5 == 4), default=0) for i in range(length)]
-    heads = [before, own, first, even, far, stops]
-    on_plain = made([*heads, far, far], length)
-    on_twice = made([before, own, first, even, far, far, again, same], length)
-    found = roles_of(on_plain, plain, on_twice, twice)
+    heads = [before, current, first, uniform, far, stops]
+    on_plain = one_hot_heads([*heads, far, far], length)
+    on_twice = one_hot_heads([before, current, first, uniform, far, far, again, same], length)
+    evidence = roles_of(on_plain, plain, on_twice, twice)
     wanted = [{"previous token"}, {"self"}, {"sink"}, {"uniform"}, set(), {"delimiter"}, {"induction"}, {"duplicate"}]
-    assert found == wanted
+    assert evidence == wanted
 
 
 def test_a_next_token_head_of_an_encoder_gets_its_role() -> None:
@@ -80,7 +83,7 @@ def test_a_next_token_head_of_an_encoder_gets_its_role() -> None:
 
 
 def test_a_head_with_little_weight_on_text_has_no_role_from_it() -> None:
-    """It looks at the token before with 4 % of its weight, and at the first one with 96 %."""
+    """The token before gets 4 % of its weight, the first token 96 %."""
     length = 41
     key = torch.eye(length).expand(1, 1, -1, -1)
     query = torch.zeros(1, 1, length, length)
@@ -92,7 +95,7 @@ def test_a_head_with_little_weight_on_text_has_no_role_from_it() -> None:
 
 
 def test_a_head_with_a_learned_sink_has_no_role_from_its_little_weight_on_text() -> None:
-    """It looks at the token before with 4 % of its weight; the rest goes to a logit that no token has."""
+    """The token before gets 4 % of its weight, a learned sink 96 %."""
     length = 41
     key = torch.eye(length).expand(1, 1, -1, -1)
     query = torch.zeros(1, 1, length, length)
@@ -102,25 +105,28 @@ def test_a_head_with_a_learned_sink_has_no_role_from_its_little_weight_on_text()
         matrix = AttentionMatrix(query, key, mask=masks.causal(), scale=1.0, sinks=torch.tensor([sink]))
         (twice,) = batches([piece(41, end=False, period=20)])
         assert roles_of(matrix, batch_of(length), matrix, twice) == [wanted]
-        seen = Visibility(batch_of(length), masks.causal(), 1)
-        found = values(take(standard(), AttentionBatch(matrix, seen)))
-        assert float(found["text"]) == pytest.approx(0.04 if sink > 0 else 1, abs=1e-5)
+        visibility = Visibility(batch_of(length), masks.causal(), 1)
+        measured = values(take(standard(), AttentionBatch(matrix, visibility)))
+        assert float(measured["text"]) == pytest.approx(0.04 if sink > 0 else 1, abs=1e-5)
 
 
 def test_evidence_counts_the_rows_behind_the_score() -> None:
     """38 of 41 rows see two text keys or more; of repeats it is the 20 rows of the second copy. Three texts report."""
     length, period = 41, 20
     (twice,) = batches([piece(length, end=False, period=period)])
-    before = made([[max(0, i - 1) for i in range(length)]], length)
-    again = made([[i - period + 1 if i > period else 0 for i in range(length)]], length)
+    before = one_hot_heads([[max(0, i - 1) for i in range(length)]], length)
+    again = one_hot_heads([[i - period + 1 if i > period else 0 for i in range(length)]], length)
     sums, null = MeasureSums(), MeasureSums()
     for number in range(6):
         for weights, batch in ((before, batch_of(length)), (again, twice)):
-            seen = Visibility(batch, masks.causal(), 1)
-            asked = [measure for measure in standard() if measure.reads(batch)]
-            given = weights_of([(f"{number}", number % 2)])
-            for into, attention in ((sums, AttentionBatch(weights, seen)), (null, AttentionBatch(seen.uniform, seen))):
-                into.add(take(asked, attention), 0, 1, given)
+            visibility = Visibility(batch, masks.causal(), 1)
+            measures = [measure for measure in standard() if measure.reads(batch)]
+            document_weights = weights_of([(f"{number}", number % 2)])
+            for total, attention in (
+                (sums, AttentionBatch(weights, visibility)),
+                (null, AttentionBatch(visibility.uniform, visibility)),
+            ):
+                total.add(take(measures, attention), 0, 1, document_weights)
     assert {row.role: row.examples for row in find_roles(sums, null)} == {"previous token": 3 * 39, "induction": 3 * 20}
 
 
@@ -129,10 +135,10 @@ def test_a_head_is_reported_on_the_half_that_did_not_pick_it() -> None:
     sums, null = MeasureSums(), MeasureSums()
     for number in range(8):
         half = number % 2
-        found = torch.tensor([[0.9, 0.9 - 0.2 * half]]) if half == 0 else torch.tensor([[0.1, 0.7]])
-        given = weights_of([(f"doc {number}", half)])
-        sums.add({"first": Ratio(found, torch.ones(1, 2))}, 0, 1, given)
-        null.add({"first": Ratio(torch.full((1, 1), 0.1), torch.ones(1, 1))}, 0, 1, given[:2])
+        numerator = torch.tensor([[0.9, 0.9 - 0.2 * half]]) if half == 0 else torch.tensor([[0.1, 0.7]])
+        document_weights = weights_of([(f"doc {number}", half)])
+        sums.add({"first": Ratio(numerator, torch.ones(1, 2))}, 0, 1, document_weights)
+        null.add({"first": Ratio(torch.full((1, 1), 0.1), torch.ones(1, 1))}, 0, 1, document_weights[:2])
     (row,) = find_roles(sums, null, halves={f"doc {number}": number % 2 for number in range(8)})
     assert (row.role, row.head, row.documents) == ("sink", 1, 4)
     assert (row.picked, row.score, row.null) == (pytest.approx(0.9), pytest.approx(0.7), pytest.approx(0.1))
@@ -148,19 +154,19 @@ def test_roles_need_texts_in_both_halves(tiny_decoder: Loaded, monkeypatch: pyte
     uniform = next(role for role in roles.ROLES if role.name == "uniform")
     monkeypatch.setattr(roles, "ROLES", (replace(uniform, threshold=0.1),))  # every head has it
     plan = replace(PLAN, repeats=0, worth=0)
-    for count, told in (
+    for count, message in (
         (2, "1 to pick heads (needed: 1), 1 to confirm them (needed: 2)"),
         (3, "2 to pick heads"),
         (4, None),
     ):
-        found = profile(tiny_decoder, texts=documents()[:count], plan=plan)
-        assert any("Too few texts" in note and f": {told}" in note for note in found.notes) == (told is not None)
-        assert any("Too few texts" in note for note in found.notes) == (told is not None)
-        assert bool(found.roles()) == (told is None)
+        atlas = profile(tiny_decoder, texts=documents()[:count], plan=plan)
+        assert any("Too few texts" in note and f": {message}" in note for note in atlas.notes) == (message is not None)
+        assert any("Too few texts" in note for note in atlas.notes) == (message is not None)
+        assert bool(atlas.roles()) == (message is None)
     names = ("owl", "sea", "bus", "cat")
     alone = [profile(tiny_decoder, texts=documents(name), plan=plan) for name in names]
-    assert [found.info["documents"] for found in alone] == [{"owl": 1}, {"sea": 1}, {"bus": 1}, {"cat": 0}]
-    assert not any(found.roles() for found in alone)
+    assert [atlas.info["documents"] for atlas in alone] == [{"owl": 1}, {"sea": 1}, {"bus": 1}, {"cat": 0}]
+    assert not any(atlas.roles() for atlas in alone)
     merged = alone[0].merge(alone[1]).merge(alone[2]).merge(alone[3])
     assert merged.roles()
     assert not any("Too few texts" in note for note in merged.notes)

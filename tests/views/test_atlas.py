@@ -31,11 +31,11 @@ def test_print_head_shows_value_null_and_rank(
 
     monkeypatch.setenv("COLUMNS", "80")
     with resources.as_file(resources.files("headscope.heads.atlas") / "shipped" / "minilm.parquet") as path:
-        held = HeadAtlas.load(path)
-    print_head(held, 3, 1)
+        shipped = HeadAtlas.load(path)
+    print_head(shipped, 3, 1)
     shown = {line.split("  ")[0].strip(): line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
-    (row,) = [r for r in held.relation_scores() if (r.direction, r.layer, r.head) == ("coreference", 3, 1)]
-    better = sum(r.accuracy > row.accuracy for r in held.relation_scores() if r.direction == "coreference")
+    (row,) = [r for r in shipped.relation_scores() if (r.direction, r.layer, r.head) == ("coreference", 3, 1)]
+    better = sum(r.accuracy > row.accuracy for r in shipped.relation_scores() if r.direction == "coreference")
     assert shown["coreference"][1:4] == [f"{row.accuracy:.3f}", f"{row.null:.3f}", f"{better + 1}/72"]
-    assert shown["entropy"][1] == f"{float(held.value('entropy')[3, 1]):.3f}"
-    assert shown["entropy"][2] == f"{float(held.measurements.null.value('entropy')[3, 0]):.3f}"
+    assert shown["entropy"][1] == f"{float(shipped.value('entropy')[3, 1]):.3f}"
+    assert shown["entropy"][2] == f"{float(shipped.measurements.null.value('entropy')[3, 0]):.3f}"

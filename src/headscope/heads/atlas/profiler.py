@@ -48,7 +48,7 @@ class Plan:
         repeats: Texts of repeated random tokens.
         period: Tokens that are repeated in them.
         worth: How many documents, spread evenly over all, are used to find what heads are worth; 0 for none.
-        worth_tokens: Tokens of each of these, from a place that follows from its name.
+        worth_tokens: Tokens of each of these, from a position that follows from its name.
         seed: Of the random tokens.
         tokens: Tokens in a batch.
     """
