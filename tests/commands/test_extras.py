@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -13,6 +14,7 @@ from headscope.commands.app import app
 from headscope.errors import HeadscopeError, MissingExtra
 from headscope.heads.atlas import HeadAtlas
 from headscope.heads.relations.sentences.treebank import read_conllu
+from headscope.training import head_counts
 from headscope.training.logs import tensorboard
 
 CONLLU = "1\tSit\tsit\tVERB\t_\t_\t0\troot\t_\t_\n\n"
@@ -89,6 +91,18 @@ def test_the_command_names_the_missing_extra(package: str, block: Callable[[str]
     done = CliRunner().invoke(app, USES[package].command.split())
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr == f"Error: {sentence(package)}\n"
+
+
+def test_experiment_without_matplotlib_writes_the_rest(
+    block: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = SimpleNamespace(markdown=lambda: "# One head or many")
+    monkeypatch.setattr(head_counts, "compare_head_counts", lambda *_, **__: report)
+    block("matplotlib")
+    done = CliRunner().invoke(app, ["experiment", "one-or-many", "--quick"])
+    assert done.exit_code == 0
+    assert done.stderr == f"{sentence('matplotlib')}\n"
+    assert done.stdout.endswith("one-or-many.md, one-or-many.json, one-or-many.csv\n")
 
 
 def test_tensorboard_logs_name_the_missing_extra(block: Callable[[str], None]) -> None:

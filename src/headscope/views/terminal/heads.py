@@ -228,25 +228,27 @@ def _named(roles: Sequence[Evidence]) -> str:
 
 def print_examples(best: Sequence[TokenExample], worst: Sequence[TokenExample]) -> None:
     """The tokens with the largest and the smallest maximum weight of a head."""
-    for title, looks in (("Looks hardest", best), ("Looks least", worst)):
+    for title, examples in (("Looks hardest", best), ("Looks least", worst)):
         print_renderable(Text(title, style="bold"))
-        for look in looks:
-            before = " ".join(look.before.split())[-50:]
-            text = Text(f"  {percent(look.weight):>6}  … {before} ")
-            text.append(look.token or "␣", style="bold").append(" → ").append(look.target or "␣", style="bold cyan")
-            print_renderable(text.append(f"  ({look.distance:+d} tokens; {look.document})", style="dim"))
+        for example in examples:
+            before = " ".join(example.before.split())[-50:]
+            text = Text(f"  {percent(example.weight):>6}  … {before} ")
+            text.append(example.token or "␣", style="bold").append(" → ")
+            text.append(example.target or "␣", style="bold cyan")
+            print_renderable(text.append(f"  ({example.distance:+d} tokens; {example.document})", style="dim"))
 
 
-def print_pairs(looks: Sequence[PairExample], relation: str, most: int = 4) -> None:
+def print_pairs(examples: Sequence[PairExample], relation: str, limit: int = 4) -> None:
     """Sentences in which the head puts most weight on the right word, and those in which it chose another."""
-    hits, misses = [look for look in looks if look.hit], [look for look in looks if not look.hit]
-    print_renderable(Text(f"{relation}: {len(hits)} of {len(looks)} pairs are right", style="bold"))
-    for look in [*hits[:most], *misses[:most]]:
-        mark = Text("  ✓ " if look.hit else "  ✗ ", style="green" if look.hit else "red")
-        chose = "" if look.hit else f", not “{look.gold}” ({percent(look.weight)})"
-        share = f" {percent(look.weight)}" if look.hit else ""
+    hits = [example for example in examples if example.hit]
+    misses = [example for example in examples if not example.hit]
+    print_renderable(Text(f"{relation}: {len(hits)} of {len(examples)} pairs are right", style="bold"))
+    for example in [*hits[:limit], *misses[:limit]]:
+        mark = Text("  ✓ " if example.hit else "  ✗ ", style="green" if example.hit else "red")
+        chose = "" if example.hit else f", not “{example.gold}” ({percent(example.weight)})"
+        share = f" {percent(example.weight)}" if example.hit else ""
         print_renderable(
-            mark.append(f"{look.query} → {look.chosen}{share}{chose}", style="bold").append(
-                f"   {look.text}", style="not bold"
+            mark.append(f"{example.query} → {example.chosen}{share}{chose}", style="bold").append(
+                f"   {example.text}", style="not bold"
             )
         )

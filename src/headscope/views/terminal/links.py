@@ -18,14 +18,16 @@ from headscope.views.words import label, percent
 __all__ = ["print_links"]
 
 
-def print_links(view: TextLinks, *, model: str, causal: bool, command: Callable[[str], str] | None = None) -> None:
+def print_links(
+    view: TextLinks, *, model: str, causal: bool, command: Callable[[str], str] = "headscope see {}".format
+) -> None:
     """The table of a text's links, and how to read it.
 
     Args:
         view: The links.
         model: The model's name.
         causal: Whether a word sees only those before it.
-        command: The whole command that shows the same text with other options, for the hints; None for no hints.
+        command: Gives the whole command that shows the same text with these options, for the hints.
     """
     console = console_for()
     console.print(_heading(view, model, causal))
@@ -35,10 +37,10 @@ def print_links(view: TextLinks, *, model: str, causal: bool, command: Callable[
         console.print(Text(note, style="yellow"))
     console.print()
     console.print(_how_to_read(view))
-    console.print(_proof_line(view))
-    for number, options in enumerate(_hints(view) if command is not None else ()):
+    console.print(_check_line(view))
+    for number, options in enumerate(_hints(view)):
         start = Text("     " if number else "Try: ", style="bold")
-        console.print(start.append(command(options) if command else "", style="not bold cyan"), soft_wrap=True)
+        console.print(start.append(command(options), style="not bold cyan"), soft_wrap=True)
 
 
 def _heading(view: TextLinks, model: str, causal: bool) -> Text:
@@ -142,7 +144,7 @@ def _how_to_read(view: TextLinks) -> Text:
     )
 
 
-def _proof_line(view: TextLinks) -> Text:
+def _check_line(view: TextLinks) -> Text:
     if view.proof is None:
         return Text(
             "Not checked: these weights × values could not be compared with the model's own attention output.",
