@@ -171,7 +171,7 @@ def _print_result(config: TrainConfig, result: TrainResult, as_json: bool) -> No
             "seconds": round(result.seconds, 1),
             "precision": result.precision,
             "checkpoint": str(result.checkpoint),
-            "heads": heads and {"step": heads.step, "table": head_counts.plain(heads.table())},
+            "heads": heads and {"step": heads.step, "table": head_counts.finite_or_none(heads.table())},
         }
         sys.stdout.write(json.dumps(data, allow_nan=False, indent=1) + "\n")
         return

@@ -26,8 +26,8 @@ __all__ = [
     "RunOutcome",
     "SeedMean",
     "compare_head_counts",
+    "finite_or_none",
     "mean_of",
-    "plain",
 ]
 
 # Student's t that leaves 2.5 % on each side, for 1, 2, … degrees of freedom; above 30 the normal distribution's.
@@ -192,14 +192,14 @@ class ExperimentReport:
         """Rows, outcomes and verdicts as plain data; NaN becomes None."""
         rows = [asdict(row) for row in self.rows]
         outcomes = [asdict(outcome) for outcome in self.outcomes]
-        return {"rows": plain(rows), "runs": plain(outcomes), "verdicts": self.verdicts}
+        return {"rows": finite_or_none(rows), "runs": finite_or_none(outcomes), "verdicts": self.verdicts}
 
     def csv(self) -> str:
         """The outcomes as CSV, one line per run."""
         text = io.StringIO()
         writer = csv.DictWriter(text, list(RunOutcome.__dataclass_fields__), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(plain([asdict(outcome) for outcome in self.outcomes]))
+        writer.writerows(finite_or_none([asdict(outcome) for outcome in self.outcomes]))
         return text.getvalue()
 
 
@@ -261,7 +261,7 @@ def _run(folder: Path, config: TrainConfig, heads: int, on_progress: Callable[[T
     distance = head_distance(result.model, task.held_out(_TEXTS).tokens.to(result.model.embedding.weight.device))
     size = sum(parameter.numel() for parameter in result.model.parameters())
     outcome = RunOutcome(config.task, heads, config.seed, result.held_out.loss, distance, size, result.seconds)
-    _write(folder, {path.name: json.dumps(run | {"outcome": plain(asdict(outcome))}, indent=1)})
+    _write(folder, {path.name: json.dumps(run | {"outcome": finite_or_none(asdict(outcome))}, indent=1)})
     return outcome
 
 
@@ -318,12 +318,12 @@ def _verdict(task: str, heads: int, before: int, gain: SeedMean, seeds: int) -> 
     )
 
 
-def plain(value: Any) -> Any:
+def finite_or_none(value: Any) -> Any:
     """The value with NaN and infinities, which JSON does not have, replaced by None, in lists and dicts too."""
     if isinstance(value, dict):
-        return {name: plain(entry) for name, entry in value.items()}
+        return {name: finite_or_none(entry) for name, entry in value.items()}
     if isinstance(value, list):
-        return [plain(entry) for entry in value]
+        return [finite_or_none(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
