@@ -288,7 +288,7 @@ def test_alibi_adds_its_bias_to_the_scores() -> None:
             "mask is a list; wanted a headscope mask",
         ),
         (lambda: positions.rotary(0.5), "base=0.5: it must be above 1"),
-        (lambda: positions.rotary(scaling=4.0), r"scaling=4\.0: it is a function, such as linear_scaling\(4\.0\)"),
+        (lambda: positions.rotary(scaling=4.0), r"scaling=4\.0: wanted a function, such as linear_scaling\(4\.0\)"),
         (lambda: positions.linear_scaling(0.0), "factor=0.0: it must be above 0"),
         (lambda: positions.llama3_scaling(0.0), "factor=0.0, low=1.0, high=4.0, original=8192: all must be above 0"),
         (lambda: positions.llama3_scaling(8.0, low=4.0), "low=4.0, high=4.0, original=8192: all must be above 0"),

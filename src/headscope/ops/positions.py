@@ -23,7 +23,7 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Alibi:
-    """−slope·|i − j| for each head, made for the block that is needed: pass it as ``bias=`` (arXiv 2108.12409)."""
+    """−slope·|i − j| for each head, computed block by block: pass it as ``bias=`` (arXiv 2108.12409)."""
 
     slopes: Tensor  # [H], float32
 
@@ -46,7 +46,7 @@ class Alibi:
 
 
 def alibi(slopes: Sequence[float] | Tensor) -> Alibi:
-    """ALiBi by its slopes, one a head, as ``bias=``; see :func:`alibi_slopes` for the usual ones.
+    """ALiBi from its slopes, one per head, as ``bias=``; see :func:`alibi_slopes` for the usual ones.
 
     Raises:
         ValueError: slopes that are not a row of finite numbers.
@@ -58,14 +58,16 @@ def alibi(slopes: Sequence[float] | Tensor) -> Alibi:
         >>> headscope.attention(x, x, x, mask=headscope.masks.causal(), bias=bias).shape
         torch.Size([1, 4, 9, 8])
     """
-    held = torch.as_tensor(slopes, dtype=torch.float32).detach()
-    if held.dim() != 1 or not held.numel() or not bool(held.isfinite().all()):
-        raise ValueError(f"alibi() got slopes of shape {tuple(held.shape)}: wanted one finite number for each head.")
-    return Alibi(held)
+    slopes = torch.as_tensor(slopes, dtype=torch.float32).detach()
+    if slopes.dim() != 1 or not slopes.numel() or not bool(slopes.isfinite().all()):
+        raise ValueError(f"alibi() got slopes of shape {tuple(slopes.shape)}: wanted one finite number for each head.")
+    return Alibi(slopes)
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
-    """The slopes of arXiv 2108.12409, [num_heads]: 2^(−8/n), 2^(−16/n) …; between powers of two, every other one.
+    """The slopes of arXiv 2108.12409, [num_heads]: 2^(−8/n), 2^(−16/n) …
+
+    If n is not a power of two, the others are every second slope of twice the power below n.
 
     Example:
         >>> alibi_slopes(4)
@@ -79,7 +81,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
     return torch.tensor(slopes)
 
 
-Scaling = Callable[[Tensor], Tensor]  # from the inverse wavelengths [D/2] to others
+Scaling = Callable[[Tensor], Tensor]  # from frequencies [D/2] to scaled ones
 
 
 class Rotary:
@@ -94,14 +96,14 @@ class Rotary:
         self._tables: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def frequencies(self, size: int) -> Tensor:
-        """Radians a position for each pair, [size / 2]: base^(−2i/size), then scaled. Raises ValueError if odd."""
+        """Radians per position for each pair, [size / 2]: base^(−2i/size), then scaled. Raises ValueError if odd."""
         if size % 2:
-            raise ValueError(f"rotary() turns pairs of numbers, but the head size is {size}: it must be even.")
+            raise ValueError(f"rotary() rotates pairs of numbers, but the head size is {size}: it must be even.")
         plain = self.base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
         return plain if self.scaling is None else self.scaling(plain)
 
     def rotate(self, x: Tensor, first: int = 0) -> Tensor:
-        """The rows of x [B, H, L, D], turned for positions first … first + L − 1; same shape and dtype."""
+        """The rows of x [B, H, L, D], rotated for positions first … first + L − 1; same shape and dtype."""
         cos, sin = self._table(first + x.shape[2], x)
         cos, sin = cos[first : first + x.shape[2]], sin[first : first + x.shape[2]]
         if self.interleaved:
@@ -113,18 +115,18 @@ class Rotary:
     def _table(self, length: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [≥ length, D/2] in x's dtype, kept between calls."""
         kind = (x.shape[-1], x.device, x.dtype)
-        held = self._tables.get(kind)
-        if held is None or len(held[0]) < length:
-            with torch.inference_mode(False):  # tables outlive it: a training step may come next
+        table = self._tables.get(kind)
+        if table is None or len(table[0]) < length:
+            with torch.inference_mode(False):  # a training step may use the table later
                 positions = torch.arange(2 ** math.ceil(math.log2(max(length, 64))), dtype=torch.float64)
                 angles = torch.outer(positions, self.frequencies(x.shape[-1]))
-                held = angles.cos().to(x.device, x.dtype), angles.sin().to(x.device, x.dtype)
-            if type(held[0]) is Tensor:  # not what stands for a tensor while a graph is exported
-                self._tables[kind] = held
-        return held
+                table = angles.cos().to(x.device, x.dtype), angles.sin().to(x.device, x.dtype)
+            if type(table[0]) is Tensor:  # not a FakeTensor, while a graph is exported
+                self._tables[kind] = table
+        return table
 
     def __deepcopy__(self, memo: object) -> Rotary:
-        return self  # it has no state but what can be computed again
+        return self  # its only state is a cache
 
     def __repr__(self) -> str:
         pairs = "interleaved" if self.interleaved else "half-split"
@@ -136,25 +138,25 @@ def rotary(base: float = 10_000.0, *, interleaved: bool = False, scaling: Scalin
 
     Args:
         base: the wavelengths run from 2π to 2π·base positions.
-        interleaved: which numbers are a pair: i and i + D/2 (half-split, as in Llama), or with True 2i and 2i + 1 (as
+        interleaved: which numbers form a pair: i and i + D/2 (half-split, as in Llama), or if True 2i and 2i + 1 (as
             in the paper and in GPT-J).
         scaling: changes the frequencies for longer texts: :func:`linear_scaling`, :func:`llama3_scaling`, or your own.
 
     Raises:
-        ValueError: a base that is not above 1, or a scaling that is no function.
+        ValueError: a base that is not above 1, or a scaling that is not a function.
 
     Example:
         >>> import torch
-        >>> turned = rotary().rotate(torch.ones(1, 1, 3, 4))
-        >>> turned[0, 0, 0]
+        >>> rotated = rotary().rotate(torch.ones(1, 1, 3, 4))
+        >>> rotated[0, 0, 0]
         tensor([1., 1., 1., 1.])
-        >>> torch.allclose(turned.norm(dim=-1), torch.full((1, 1, 3), 2.0))
+        >>> torch.allclose(rotated.norm(dim=-1), torch.full((1, 1, 3), 2.0))
         True
     """
     if not base > 1:
         raise ValueError(f"rotary() got base={base}: it must be above 1; 10000 is usual.")
     if scaling is not None and not callable(scaling):
-        raise ValueError(f"rotary() got scaling={scaling!r}: it is a function, such as linear_scaling({scaling!r}).")
+        raise ValueError(f"rotary() got scaling={scaling!r}: wanted a function, such as linear_scaling({scaling!r}).")
     return Rotary(float(base), interleaved, scaling)
 
 
@@ -176,12 +178,12 @@ class _Linear:
 
 
 def llama3_scaling(factor: float, low: float = 1.0, high: float = 4.0, original: int = 8192) -> Scaling:
-    """Llama 3.1's: long wavelengths divided by ``factor``, short ones kept, those between mixed (arXiv 2407.21783).
+    """Llama 3.1's: long wavelengths divided by ``factor``, short ones unchanged, the others between (arXiv 2407.21783).
 
     Args:
         factor: how many times longer texts become.
-        low: wavelengths above original / low are divided whole.
-        high: wavelengths below original / high are kept.
+        low: wavelengths above original / low are divided by ``factor``.
+        high: wavelengths below original / high are unchanged.
         original: the length the model was first trained on, in tokens.
 
     Raises:
@@ -211,7 +213,7 @@ class _Llama3:
 
 
 def sinusoidal(length: int, embed_dim: int, first: int = 0) -> Tensor:
-    """The position vectors of arXiv 1706.03762, [length, embed_dim]: sines at even places, cosines at odd ones.
+    """The position vectors of arXiv 1706.03762, [length, embed_dim]: sines at even indices, cosines at odd ones.
 
     Raises:
         ValueError: an odd embed_dim.

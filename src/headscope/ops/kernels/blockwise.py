@@ -232,7 +232,7 @@ def _buffered_blocks(
     _store(normalizer, tile.at, shift, log_sum, uncentered)
     while waiting:
         keys, masked, weights, centered, block_shift = waiting.pop(0)
-        lower = (block_shift - shift).clamp(max=0)  # block_shift may be higher where the row has seen nothing yet
+        lower = (block_shift - shift).clamp(max=0)  # block_shift may be higher before the first visible key
         offset = torch.where(total > 0, lower - log_sum, 0.0)
         weights.mul_(offset.exp())
         yield Block(weights, centered, offset, *tile.at, keys, bool(masked), True, scores)

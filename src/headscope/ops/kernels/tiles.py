@@ -1,4 +1,4 @@
-"""How the matrix is cut: tiles of query rows, blocks of keys in them, their scores, and what the mask hides.
+"""Tiles of query rows and blocks of keys in them: how the matrix is cut, their scores, and their mask.
 
 A tile is some query rows of some heads against all keys that they may see. Its scores are computed block by block.
 """
@@ -39,13 +39,13 @@ _ROW_MULTIPLE = 16  # rows come in multiples of it: odd shapes are slow in a mat
 
 @dataclass(frozen=True)
 class MaskCells:
-    """What the mask shows of some cells, as factors and as terms: both are much faster than masked_fill_."""
+    """A mask on some cells, as factors and as terms: both are much faster than masked_fill_."""
 
     keep: Tensor  # 1 where visible, 0 where hidden
     penalty: Tensor  # 0 where visible, LOWEST where hidden
 
 
-MaskedColumns = tuple[slice, MaskCells]  # columns of a block, and what the mask shows of them
+MaskedColumns = tuple[slice, MaskCells]  # columns of a block, and the mask on them
 
 
 class Buffers:
