@@ -65,7 +65,7 @@ def alibi(slopes: Sequence[float] | Tensor) -> Alibi:
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
-    """The slopes of arXiv 2108.12409, [num_heads]: 2^(−8/n), 2^(−16/n) …
+    """The usual slopes [num_heads], 2^(−8/n), 2^(−16/n) … (arXiv 2108.12409).
 
     If n is not a power of two, the others are every second slope of twice the power below n.
 
