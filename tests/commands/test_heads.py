@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -213,7 +214,6 @@ def test_heads_measures_saves_shows_and_draws(
 
 
 def test_heads_shows_the_shipped_atlas_without_loading_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-
     def no_model(name: str) -> None:
         raise AssertionError(f"{name} was loaded")
 
@@ -222,7 +222,13 @@ def test_heads_shows_the_shipped_atlas_without_loading_the_model(monkeypatch: py
     done = CliRunner().invoke(cli.app, ["heads", "--model", "minilm"])
     assert done.exit_code == 0
     assert "minilm: 6 layers, 72 heads" in done.stdout
+    assert re.search(r"^Try: headscope heads --model minilm --head \d\.\d+$", done.stdout, re.MULTILINE)
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_the_hint_shows_the_same_atlas_again() -> None:
+    assert heads_module._command_for("smollm2", None) == "headscope heads"
+    assert heads_module._command_for("tiny", Path("my a")) == "headscope heads --model tiny --atlas 'my a'"
 
 
 def test_heads_refuses_a_pipe_for_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:

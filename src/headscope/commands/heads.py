@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import resources
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -138,6 +139,7 @@ def heads(
     measuring |= {"--length": length != Plan.length, "--pieces": pieces != Plan.pieces}
     documents: Sequence[corpus.Document] = ()
     profiled = _saved_atlas(model, atlas, [option for option, value in measuring.items() if value])
+    measured = profiled is None
     if profiled is None:
         pull_default(model)
         plan = Plan(length=length, pieces=pieces, worth=Plan.worth if worth else 0)
@@ -147,7 +149,8 @@ def heads(
     if head is not None:
         _one_head(profiled, head, profiled.name if atlas is None or model == DEFAULT_MODEL else model, documents)
     else:
-        terminal_heads.print_atlas(profiled, all_heads=all_heads)
+        command = None if measured and out is None else _command_for(model, atlas or out)
+        terminal_heads.print_atlas(profiled, all_heads=all_heads, command=command)
     if figure is not None:
         from headscope.views.figures import atlas as atlas_figures
 
@@ -165,6 +168,12 @@ class _Options:
     out: Path | None
     head: str | None
     by: str
+
+
+def _command_for(model: str, atlas: Path | None) -> str:
+    """The command that shows the same atlas again."""
+    model_option = "" if model == DEFAULT_MODEL else f" --model {quote(model)}"
+    return f"headscope heads{model_option}" + ("" if atlas is None else f" --atlas {quote(str(atlas))}")
 
 
 def _check(out: Path | None, atlas: Path | None, head: str | None, figure: Path | None, by: str, worth: bool) -> None:

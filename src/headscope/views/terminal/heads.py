@@ -15,7 +15,7 @@ from headscope.heads.examples import PairExample, TokenExample
 from headscope.heads.relations.counts import with_arrow
 from headscope.heads.relations.score import RelationScore
 from headscope.heads.roles import ROLES, Evidence
-from headscope.views.terminal.console import print_renderable, width
+from headscope.views.terminal.console import print_line, print_renderable, width
 from headscope.views.words import percent
 
 __all__ = ["print_atlas", "print_examples", "print_head", "print_pairs"]
@@ -31,8 +31,14 @@ _GUESSES = (
 )
 
 
-def print_atlas(atlas: HeadAtlas, *, all_heads: bool = False) -> None:
-    """The roles with their evidence, the heads by worth, and how to read both."""
+def print_atlas(atlas: HeadAtlas, *, all_heads: bool = False, command: str | None = None) -> None:
+    """The roles with their evidence, the heads by worth, and how to read both.
+
+    Args:
+        atlas: The atlas.
+        all_heads: Whether to show every head, not the first few.
+        command: The command that shows this atlas again, for the hint; None if there is none.
+    """
     roles = atlas.roles()
     print_renderable(_heading(atlas, roles))
     print_renderable(_roles_table(roles, all_heads))
@@ -49,9 +55,9 @@ def print_atlas(atlas: HeadAtlas, *, all_heads: bool = False) -> None:
             style="dim",
         )
     )
-    if roles:
+    if roles and command is not None:
         best = roles[-1]
-        print_renderable(Text(f"Try: headscope heads --head {best.layer}.{best.head}", style="cyan"))
+        print_line(f"Try: {command} --head {best.layer}.{best.head}")
 
 
 def _heading(atlas: HeadAtlas, roles: Sequence[Evidence]) -> Text:
