@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headscope import masks
-from headscope.ops.masks import Mask
+from headscope.ops.masks import Mask, shifted
 from tests.options import one_thread, unchecked  # noqa: F401
 from tests.reference import all_in, visible_where
 
@@ -82,6 +82,14 @@ def test_masks_combine_with_and_or_and_not() -> None:
     assert either.tensor(*size).equal(expected(a[1]) | expected(b[1]))
     assert negated.tensor(*size).equal(~expected(c[1]))
     assert (a[0] & (b[0] | ~c[0])).tensor(*size).equal(expected(a[1]) & (expected(b[1]) | ~expected(c[1])))
+
+
+@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("num_kept", [8, KEYS])
+def test_shifted_mask_is_the_mask_of_the_last_keys(name: str, num_kept: int) -> None:
+    mask, rule = EACH[name]
+    kept = shifted(mask, KEYS, num_kept).tensor(QUERIES, num_kept, BATCH, HEADS)
+    assert kept.equal(expected(rule)[..., KEYS - num_kept :])
 
 
 def test_is_causal_is_true_for_causal_alone() -> None:
