@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,8 +84,11 @@ def start(loaded: Loaded, shards: Path, process: int, out: Path, *, pauses: bool
         if pauses and done == 3:
             time.sleep(600)
 
-    pid = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside the threads of pytest-xdist
+        pid = os.fork()
     if pid == 0:
+        signal.alarm(120)  # seconds, then it ends
         os.environ |= {"WORLD_SIZE": "2", "RANK": str(process)}
         try:
             profile(
