@@ -80,7 +80,7 @@ def test_module_and_gradients_are_as_exact_as_in_emulated_half_precision(
 @pytest.mark.parametrize("dtype", HALVES)
 def test_attention_returns_the_dtype_of_its_value(dtype: torch.dtype, emulated: None) -> None:
     q, k, v = torch.randn(3, 1, 2, 20, 8).to(dtype)
-    for bias in (None, torch.zeros(20, 20, dtype=dtype, requires_grad=True)):  # fused, and strip by strip
+    for bias in (None, torch.zeros(20, 20, dtype=dtype, requires_grad=True)):  # fused, and a few rows at a time
         out = attention(q, k, v, bias=bias)
         wide = attention(q.double(), k.double(), v.double())
         assert out.dtype == dtype
