@@ -496,7 +496,7 @@ def test_can_read_needs_known_tokens(letters: Loaded) -> None:
     assert can_read(letters, ["The king slept", "I saw it"]) == (True, "")
     good, reason = can_read(letters, ["The king 睡"])
     assert not good
-    assert reason == "12% of the tokens are unknown to it, more than 5%"
+    assert reason == "12 % of the tokens are unknown to it, more than 5 %"
 
 
 def test_can_read_refuses_chinese_in_bytes() -> None:

@@ -184,7 +184,7 @@ def test_patch_from_a_shorter_text_is_refused() -> None:
 
 def test_edits_refuse_dropout_and_gradient_checkpointing() -> None:
     model = llama(attention_dropout=0.37).train()
-    with pytest.raises(EditError, match="drops 37% of its weights"), edit(model, knock_out(5, 2)):
+    with pytest.raises(EditError, match="drops 37 % of its weights"), edit(model, knock_out(5, 2)):
         model(TEXT)
     model = llama().train()
     model.gradient_checkpointing_enable()

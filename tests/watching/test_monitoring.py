@@ -206,7 +206,7 @@ def test_warning_of_collapsing_entropy_names_the_head() -> None:
     with watch:
         layer(x)
     heads_of(layer.in_proj.weight, 1).mul_(1e4)
-    with pytest.warns(HeadWarning, match=r"head 0\.1 .*: its entropy fell from \d+\.\d% to 0\.\d%"), watch:
+    with pytest.warns(HeadWarning, match=r"head 0\.1 .*: its entropy fell from \d+\.\d % to 0\.\d %"), watch:
         layer(x)
 
 

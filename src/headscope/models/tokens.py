@@ -1,8 +1,8 @@
 """Tokens, and the words or characters that they make up.
 
-A model sees tokens; a person reads words. Both are kept by character offsets, so each answer about
-tokens can be given about words, whatever tokenizer cut the text: byte-level pieces of a Chinese
-character, three tokens of "didn't", or one token that covers several marks.
+A model reads tokens; a person reads words. Both have character offsets, so weights between tokens become
+weights between words for any tokenizer: byte-level pieces of a Chinese character, three tokens of
+"didn't", or one token that covers several marks.
 """
 
 import difflib

@@ -363,7 +363,7 @@ def _check_heads(heads: tuple[int, ...], call: AttentionCall) -> None:
 def _refuse_dropout(edit: Edit, call: AttentionCall) -> None:
     if call.dropout_p:
         raise EditError(
-            f"{type(edit).__name__} changes weights, but {call.name} drops {call.dropout_p:.0%} of its weights "
+            f"{type(edit).__name__} changes weights, but {call.name} drops {100 * call.dropout_p:.0f} % of its weights "
             "at random: call model.eval() first."
         )
 

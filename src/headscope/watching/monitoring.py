@@ -175,8 +175,8 @@ class Monitor(AbstractContextManager["Monitor"]):
             texts += self._once(
                 ("entropy", layer, head),
                 fell and row["sink_mass"] < _SINK,
-                f"{where}: its entropy fell from {was:.1%} to {share:.1%} of uniform attention's: it collapses onto "
-                "single keys. Lower the learning rate, warm up longer, or use qk_norm=True.",
+                f"{where}: its entropy fell from {100 * was:.1f} % to {100 * share:.1f} % of uniform attention's: it "
+                "collapses onto single keys. Lower the learning rate, warm up longer, or use qk_norm=True.",
                 recovered=share > self.low_entropy,
             )
         return texts

@@ -296,7 +296,10 @@ def can_read(loaded: Loaded, texts: Sequence[str]) -> tuple[bool, str]:
         characters += sum(not c.isspace() for c in text)
         chinese += sum("\u3400" <= c <= "\u9fff" for c in text)
     if unknown > _MAX_UNKNOWN * tokens:
-        return False, f"{unknown / tokens:.0%} of the tokens are unknown to it, more than {_MAX_UNKNOWN:.0%}"
+        return (
+            False,
+            f"{100 * unknown / tokens:.0f} % of the tokens are unknown to it, more than {100 * _MAX_UNKNOWN:.0f} %",
+        )
     if chinese > characters / 2 and tokens > _MAX_PER_CHARACTER * characters:
         return False, (
             f"it needs {tokens / characters:.2f} tokens per Chinese character, more than {_MAX_PER_CHARACTER}"
