@@ -51,6 +51,7 @@ def test_json_is_the_whole_standard_output() -> None:
     assert answer["text"] == TEXT
 
 
+@pytest.mark.slow
 def test_json_is_utf_8_whatever_the_encoding_of_the_terminal() -> None:
     options = {"env": {"PYTHONIOENCODING": "ascii"}, "stdin": subprocess.DEVNULL}
     done = outside("see", "她饿了 now", "--json", "--model", "minilm", **options)

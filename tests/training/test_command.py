@@ -25,6 +25,7 @@ from tests.training.small import OPTIONS, command
 ROOT = Path(__file__).parent.parent.parent
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run = command("copy", *OPTIONS, "--steps", "100000", "--save-every", "5", "--out", str(folder))

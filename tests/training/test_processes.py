@@ -62,6 +62,7 @@ def test_killed_process_of_two_ends_the_run_which_resumes_from_its_checkpoint(tm
     assert loss == pytest.approx(train(config).held_out.loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
     """The first run has no torchrun; the second resumes it with the command under torchrun."""
     model = make_task("copy", 5).model_config(embed_dim=16, num_heads=2, num_layers=1, ff_dim=64)
