@@ -62,8 +62,9 @@ def block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], No
     Path("a.conllu").write_text(CONLLU, "utf-8")
 
     def block(package: str) -> None:
-        for name in [name for name in sys.modules if name.startswith("headscope.views.figures")]:
-            monkeypatch.delitem(sys.modules, name)  # imports matplotlib when it is imported
+        needed_at_import = ("headscope.views.figures", "torch.utils.tensorboard")  # matplotlib, tensorboard
+        for name in [name for name in sys.modules if name.startswith(needed_at_import)]:
+            monkeypatch.delitem(sys.modules, name)
         if hasattr(headscope.views, "figures"):
             monkeypatch.delattr(headscope.views, "figures")
         monkeypatch.setitem(sys.modules, package, None)
