@@ -1,4 +1,4 @@
-"""The command line: `headscope see`, `heads`, `forbid`, `train`, `experiment`, and what keeps models."""
+"""The command line: a file for each command, `headscope see`, `heads`, `forbid`, `train` and so on."""
 
 from headscope.commands.app import main
 

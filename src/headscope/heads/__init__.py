@@ -1,4 +1,4 @@
-"""What each head of a model does: measures, relations, effects, roles, and the atlas with all of these."""
+"""What each head of a model does: `measures/`, `relations/` between words, `effects/`, roles, and the `atlas/`."""
 
 from headscope.heads.atlas import HeadAtlas, Plan, profile
 from headscope.heads.effects import head_effects

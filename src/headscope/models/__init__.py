@@ -1,4 +1,4 @@
-"""Pretrained models and their tokens: where models come from, the cache folder that keeps them, tokens and words."""
+"""Pretrained models: where they come from, the cache folder that keeps them, their tokens and words."""
 
 from headscope.models.loading import Loaded, ModelEntry, available, load, pull, reader, remove
 from headscope.models.tokens import Tokens, Word, tokenize

@@ -1,4 +1,4 @@
-"""Attention and AttentionMatrix, weights that are computed when you ask: masks, scores, kernels, reductions."""
+"""Attention, and the matrix that is never stored: `masks/`, positions, scores, `reductions/`, and `kernels/`."""
 
 from headscope.ops import masks, positions, reductions
 from headscope.ops.functional import attention

@@ -1,1 +1,1 @@
-"""Answers shown to a person: words, links and data for every view; the terminal; figures."""
+"""Answers shown to a person: words and links, data for JSON, tables in `terminal/`, pictures in `figures/`."""
