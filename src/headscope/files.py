@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all."""
+"""Files: bytes that become text by one rule, and files that appear whole or not at all."""
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +10,52 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from headscope.errors import HeadscopeError
+from headscope.errors import HeadscopeError, TextError
 
-__all__ = ["check_writable", "whole_file"]
+__all__ = ["check_writable", "decode_text", "read_text", "unix_lines", "whole_file"]
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, by the rule of `decode_text`.
+
+    Raises:
+        TextError: The file cannot be read, or is not UTF-8 text.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TextError(f"Cannot read {path}: {error.strerror}.") from None
+    return decode_text(data, str(path))
+
+
+def decode_text(data: bytes, source: str) -> str:
+    """Bytes in UTF-8 as text: without a byte order mark at the start, and each line ends with a line feed.
+
+    Args:
+        data: The bytes.
+        source: Where they come from, for the error message.
+
+    Raises:
+        TextError: They are not UTF-8 text.
+    """
+    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    zero = data.find(b"\0")
+    if data.startswith(marks) or zero >= 0:
+        what = "begins like UTF-16" if data.startswith(marks) else f"has a zero byte at {zero}, as UTF-16 does"
+        raise TextError(f"{source} is not UTF-8 text: it {what}. Save it as UTF-8.")
+    try:
+        return unix_lines(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise TextError(f"{source} is not UTF-8 text: byte {error.start} cannot be read. Save it as UTF-8.") from None
+
+
+def unix_lines(text: str) -> str:
+    r"""The text with a line feed in place of each CR LF and each CR alone.
+
+    >>> unix_lines("one\r\ntwo\rthree")
+    'one\ntwo\nthree'
+    """
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def check_writable(path: Path, error: type[HeadscopeError] = HeadscopeError) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from headscope.commands import see
+from headscope.commands import pipe, see
 from headscope.watching.recording import Recording
 from tests.commands.runner import command
 
@@ -92,7 +92,7 @@ def test_see_reads_a_file_and_a_pipe_to_the_same_links(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("piped", "text"), [(True, "A dog."), (False, TEXT)])
 def test_see_reads_a_pipe_without_a_dash(piped: bool, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(see, "is_piped", lambda: piped)
+    monkeypatch.setattr(pipe, "is_piped", lambda: piped)
     done = command("see", "--json", "--model", "minilm", stdin="A dog.")
     assert json.loads(done.stdout)["text"] == text
 

@@ -34,9 +34,9 @@ def test_unreadable_texts_are_refused(tmp_path: Path, tiny_decoder: Loaded) -> N
     latin.write_bytes(b"caf\xe9")
     empty.write_text(" \n")
     for path, match in (
-        (latin, "not UTF-8: byte 3"),
+        (latin, "not UTF-8 text: byte 3"),
         (empty, "holds no text"),
-        (tmp_path / "no.txt", "cannot be read"),
+        (tmp_path / "no.txt", "Cannot read"),
     ):
         with pytest.raises(TextError, match=match):
             corpus.documents_of([path])[0].read()

@@ -9,6 +9,7 @@ import typer
 
 from headscope import models
 from headscope.commands.models import DEFAULT_MODEL, pull_default
+from headscope.commands.pipe import text_of
 from headscope.errors import TextError
 from headscope.heads.effects import link_effects
 from headscope.models.tokens import tokenize
@@ -59,11 +60,11 @@ def forbid(
     as_json: AsJson = False,
 ) -> None:
     """Stop a word from looking at another; the help text is above."""
+    text = text_of(text, None, DEFAULT_TEXT)
     pull_default(model)
     stages = terminal.Stages(shown=not as_json)
     with stages.stage("loading the model"):
         loaded = models.load(model)
-    text = DEFAULT_TEXT if text is None else text
     tokens = tokenize(text, loaded.tokenizer, start_token_id=loaded.start_token_id, limit=loaded.context)
     source, target = tokens.find(from_), tokens.find(to)
     if loaded.causal and target.tokens[0] > source.tokens[-1]:

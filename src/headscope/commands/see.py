@@ -12,8 +12,7 @@ import typer
 
 from headscope import models
 from headscope.commands.models import DEFAULT_MODEL, pull_default
-from headscope.commands.pipe import is_piped, read_pipe
-from headscope.errors import TextError
+from headscope.commands.pipe import text_of
 from headscope.files import check_writable
 from headscope.models.tokens import Tokens, tokenize
 from headscope.views.data import links_as_data, print_json
@@ -100,7 +99,7 @@ def see(
     if text is not None and file is not None:
         raise typer.BadParameter("give a text or --file, not both.")
     stages = terminal.Stages(shown=not as_json)
-    argument, text = text, _read_text(text, file)
+    argument, text = text, text_of(text, file, DEFAULT_TEXT)
     _check_outputs(figure, save)
     pull_default(model, stages)
     with stages.stage("loading the model"):
@@ -140,20 +139,6 @@ def _command_for(text: str | None, file: Path | None, model: str) -> Callable[[s
         return lambda options: f"headscope see{model_option} {options}"
     dashes = "-- " if text.startswith("-") and text != "-" else ""
     return lambda options: f"headscope see{model_option} {options} {dashes}{quote(text)}"
-
-
-def _read_text(text: str | None, file: Path | None) -> str:
-    """The text of the argument, of the file or of the pipe; else the default text."""
-    if file is not None:
-        try:
-            return file.read_text("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise TextError(f"{file} is not UTF-8 text: byte {error.start} cannot be read. Save it as UTF-8.") from None
-        except OSError as error:
-            raise TextError(f"Cannot read {file}: {error.strerror}.") from None
-    if text == "-" or (text is None and is_piped()):
-        return read_pipe()
-    return DEFAULT_TEXT if text is None else text
 
 
 def _check_outputs(figure: Path | None, save: Path | None) -> None:

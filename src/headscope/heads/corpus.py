@@ -11,6 +11,7 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from headscope.errors import HeadscopeError, TextError
+from headscope.files import read_text
 from headscope.models.loading import Loaded
 from headscope.models.tokens import special_tokens
 
@@ -144,22 +146,14 @@ def documents_of(paths: Sequence[Path], *, text: str | None = None) -> list[Docu
     Raises:
         TextError: A file cannot be read, is not UTF-8, or is empty.
     """
-    documents = [Document(str(path), _reader(path)) for path in paths]
+    documents = [Document(str(path), partial(_read_file, path)) for path in paths]
     if text is not None:
         documents.append(Document("-", lambda: _checked("-", text)))
     return documents
 
 
-def _reader(path: Path) -> Callable[[], str]:
-    def read() -> str:
-        try:
-            return _checked(str(path), path.read_text("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise TextError(f"{path} is not UTF-8: byte {error.start} does not fit. Convert the file first.") from None
-        except OSError as error:
-            raise TextError(f"{path} cannot be read: {error.strerror}.") from None
-
-    return read
+def _read_file(path: Path) -> str:
+    return _checked(str(path), read_text(path))
 
 
 def _checked(name: str, text: str) -> str:

@@ -1,0 +1,1 @@
+"""Reports of faults, rebuilt: a case for each, named by its kind."""
