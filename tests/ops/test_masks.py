@@ -1,5 +1,6 @@
 """Masks against loops over all cells, alone and combined; classify and spans against the cells of blocks."""
 
+import json
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, cast
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from headscope import masks
 from headscope.ops.masks import Mask, shifted
+from headscope.ops.masks.codec import decode, encode
 from tests.options import one_thread, unchecked  # noqa: F401
 from tests.reference import all_in, visible_where
 
@@ -90,6 +92,29 @@ def test_shifted_mask_is_the_mask_of_the_last_keys(name: str, num_kept: int) -> 
     mask, rule = EACH[name]
     kept = shifted(mask, KEYS, num_kept).tensor(QUERIES, num_kept, BATCH, HEADS)
     assert kept.equal(expected(rule)[..., KEYS - num_kept :])
+
+
+KINDS: dict[str, Mask] = {name: mask for name, (mask, _) in EACH.items() if name != "function"} | {
+    "and": masks.causal() & masks.padding([11, 5]),
+    "or": masks.causal() | masks.padding([11, 5]),
+    "not": ~masks.documents(IDS),
+    "stacked": shifted(masks.prefix(6), KEYS, KEYS - 2),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_decode_gives_the_mask_that_was_encoded(name: str) -> None:
+    tensors: dict[str, Tensor] = {}
+
+    def keep(tensor: Tensor) -> str:
+        tensors[f"tensor {len(tensors)}"] = tensor
+        return f"tensor {len(tensors) - 1}"
+
+    data = json.loads(json.dumps(encode(KINDS[name], keep)))
+    decoded = decode(data, tensors.__getitem__)
+    assert decoded is not None
+    assert repr(decoded) == repr(KINDS[name])
+    assert decoded.tensor(QUERIES, KEYS, BATCH, HEADS).equal(KINDS[name].tensor(QUERIES, KEYS, BATCH, HEADS))
 
 
 def test_is_causal_is_true_for_causal_alone() -> None:
