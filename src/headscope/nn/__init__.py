@@ -1,4 +1,4 @@
-"""Attention modules: MultiHeadAttention, its caches, a Transformer built from it, other libraries' weights."""
+"""Attention modules: MultiHeadAttention, its caches, a Transformer built from it; weights read from other libraries."""
 
 from headscope.nn.cache import KVCache, SlidingWindowCache
 from headscope.nn.multihead import MultiHeadAttention

@@ -1,4 +1,8 @@
-"""Attention, and the matrix that is never stored: `masks/`, positions, scores, `reductions/`, and `kernels/`."""
+"""Attention and its matrix, which is computed when you ask and never stored.
+
+`masks/` say who may attend to whom, positions and scores come before the softmax, `kernels/` compute, `reductions/`
+are questions that one pass over the weights answers.
+"""
 
 from headscope.ops import masks, positions, reductions
 from headscope.ops.functional import attention
