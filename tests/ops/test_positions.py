@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -60,8 +62,9 @@ def test_alibi_slopes_are_those_of_the_paper() -> None:
 
 
 def test_alibi_slopes_are_checked() -> None:
-    with pytest.raises(ValueError, match="wanted one finite number"):
-        alibi(torch.tensor([[1.0]]))
+    for wrong in ([[1.0]], [], [0.5, math.nan]):
+        with pytest.raises(ValueError, match="wanted one finite number"):
+            alibi(torch.tensor(wrong))
     with pytest.raises(ValueError, match="0 heads"):
         alibi_slopes(0)
     with pytest.raises(ValueError, match="6 slopes, but there are 4 heads"):
