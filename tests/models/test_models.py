@@ -249,7 +249,7 @@ def test_load_gives_smollm2_in_evaluation(smollm2: models.Loaded) -> None:
 def test_load_gives_minilm_as_an_encoder(minilm: models.Loaded) -> None:
     config = minilm.model.config
     assert (config.num_hidden_layers, config.num_attention_heads) == (6, 12)
-    assert (minilm.start_token_id, minilm.context, minilm.causal) == (None, 512, False)
+    assert (minilm.start_token_id, minilm.context, minilm.causal) == (101, 512, False)
     assert type(minilm.model).__name__ == "BertModel"
 
 
@@ -309,7 +309,7 @@ def test_load_asks_the_hub_once(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no way there")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", away)
-    monkeypatch.setattr(loading, "_read", lambda *given: pytest.fail("transformers was asked"))
+    monkeypatch.setattr(loading, "_read_tokenizer", lambda *given: pytest.fail("transformers was asked"))
     with pytest.raises(ModelNotFound, match=r"cannot be reached \(ConnectionError: no way there\)"):
         models.load("someone/some-model")
     assert requests == ["someone/some-model"]

@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import models as token_models
+from transformers import PreTrainedTokenizerFast
 
 from headscope import models
 from headscope.errors import TextError
 from headscope.heads import corpus
+from headscope.models import loading
+from headscope.models.characters import word_spans
 from headscope.models.loading import Loaded
+from headscope.models.tokens import tokenize
 from tests.commands.runner import command
 
 
@@ -65,3 +73,190 @@ def test_an_argument_is_utf_8_whatever_the_locale() -> None:
 
     assert run("grün 她".encode()).stdout.strip().decode() == ascii("grün 她")
     assert b"neither UTF-8 nor ascii, the encoding of this locale" in run("grün".encode("latin-1")).stderr
+
+
+BYTE_TOKENS = [f"<0x{number:02X}>" for number in range(256)]
+CONTROL = ["<unk>", "<s>", "</s>"]
+
+
+def tokenizer_like(kind: str) -> PreTrainedTokenizerFast:
+    """A small tokenizer that knows 中, 国 and a, built as those of Llama 2, XLM-R, Gemma and RoBERTa are."""
+    known = ["▁", "中", "国", "a"]
+    if kind == "xlm-r":
+        pieces = [(piece, -1.0) for piece in (*CONTROL, *known, *BYTE_TOKENS)]
+        inner = Tokenizer(token_models.Unigram(pieces, 0, True))
+        inner.normalizer = normalizers.NFKC()
+        inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    elif kind == "roberta":
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        inner = Tokenizer(token_models.BPE({p: i for i, p in enumerate([*CONTROL, *alphabet])}, []))
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        inner.decoder = decoders.ByteLevel()
+    else:
+        vocabulary = {piece: i for i, piece in enumerate([*CONTROL, *BYTE_TOKENS, *known])}
+        inner = Tokenizer(token_models.BPE(vocabulary, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+        prefix = [normalizers.Prepend("▁")] if kind == "llama-2" else []
+        inner.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+    inner.add_special_tokens(CONTROL)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("kind", ["llama-2", "xlm-r", "roberta"])
+@pytest.mark.parametrize("before", ["", "</s>", "a ", "a  "])
+def test_a_prefix_that_is_a_space_alone_is_blank(kind: str, before: str) -> None:
+    """tokenizers#1775: a prefix has the offsets of the character after it."""
+    tokens = tokenize(f"{before}中国", tokenizer_like(kind))
+    (china, land) = tokens.words[-2:]
+    assert (china.text, land.text) == ("中", "国")
+    each = 3 if kind == "roberta" else 1
+    assert (len(china.tokens), len(land.tokens)) == (each, each)
+    space = china.tokens[0] - 1
+    assert tokens.pieces[space] == " "
+    assert tokens.word_ids()[space] == -1
+    assert not tokens.special[space]
+    if each == 1:
+        assert tokens.pieces[-2:] == ("中", "国")
+
+
+@pytest.mark.parametrize("kind", ["llama-2", "xlm-r", "gemma"])
+@pytest.mark.parametrize("text", ["她他a", "a她\n他", "😀她 a", "她ａ"])
+def test_characters_that_are_bytes_are_words_of_their_own(kind: str, text: str) -> None:
+    tokens = tokenize(text, tokenizer_like(kind))
+    assert [word.text for word in tokens.words] == [character for character in text if not character.isspace()]
+    assert tokens.pieces[tokens.find("她").tokens[0]] == "她(1/3)"
+    spans = [tokens.offsets[i] for word in tokens.words for i in word.tokens]
+    assert all(end - start == 1 for start, end in spans)
+
+
+def test_a_prefix_is_no_text_of_a_corpus() -> None:
+    loaded = Loaded("none", None, tokenizer_like("xlm-r"), None, None, True, "a test")
+    (piece,) = corpus.cut(loaded, corpus.Document("text", lambda: "中国"), 0)
+    assert piece.texts == ("", "中", "国")
+
+
+def test_a_space_is_shown_as_a_space() -> None:
+    inner = tokenizer_like("roberta").backend_tokenizer
+    inner.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 1), trim_offsets=True)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokens = tokenize("a  a\n\na", tokenizer)
+    assert [tokens.pieces[i] for i, word in enumerate(tokens.word_ids()) if word < 0] == [
+        "<s>",
+        *[" "] * 3,
+        "\n",
+        "\n",
+        "</s>",
+    ]
+
+
+@pytest.mark.parametrize("text", ["a\nb", "a b", "a\t\nb"])
+def test_a_blank_that_the_vocabulary_lacks_is_unknown_and_not_special(text: str) -> None:
+    inner = Tokenizer(token_models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, "<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner.add_special_tokens(["<unk>"])
+    tokens = tokenize(text, PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>"))
+    assert tokens.special == (False,) * len(text)
+    assert tokens.unknown == (False, *[True] * (len(text) - 2), False)
+    written = tokenize("a<unk>b", PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>"))
+    assert written.special == (False, True, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("٣٫١٤ و", ["٣٫١٤", "و"]),
+        ("١٬٠٠٠٫٥", ["١٬٠٠٠٫٥"]),
+        ("10⁻³ m⁻², Na⁺.", ["10⁻³", "m⁻²", ",", "Na⁺", "."]),
+        ("x₋₁ 1⁄2", ["x₋₁", "1⁄2"]),
+        ("３．１４。", ["３．１４", "。"]),
+        ("3.14 1,000 a.b 5 - 3", ["3.14", "1,000", "a", ".", "b", "5", "-", "3"]),
+    ],
+)
+def test_a_number_is_one_word(text: str, words: list[str]) -> None:
+    assert [text[start:end] for start, end in word_spans(text)] == words
+
+
+def roberta_like(kind: str) -> Any:
+    """A tiny encoder with 20 positions, counted from behind that of the padding token, and what it can read."""
+    sizes = {"vocab_size": 99, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
+    sizes |= {"intermediate_size": 8, "max_position_embeddings": 20}
+    made = {
+        "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(**sizes, pad_token_id=1)),
+        "mpnet": lambda: transformers.MPNetModel(transformers.MPNetConfig(**sizes, pad_token_id=1)),
+        "camembert": lambda: transformers.CamembertModel(transformers.CamembertConfig(**sizes, pad_token_id=4)),
+        "bert": lambda: transformers.BertModel(transformers.BertConfig(**sizes, pad_token_id=1)),
+        "gpt2": lambda: transformers.GPT2Model(
+            transformers.GPT2Config(vocab_size=99, n_embd=24, n_layer=1, n_head=3, n_positions=20)
+        ),
+    }
+    return made[kind]().eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "usable"), [("roberta", 18), ("mpnet", 18), ("camembert", 15), ("bert", 20), ("gpt2", 20)]
+)
+def test_the_context_is_what_the_model_can_read(kind: str, usable: int) -> None:
+    """RoBERTa has 514 positions, of which 512 can be used."""
+    loaded = Loaded.of(roberta_like(kind), tokenizer_like("gemma"))
+    assert loaded.context == usable
+    with torch.no_grad():
+        loaded.model(torch.full((1, usable), 7))
+        with pytest.raises((IndexError, RuntimeError)):
+            loaded.model(torch.full((1, usable + 1), 7))
+    with pytest.raises(TextError, match=f"has {usable + 1} tokens, and the model reads at most {usable}"):
+        tokenize("a" * (usable + 1), loaded.tokenizer, limit=loaded.context)
+
+
+def bracketing() -> PreTrainedTokenizerFast:
+    """A tokenizer of letters that puts <s> in front of a text and </s> behind it."""
+    inner = tokenizer_like("gemma").backend_tokenizer
+    inner.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize(
+    ("start", "alone", "bracketed"),
+    [
+        ("auto", ("a",), ("<s>", "a", "</s>")),
+        (None, ("a",), ("a", "</s>")),
+        (1, ("<s>", "a"), ("<s>", "a", "</s>")),
+        (2, ("</s>", "a"), ("</s>", "a", "</s>")),
+    ],
+)
+def test_the_start_token_is_the_one_that_was_chosen(start: Any, alone: Any, bracketed: Any) -> None:
+    """TransformerLens#385: other tools begin a text in other ways, and the answers differ."""
+    for tokenizer, pieces in ((tokenizer_like("gemma"), alone), (bracketing(), bracketed)):
+        tokens = tokenize("a", tokenizer, start_token_id=start)
+        assert tokens.pieces == pieces
+        assert [piece for piece, special in zip(tokens.pieces, tokens.special, strict=True) if not special] == ["a"]
+        if start != "auto":
+            loaded = Loaded("none", None, tokenizer, start, None, True, "a test")
+            (piece,) = corpus.cut(loaded, corpus.Document("text", lambda: "aa"), 0)
+            assert piece.ids == tokenize("aa", tokenizer, start_token_id=start).ids
+
+
+def test_load_takes_a_start_token(tmp_path: Path, tiny_decoder: Loaded) -> None:
+    tiny_decoder.model.save_pretrained(tmp_path)
+    tiny_decoder.tokenizer.save_pretrained(tmp_path)
+    for written, wanted in (("auto", 0), (None, None), ("none", None), (5, 5), ("5", 5), ("<s>", 0), ("a", 2)):
+        assert models.load(tmp_path, start_token=written).start_token_id == wanted
+    for wrong, message in (
+        (-1, "There is no token -1"),
+        ("999", "ids of this model are 0 to"),
+        ("owl", "'owl' is no token"),
+    ):
+        with pytest.raises(TextError, match=message):
+            models.load(tmp_path, start_token=wrong)
+
+
+def test_load_shows_the_tokenizer_before_it_reads_the_weights(
+    tmp_path: Path, tiny_decoder: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_decoder.model.save_pretrained(tmp_path)
+    tiny_decoder.tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(loading, "_read_weights", lambda *parts: pytest.fail("the weights were read"))
+
+    def refuse(tokenizer: Any, start_token_id: int | None, context: int | None) -> None:
+        raise TextError(f"{start_token_id} {context} {len(tokenizer)}")
+
+    with pytest.raises(TextError, match=rf"0 2048 {len(tiny_decoder.tokenizer)}"):
+        models.load(tmp_path, on_tokenizer=refuse)

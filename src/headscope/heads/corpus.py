@@ -20,8 +20,8 @@ from torch import Tensor
 
 from headscope.errors import HeadscopeError, TextError
 from headscope.files import read_text
+from headscope.models.encoding import encode, surrounding
 from headscope.models.loading import Loaded
-from headscope.models.tokens import special_tokens
 
 __all__ = [
     "Document",
@@ -255,15 +255,14 @@ def cut(loaded: Loaded, document: Document, half: int, *, length: int = 512, mos
         TextError: The special tokens leave no room for text, or the text cannot be read.
     """
     text = _encodable(document.name, document.read())
-    before, after = _around(loaded)
+    before, after = surrounding(loaded.tokenizer, loaded.start_token_id)
     room = min(length, loaded.context or length) - len(before) - len(after)
     if room < 2:
         raise TextError(f"{length} tokens a piece leave no room beside {len(before) + len(after)} special tokens.")
-    encoded = loaded.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    texts = [text[start:end] for start, end in offsets]
+    encoding = encode(text, loaded.tokenizer, add_special_tokens=False)
+    ids, special = encoding.ids, encoding.special
+    texts = [text[start:end] for start, end in encoding.offsets]
     delimiters = [is_delimiter(piece) for piece in texts]
-    special = special_tokens(text, loaded.tokenizer, ids, offsets, [False] * len(ids))
     pieces = []
     starts = range(0, len(ids), room)
     for start in starts if most is None else starts[:most]:
@@ -292,18 +291,6 @@ def is_delimiter(piece: str) -> bool:
     return all(unicodedata.category(mark)[0] == "P" for mark in marks)
 
 
-def _around(loaded: Loaded) -> tuple[list[int], list[int]]:
-    """The special tokens at the beginning and at the end of this model's texts."""
-    encoded = loaded.tokenizer("a", return_special_tokens_mask=True, verbose=False)
-    ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
-    first = next((i for i, flag in enumerate(added) if not flag), 0)
-    last = len(added) - next((i for i, flag in enumerate(reversed(added)) if not flag), 0)
-    before, after = list(ids[:first]), list(ids[last:])
-    if loaded.start_token_id is not None and before[:1] != [loaded.start_token_id]:
-        before = [loaded.start_token_id, *before]
-    return before, after
-
-
 def repeats(loaded: Loaded, *, count: int = 16, period: int = 50, seed: int = 0) -> list[Piece]:
     """Texts of random tokens that are repeated once: meaning cannot help with the second copy (arXiv 2209.11895).
 
@@ -313,7 +300,7 @@ def repeats(loaded: Loaded, *, count: int = 16, period: int = 50, seed: int = 0)
         period: How many tokens are repeated.
         seed: The seed of the random tokens.
     """
-    before, after = _around(loaded)
+    before, after = surrounding(loaded.tokenizer, loaded.start_token_id)
     period = min(period, ((loaded.context or 1 << 30) - len(before) - len(after)) // 2)
     special = set(loaded.tokenizer.all_special_ids)
     vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from headscope.errors import ModelNotFound, optional_imports
 from headscope.models import store as _store
+from headscope.models.encoding import token_id
 from headscope.models.store import ModelEntry, available, cache_dir, remove
 
 __all__ = ["Loaded", "ModelEntry", "available", "cache_dir", "load", "pull", "reader", "remove"]
@@ -34,8 +35,7 @@ class Loaded:
         name: The name or path that it was loaded by.
         model: The `transformers` model, in eval mode, its parameters without gradients.
         tokenizer: Its tokenizer.
-        start_token_id: The token to put in front of a text, for `tokenize`; None if the tokenizer
-            adds its own, or if the model has none.
+        start_token_id: The token that every text begins with, for `tokenize`; None: no such token.
         context: The number of tokens that it can read, special tokens included; None if unlimited.
         causal: Whether a token sees only those before it.
         source: Where it was read from.
@@ -59,7 +59,7 @@ class Loaded:
         if model.training:
             raise ValueError("the model is in training, where dropout changes what heads do: call model.eval() first.")
         decoder = _is_decoder(model.config)
-        start, context = _start_token("", tokenizer, decoder), _context(model.config, tokenizer)
+        start, context = _start_token("auto", "", tokenizer, decoder), _context(model.config, tokenizer, model)
         return cls(name or type(model).__name__, model, tokenizer, start, context, decoder, "in memory")
 
 
@@ -95,6 +95,8 @@ def load(
     dtype: Any = None,
     device: Any = None,
     attn_implementation: str | None = None,
+    start_token: int | str | None = "auto",
+    on_tokenizer: Callable[[Any, int | None, int | None], None] | None = None,
 ) -> Loaded:
     """Load a model and its tokenizer.
 
@@ -104,10 +106,15 @@ def load(
         dtype: The torch dtype of the weights; None for the one that they are stored in.
         device: The torch device; None for the CPU.
         attn_implementation: "eager", "sdpa", …; None for the library's choice.
+        start_token: The token that every text begins with: its id, its text as in "<|im_start|>", None or "none" for no
+            such token, "auto" for the model's own.
+        on_tokenizer: Called before the weights are read, with the tokenizer, the id of the start token, and the context
+            as far as it is known. An error that it raises ends the loading.
 
     Raises:
         ModelNotFound: No such model is here, and the hub does not have it or cannot be reached; or its files are
             damaged, or not those of a model.
+        TextError: The vocabulary has no such start token.
         MissingExtra: A package of ``headscope[models]`` is not installed.
     """
     name = os.fspath(name_or_path)
@@ -120,7 +127,11 @@ def load(
         try:
             if not Path(where).is_dir():
                 _ask_hub(where)
-            model, tokenizer, decoder = _read(where, gguf, dtype, options)
+            tokenizer, config, decoder = _read_tokenizer(where, gguf)
+            start_token_id = _start_token(start_token, where, tokenizer, decoder)
+            if on_tokenizer is not None:
+                on_tokenizer(tokenizer, start_token_id, _context(config, tokenizer))
+            model = _read_weights(where, gguf, dtype, decoder, options)
         except (OSError, ValueError, KeyError, struct.error, SafetensorError) as error:
             raise ModelNotFound(_not_loaded(name, where, error)) from error
     if device is not None:
@@ -130,8 +141,8 @@ def load(
         name=name,
         model=model,
         tokenizer=tokenizer,
-        start_token_id=_start_token(where, tokenizer, decoder),
-        context=_context(model.config, tokenizer),
+        start_token_id=start_token_id,
+        context=_context(model.config, tokenizer, model),
         causal=decoder,
         source=str(Path(where) / gguf) if gguf else where,
     )
@@ -229,23 +240,29 @@ def _not_loaded(name: str, where: str, error: Exception) -> str:
     )
 
 
-def _read(where: str, gguf: str | None, dtype: Any, options: dict[str, Any]) -> tuple[Any, Any, bool]:
-    """The model, its tokenizer, and whether it is a decoder."""
-    import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+def _read_tokenizer(where: str, gguf: str | None) -> tuple[Any, Any, bool]:
+    """The tokenizer, the model's config, and whether it is a decoder."""
+    from transformers import AutoConfig, AutoTokenizer
 
     if gguf is not None:
-        path = Path(where) / gguf
         tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=gguf)
-        _split_digits(path, tokenizer)
-        weights = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or torch.float32, **options, **_unpacked())
-        weights.config.__dict__.pop("quantization_config", None)
-        return weights, tokenizer, True
+        _split_digits(Path(where) / gguf, tokenizer)
+        return tokenizer, AutoConfig.from_pretrained(where, gguf_file=gguf), True
     config = AutoConfig.from_pretrained(where)
-    decoder = _is_decoder(config)
+    return AutoTokenizer.from_pretrained(where), config, _is_decoder(config)
+
+
+def _read_weights(where: str, gguf: str | None, dtype: Any, decoder: bool, options: dict[str, Any]) -> Any:
+    """The model."""
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    if gguf is not None:
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or torch.float32, **options, **_unpacked())
+        model.config.__dict__.pop("quantization_config", None)
+        return model
     kind = AutoModelForCausalLM if decoder else AutoModel
-    weights = kind.from_pretrained(where, dtype=dtype or "auto", **options)
-    return weights, AutoTokenizer.from_pretrained(where), decoder
+    return kind.from_pretrained(where, dtype=dtype or "auto", **options)
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -255,7 +272,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     neither float16 nor bfloat16 holds without rounding.
     """
     with _quiet():
-        weights, tokenizer, _ = _read(str(gguf.parent), gguf.name, None, {"gguf_file": gguf.name})
+        tokenizer, _, decoder = _read_tokenizer(str(gguf.parent), gguf.name)
+        weights = _read_weights(str(gguf.parent), gguf.name, None, decoder, {"gguf_file": gguf.name})
         weights.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -313,26 +331,39 @@ def _is_decoder(config: Any) -> bool:
     )
 
 
-def _start_token(where: str, tokenizer: Any, decoder: bool) -> int | None:
-    """The start token of the manifest; else none if the tokenizer adds its own; else a decoder's bos."""
+def _start_token(written: int | str | None, where: str, tokenizer: Any, decoder: bool) -> int | None:
+    """The id of the start token that is written as an id, its text, "none" or "auto"."""
+    if written == "auto":
+        return _own_start_token(where, tokenizer, decoder)
+    return None if written in (None, "none") else token_id(written, tokenizer)
+
+
+def _own_start_token(where: str, tokenizer: Any, decoder: bool) -> int | None:
+    """The start token of the manifest; else what the tokenizer adds itself; else a decoder's bos."""
     manifest = Path(where) / _store.MANIFEST
     if where and manifest.is_file():
         declared: int | None = json.loads(manifest.read_text("utf-8")).get("start_token_id")
-        return declared
-    if any(tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"][:1]):
-        return None
+        if declared is not None:
+            return declared
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    if any(encoded["special_tokens_mask"][:1]):
+        return int(encoded["input_ids"][0])
     bos: int | None = tokenizer.bos_token_id if decoder else None
     return bos
 
 
-def _context(config: Any, tokenizer: Any) -> int | None:
-    """The longest text in tokens: the smaller of what the model and its tokenizer declare."""
+def _context(config: Any, tokenizer: Any, model: Any = None) -> int | None:
+    """The longest text in tokens: the smallest of what the model, its table of positions and its tokenizer declare."""
     config = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
     declared = [getattr(config, name, None) for name in names]
     limits = [limit for limit in declared if isinstance(limit, int) and limit > 0][:1]
     if 0 < tokenizer.model_max_length < 1 << 30:  # above that it stands for "not stated"
         limits.append(int(tokenizer.model_max_length))
+    for name, module in model.named_modules() if model is not None else ():
+        first = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and first is not None and hasattr(module, "num_embeddings"):
+            limits.append(module.num_embeddings - first - 1)  # as in RoBERTa: positions begin after that of padding
     return min(limits, default=None)
 
 

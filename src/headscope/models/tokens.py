@@ -6,7 +6,6 @@ weights between words for any tokenizer: byte-level pieces of a Chinese characte
 """
 
 import difflib
-import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headscope.errors import TextError
-
-Span = tuple[int, int]
+from headscope.models.characters import word_spans
+from headscope.models.encoding import Span, StartToken, encode, pieces_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +157,7 @@ class Tokens:
         return f"{word!r} is not a word of the text.{hint} Its words are: {listed}"
 
 
-def tokenize(text: str, tokenizer: Any, *, start_token_id: int | None = None, limit: int | None = None) -> Tokens:
+def tokenize(text: str, tokenizer: Any, *, start_token_id: StartToken = "auto", limit: int | None = None) -> Tokens:
     """Cut a text into the model's tokens, and group these into words.
 
     Words are what a person reads: "didn't" and "well-known" are one word each, a punctuation mark
@@ -169,7 +168,8 @@ def tokenize(text: str, tokenizer: Any, *, start_token_id: int | None = None, li
     Args:
         text: The text, with at least one visible character.
         tokenizer: A fast Hugging Face tokenizer (one with character offsets).
-        start_token_id: The token to put in front, if the tokenizer does not put it there itself.
+        start_token_id: The token that the text begins with, in place of what the tokenizer puts there itself; None: no
+            such token; "auto": what the tokenizer does.
         limit: The number of tokens that the model can read, special tokens included.
 
     Raises:
@@ -185,49 +185,27 @@ def tokenize(text: str, tokenizer: Any, *, start_token_id: int | None = None, li
     [("It's", (0, 1, 2)), ('red', (3,)), ('.', (4,))]
     """
     _check_text(text)
-    ids, offsets, added = _encode(text, tokenizer)
-    if start_token_id is not None and ids[:1] != [start_token_id]:
-        ids, offsets, added = [start_token_id, *ids], [(0, 0), *offsets], [True, *added]
-    if limit is not None and len(ids) > limit:
+    encoding = encode(text, tokenizer)
+    if start_token_id != "auto":
+        encoding = encoding.beginning(start_token_id, tokenizer)
+    offsets, special = encoding.offsets, encoding.special
+    if limit is not None and len(encoding.ids) > limit:
         raise TextError(
-            f"The text has {len(ids)} tokens, and the model reads at most {limit}. "
+            f"The text has {len(encoding.ids)} tokens, and the model reads at most {limit}. "
             "Shorten the text, or use a model with a longer context."
         )
-    special = special_tokens(text, tokenizer, ids, offsets, added)
-    unknown_id = getattr(tokenizer, "unk_token_id", None)
     words = _words(text, offsets, special)
     if not words:
         raise TextError(f"The tokenizer keeps nothing of the text {_shortened(text)!r}. Give a text with words in it.")
     return Tokens(
         text=text,
-        ids=tuple(ids),
-        pieces=_pieces(text, tokenizer, ids, offsets, special),
+        ids=tuple(encoding.ids),
+        pieces=pieces_of(text, tokenizer, encoding),
         offsets=tuple(offsets),
         special=tuple(special),
         words=words,
-        unknown=tuple(i == unknown_id and not s for i, s in zip(ids, special, strict=True)),
+        unknown=tuple(encoding.unknown),
     )
-
-
-def _encode(text: str, tokenizer: Any) -> tuple[list[int], list[Span], list[bool]]:
-    """Ids, offsets, and whether the tokenizer added the token itself."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise TextError(
-            f"{type(tokenizer).__name__} gives no character offsets, so its tokens cannot be "
-            "traced to words. Pass a fast tokenizer: AutoTokenizer.from_pretrained(name)."
-        )
-    encoded = tokenizer(
-        text,
-        add_special_tokens=True,
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-        truncation=False,
-        padding=False,
-        verbose=False,
-    )
-    offsets = [(start, end) for start, end in encoded["offset_mapping"]]
-    added = [bool(flag) for flag in encoded["special_tokens_mask"]]
-    return list(encoded["input_ids"]), offsets, added
 
 
 def _check_text(text: str) -> None:
@@ -251,37 +229,9 @@ def _folded(text: str) -> str:
     return unicodedata.normalize("NFC", text).casefold()
 
 
-def special_tokens(text: str, tokenizer: Any, ids: list[int], offsets: list[Span], added: list[bool]) -> list[bool]:
-    """True for tokens that the tokenizer added, and for control tokens written in the text.
-
-    The token for unknown text is not special, though tokenizers declare it so.
-    """
-    declared = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    return [
-        flag or (i in declared and text[start:end].strip() in ("", declared[i]))
-        for i, (start, end), flag in zip(ids, offsets, added, strict=True)
-    ]
-
-
-def _pieces(text: str, tokenizer: Any, ids: list[int], offsets: list[Span], special: list[bool]) -> tuple[str, ...]:
-    pieces = [text[start:end] for start, end in offsets]
-    unnamed = [i for i, piece in enumerate(pieces) if special[i] or not piece]
-    names = tokenizer.convert_ids_to_tokens([ids[i] for i in unnamed])
-    for i, name in zip(unnamed, names, strict=True):
-        pieces[i] = name if special[i] else name.replace("▁", " ")
-    bounds = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-    start = np.maximum(bounds[:-1, 0], bounds[1:, 0])
-    shares = start < np.minimum(bounds[:-1, 1], bounds[1:, 1])  # token i with token i + 1
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], shares, [False]])))
-    for first, last in edges.reshape(-1, 2).tolist():
-        for i in range(first, last + 1):
-            pieces[i] = f"{pieces[i]}({i - first + 1}/{last - first + 1})"
-    return tuple(pieces)
-
-
 def _words(text: str, offsets: list[Span], special: list[bool]) -> tuple[Word, ...]:
     """The words of the text, joined where a token covers several, with the tokens of each."""
-    spans = np.array(_word_spans(text), dtype=np.int64).reshape(-1, 2)
+    spans = np.array(word_spans(text), dtype=np.int64).reshape(-1, 2)
     bounds = np.array(offsets, dtype=np.int64).reshape(-1, 2)
     first = np.searchsorted(spans[:, 1], bounds[:, 0], side="right")
     last = np.searchsorted(spans[:, 0], bounds[:, 1], side="left") - 1
@@ -303,71 +253,3 @@ def _words(text: str, offsets: list[Span], special: list[bool]) -> tuple[Word, .
         Word(text[start:end], start, end, tuple(tokens[a:b]))
         for start, end, a, b in zip(starts, ends, cuts[:-1], cuts[1:], strict=True)
     )
-
-
-# Each character has a class, a letter, and words are found by one regular expression over the
-# classes: l letter, d digit, c a character that is a word alone (Chinese, Japanese), m mark that
-# belongs to the character before (accent, skin tone), k keycap, z zero-width joiner, f other
-# invisible format character, r half a flag, h may join letters (hyphen, apostrophe), n may join
-# digits (decimal point), p any other mark or symbol, s space.
-_LETTER = r"[ld](?!m*k)m*"
-_WORD = re.compile(
-    rf"{_LETTER}(?:(?:h|(?<=d)n(?=d))?[zf]*{_LETTER}|[zf]+m+)*"  # a word or a number
-    r"|rr[mk]*"  # a flag
-    r"|[ldchnrpmk][mk]*(?:z+[ldchnrp][mk]*)*"  # a character alone, or an emoji joined from several
-)
-
-
-class _Classes(dict[int, str]):
-    """The class of each character, computed once for each that occurs."""
-
-    def __missing__(self, code: int) -> str:
-        self[code] = _character_class(code)
-        return self[code]
-
-
-# The ranges of characters that are words alone: Chinese, and the two Japanese syllabaries.
-_ALONE = (
-    (0x2E80, 0x2FDF),
-    (0x3005, 0x3007),
-    (0x3021, 0x3029),
-    (0x3041, 0x3096),
-    (0x309D, 0x30FF),
-    (0x31F0, 0x31FF),
-    (0x3400, 0x4DBF),
-    (0x4E00, 0x9FFF),
-    (0xF900, 0xFAFF),
-    (0xFF66, 0xFF9D),
-    (0x1AFF0, 0x1B16F),
-    (0x20000, 0x3FFFD),
-)
-_BY_CODE = {0x200D: "z", 0x20E3: "k", ord("."): "n", ord(","): "n", ord("_"): "l"}
-_BY_CODE |= dict.fromkeys(map(ord, "'’-‐‑·׳״＇"), "h")
-_BY_CODE |= dict.fromkeys((0xFF9E, 0xFF9F), "m")  # the half-width voicing marks
-
-
-def _character_class(code: int) -> str:
-    if code in _BY_CODE:
-        return _BY_CODE[code]
-    if 0x1F3FB <= code <= 0x1F3FF or 0xE0020 <= code <= 0xE007F:
-        return "m"
-    if 0x1F1E6 <= code <= 0x1F1FF:
-        return "r"
-    category = unicodedata.category(chr(code))
-    if category[0] in "LN" and any(first <= code <= last for first, last in _ALONE):
-        return "c"
-    if category == "Nd":
-        return "d"
-    if category == "Cf":
-        return "f"
-    if category[0] == "Z" or category == "Cc":
-        return "s"
-    return {"L": "l", "N": "l", "M": "m"}.get(category[0], "p")
-
-
-_CLASSES = _Classes()
-
-
-def _word_spans(text: str) -> list[Span]:
-    """Start and end of each word of the text, from its characters alone."""
-    return [match.span() for match in _WORD.finditer(text.translate(_CLASSES))]
