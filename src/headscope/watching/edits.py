@@ -92,6 +92,7 @@ class KnockOut(Edit):
     def apply(self, call: AttentionCall, position: Position) -> AttentionCall:
         """Hide the links, and compute the rows that had them again."""
         _refuse_dropout(self, call)
+        _check_known(self, call, position)
         batch, num_heads, rows, num_keys = call.shape
         chosen = tuple(range(num_heads)) if self.heads is None else self.heads
         _check_heads(chosen, call)
@@ -299,6 +300,8 @@ def _patterns(edit_name: str, recording: Recording) -> Callable[[AttentionCall, 
         first, rows, keys = position.first_row, call.shape[2], position.first_key + call.shape[3]
         if whole.shape == tuple(call.shape) or first + rows > whole.shape[2] or keys > whole.shape[3]:
             return whole
+        if not position.known:
+            raise EditError(f"{edit_name}: nothing says at which positions of the text {call.name} attends.")
         part = whole.narrow(slice(0, whole.shape[0]), slice(0, whole.shape[1]), slice(first, first + rows))
         bias = part.bias
         bias = bias[..., :keys] if isinstance(bias, Tensor) and bias.shape[3] > 1 else bias
@@ -358,6 +361,15 @@ def _either(own: Mask | None, other: Mask | None, chosen: Mask) -> Mask | None:
 def _check_heads(heads: tuple[int, ...], call: AttentionCall) -> None:
     if max(heads) >= call.shape[1]:
         raise EditError(f"{call.name} has {call.shape[1]} heads, counted from 0; there is no head {max(heads)}.")
+
+
+def _check_known(edit: Edit, call: AttentionCall, position: Position) -> None:
+    if not position.known:
+        raise EditError(
+            f"{type(edit).__name__}: {call.name} attends as {tuple(call.shape)} (B, H, L, S), and nothing says which "
+            "positions of the text these queries have: open edit() before the text begins, with an empty cache and a "
+            "causal mask. A ring buffer cannot be edited by position, nor a batch with texts at different positions."
+        )
 
 
 def _refuse_dropout(edit: Edit, call: AttentionCall) -> None:

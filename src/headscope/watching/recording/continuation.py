@@ -1,44 +1,117 @@
-"""The keys of a call: without those of a blank cache, and how they continue the keys of the call before."""
+"""The keys of a call: without unused cache slots, at which position, and how they continue those of the call before."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from headscope.ops.masks import compact
 from headscope.ops.scores import Scores, make_scores
+from headscope.watching.hooks import AttentionCall
 
-__all__ = ["at_own_positions", "follows", "same", "without_blank_cache"]
+__all__ = [
+    "Continuation",
+    "at_own_positions",
+    "continuation",
+    "first_position",
+    "overwritten",
+    "same",
+    "without_unused_slots",
+]
 
 
-def without_blank_cache(scores: Scores) -> Scores:
-    """Without the keys of a preallocated cache that nothing was written to yet: hidden, and exactly zero.
+@dataclass(frozen=True)
+class Continuation:
+    """How the keys of a call continue those of the call before.
+
+    In cross-attention they are the same keys. In self-attention a sliding cache may have dropped the first ``dropped``
+    of the earlier keys, which stay part of the text; the last ``rejected`` (drafts) are no longer part of it.
+    """
+
+    is_cross: bool = False
+    dropped: int = 0
+    rejected: int = 0
+
+
+def without_unused_slots(call: AttentionCall, earlier: Tensor | None = None) -> Scores:
+    """Without the last slots of a preallocated cache that hold no key of the text yet.
+
+    They are hidden. Either they are zero, or they hold keys of an older, longer text: then the mask's own rule says
+    where the text ends. Other hidden keys stay: those of another sequence, those of a cache that grew from ``earlier``
+    (the keys of the call before), and those of our own attention, whose queries are the last of the keys.
+    """
+    scores = call.scores
+    _, _, queries, keys = scores.shape
+    if scores.mask is None or queries >= keys:
+        return scores
+    last = _last_visible(scores)
+    stop = max(int(last.max()) + 1, queries)
+    if stop < keys and bool(scores.key[:, :, stop:].any()):
+        grown = earlier is not None and (earlier.shape[2] + queries == keys or same(scores.key, earlier))
+        starts = () if call.is_cross or call.way == "headscope" or grown else _starts_of_rule(last)
+        stop = max(stop, starts[0] + queries) if len(starts) == 1 else keys
+    return scores if stop >= keys else _with_first_keys(scores, stop)
+
+
+def first_position(scores: Scores) -> int | None:
+    """The position of the first query of self-attention among its keys; None if it cannot be known.
+
+    Queries are the last of the keys, unless the mask's own rule says otherwise.
+    """
+    _, _, queries, keys = scores.shape
+    if scores.mask is None or queries >= keys:
+        return max(0, keys - queries)
+    last = _last_visible(scores)
+    starts = _starts_of_rule(last)
+    if len(starts) > 1:  # every text of the batch has come to another position
+        return None
+    if starts and starts[0] <= keys - queries:
+        return starts[0]
+    return keys - queries if int(last.max()) + 1 == keys else None
+
+
+def _starts_of_rule(last: Tensor) -> tuple[int, ...]:
+    """Each p for which, in some text, query i sees keys up to p + i: the positions of the first query.
+
+    ``last`` [B, L] are the last visible keys, −1 for none. Padded queries see less, and those of a prefix more: p is
+    what most queries give, at least two if there are two.
+    """
+    queries = last.shape[1]
+    starts = torch.where(last < 0, -1 - queries, last) - torch.arange(queries, device=last.device)
+    start = starts.mode(1).values
+    known = ((starts == start[:, None]).sum(1) >= min(2, queries)) & (start >= 0)
+    return tuple(start[known].unique().tolist())
+
+
+def _last_visible(scores: Scores) -> Tensor:
+    """The last key that each query sees in any head, [B, L]; −1 for none.
 
     A row that is hidden whole by a finite number is uniform over all keys: it does not count as one that sees them.
     """
     batch, heads, queries, keys = scores.shape
-    if scores.mask is None or queries >= keys:
-        return scores
-    every_b, every_h, rows = slice(0, batch), slice(0, heads), slice(0, queries)
     bias = scores.bias_tensor
-    whole = None if bias is None else (bias <= torch.finfo(torch.float32).min / 2).all(-1, keepdim=True)
+    uniform = None if bias is None else (bias <= torch.finfo(torch.float32).min / 2).all(-1, keepdim=True)
+    last = torch.full((batch, queries), -1, device=scores.query.device)
     stop = keys
-    while stop > queries:
-        part = slice(max(queries, stop - 64), stop)
-        visible = scores.visible(every_b, every_h, rows, part)
-        used = (visible if whole is None else visible & ~whole).flatten(0, 2).any(0)
-        if bool(used.any()):
-            stop = part.start + int(used.nonzero()[-1]) + 1
-            break
+    while stop > 0 and bool((last < 0).any()):
+        part = slice(max(0, stop - 256), stop)
+        visible = scores.visible(slice(0, batch), slice(0, heads), slice(0, queries), part)
+        seen = (visible if uniform is None else visible & ~uniform).any(1).expand(batch, queries, -1)
+        newest = part.stop - 1 - seen.flip(-1).to(torch.uint8).argmax(-1)
+        last = torch.where((last < 0) & seen.any(-1), newest, last)
         stop = part.start
-    if stop == keys or bool(scores.key[:, :, stop:].any()):
-        return scores
-    visible = scores.visible(every_b, every_h, rows, slice(0, stop)).expand(-1, -1, queries, -1)
+    return last
+
+
+def _with_first_keys(scores: Scores, stop: int) -> Scores:
+    batch, heads, queries, _ = scores.shape
+    visible = scores.visible(slice(0, batch), slice(0, heads), slice(0, queries), slice(0, stop))
+    bias = scores.bias_tensor
     if bias is not None and bias.shape[3] > 1:
         bias = bias[..., :stop]
-    mask = compact(visible, batch)
+    mask = compact(visible.expand(-1, -1, queries, -1), batch)
     return make_scores(scores.query, scores.key[:, :, :stop], mask, bias, scores.scale, scores.softcap, scores.sinks)
 
 
@@ -54,22 +127,40 @@ def at_own_positions(scores: Scores) -> Scores:
     return replace(scores, mask=mask, bias=scores.bias_tensor, origin=(0, 0, keys - queries))
 
 
-def follows(earlier: Tensor, dropped: bool, key: Tensor, rows: int) -> tuple[str, int] | None:
-    """How the keys of a call of ``rows`` queries continue earlier ones, see :meth:`Site.continues`.
+def continuation(earlier: Tensor, key: Tensor, rows: int) -> Continuation | None:
+    """How the keys of a call of ``rows`` queries continue earlier ones, by equal content; None: they do not.
 
-    ``dropped``: whether a sliding cache dropped keys before the earlier ones.
+    The new keys are the last ``rows``; those before them are found among the earlier keys.
     """
     keys, size = key.shape[2], earlier.shape[2]
     if key.shape[:2] != earlier.shape[:2]:
         return None
     if keys == size and same(key, earlier):
-        return "cross", keys
+        return Continuation(is_cross=True)
     shared = keys - rows
-    if 0 < shared <= size and same(key[:, :, :shared], earlier[:, :, size - shared :]):
-        return "grow", shared
-    if 0 < shared < size and not dropped and same(key[:, :, :shared], earlier[:, :, :shared]):
-        return "cut", shared
-    return None
+    if not 0 < shared <= size:
+        return None
+    old = key[:, :, :shared]
+    starts = [start for start in _starts(earlier, old) if same(old, earlier[:, :, start : start + shared])]
+    for start in (size - shared, 0):  # where the same keys are there twice: all are there, or they are the first
+        if start in starts:
+            return Continuation(dropped=start, rejected=size - shared - start)
+    return Continuation(dropped=starts[0], rejected=size - shared - starts[0]) if len(starts) == 1 else None
+
+
+def _starts(earlier: Tensor, old: Tensor) -> list[int]:
+    """Where the first of the old keys is among the earlier ones."""
+    equal = (earlier[:, :, : earlier.shape[2] - old.shape[2] + 1] == old[:, :, :1]).all(-1).all(1).all(0)
+    return [int(start) for start in equal.nonzero()]
+
+
+def overwritten(earlier: Tensor, scores: Scores, rows: int) -> bool:
+    """Whether a cache of the same size was written to elsewhere than at its end: its slots are no positions then."""
+    key = scores.key
+    if earlier.shape != key.shape or rows >= key.shape[2]:
+        return False
+    changed = (earlier != key).any(-1).any(1).any(0)
+    return 0 < int(changed.sum()) <= rows and not bool(changed[-rows:].all())
 
 
 def same(first: Tensor, second: Tensor) -> bool:

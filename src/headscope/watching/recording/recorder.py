@@ -158,13 +158,17 @@ class _Recorder:
                 self._answer(call)
             else:
                 with unwatched() if self.detach else torch.enable_grad():
-                    captured = capture(call, self.keep, self.detach)
+                    captured = capture(call, self.keep, self.detach, self._last_key(call))
                 self._pending.setdefault(id(forward), []).append(captured)
         elif self.reduce is None and not call.is_cross and id(forward) not in self._witness:
             with unwatched():
-                self._witness[id(forward)] = capture(call, ("query", "key"), True)
+                self._witness[id(forward)] = capture(call, ("query", "key"), True, self._last_key(call))
         if self.on_call is not None:
             self.on_call(call)
+
+    def _last_key(self, call: AttentionCall) -> Tensor | None:
+        current = self._current.get(threading.get_ident())
+        return None if current is None else current.last_key(call.name, call.occurrence)
 
     def _answer(self, call: AttentionCall) -> None:
         with unwatched():

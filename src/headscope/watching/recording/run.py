@@ -97,26 +97,31 @@ class Run(Sequence[AttentionMatrix]):
         listed = ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
         raise RecordingError(f"no attention site is called {name!r}; there are {len(names)}: {listed}")
 
+    def last_key(self, name: str, occurrence: int) -> Tensor | None:
+        """The keys of a site's last call, if it had one in this run."""
+        sites = [site for site in (*self.sites, self.witness) if site is not None]
+        return next((s.last_key for s in sites if (s.name, s.occurrence) == (name, occurrence)), None)
+
     def join(self, calls: list[Site], valid: Tensor | None, witness: Site | None = None) -> bool:
         """Take a forward's calls if they, or its witness, continue this run; otherwise leave it as it is."""
         sites = {(site.name, site.occurrence): site for site in self.sites}
         pairs = [(sites.get((call.name, call.occurrence)), call) for call in calls]
         if witness is not None and self.witness is not None:
             pairs.append((self.witness, witness))
-        joins: list[tuple[Site | None, Site, str, int]] = []
+        joins = []
         for site, call in pairs:
-            continuation = ("new", 0) if site is None else site.continues(call)
-            if continuation is None:
+            how = None if site is None else site.continues(call)
+            if site is not None and how is None:
                 return False
-            joins.append((site, call, *continuation))
-        if not {how for _, _, how, _ in joins} & {"grow", "cut", "new"}:
+            joins.append((site, call, how))
+        if all(how is not None and how.is_cross for _, _, how in joins):
             return False
-        rejected = [site.rejected(shared) for site, _, how, shared in joins if site is not None and how == "cut"]
-        for site, call, how, shared in joins:
-            if site is None:
+        rejected = max((how.rejected for _, _, how in joins if how is not None), default=0)
+        for site, call, how in joins:
+            if site is None or how is None:
                 self.sites.append(call)
             else:
-                site.add(call, how, shared, max(rejected, default=0))
+                site.add(call, how, rejected)
         self.valid = _longer(self.valid, valid)
         return True
 

@@ -14,7 +14,13 @@ from headscope.ops.matrix import AttentionMatrix
 from headscope.ops.positions import Alibi
 from headscope.ops.scores import Scores
 from headscope.watching.hooks import AttentionCall
-from headscope.watching.recording.continuation import at_own_positions, follows, same, without_blank_cache
+from headscope.watching.recording.continuation import (
+    Continuation,
+    at_own_positions,
+    continuation,
+    same,
+    without_unused_slots,
+)
 
 __all__ = ["CallRows", "Site", "capture"]
 
@@ -86,46 +92,36 @@ class Site:
     def __repr__(self) -> str:
         return f"Site({self.name!r}, occurrence={self.occurrence}, way={self.way!r}, shape={tuple(self.shape)})"
 
-    def continues(self, other: Site) -> tuple[str, int] | None:
-        """How the only call of ``other`` continues this site: by which equal keys. None: it does not.
-
-        ("grow", n): its first n keys are the site's, the last n in a sliding cache; ("cut", n): they are the first n of
-        the site's, and the others are gone (rejected drafts); ("cross", S): the same keys, more queries.
-        """
+    def continues(self, other: Site) -> Continuation | None:
+        """How the only call of ``other`` continues this site; None: it does not."""
         call = other.calls[0]
         if call.query.shape[1] != self.shape[1]:
             return None
-        how = follows(self.last_key, bool(self.dropped_keys), other.last_key, call.num_rows)
+        how = continuation(self.last_key, other.last_key, call.num_rows)
         if how is None:
             return None
-        again = how[0] == "cross" and same(call.query, self.calls[-1].query)  # a forward of its own
-        nothing_left = how[0] == "cut" and self.rejected(how[1]) >= self.shape[2]  # another text after one prefix
+        again = how.is_cross and same(call.query, self.calls[-1].query)  # a forward of its own
+        nothing_left = how.rejected >= self.shape[2]  # another text after one prefix
         return None if again or nothing_left else how
 
-    def rejected(self, keep: int) -> int:
-        """How many rows a cut to the first ``keep`` keys drops: those of rejected drafts."""
-        return self.shape[3] - keep
-
-    def add(self, other: Site, how: str, shared: int, rejected: int = 0) -> None:
+    def add(self, other: Site, how: Continuation, rejected: int = 0) -> None:
         """Join the only call of ``other``; in cross-attention the last ``rejected`` rows are dropped first."""
-        if how == "cut":
-            self._cut(self.shape[2] - self.rejected(shared))
-        elif how == "cross" and rejected:
-            self._cut(self.shape[2] - rejected, cross=True)
-        first_row = self.shape[2]
-        if how == "grow" and shared < self.last_key.shape[2]:
-            dropped = self.last_key.shape[2] - shared
-            self.dropped_keys.append(self.last_key[:, :, :dropped].clone())
+        rejected = rejected if how.is_cross else how.rejected
+        if rejected:
+            self._cut(self.shape[2] - rejected, how.is_cross)
+        first_row = self.calls[-1].first_row + self.calls[-1].num_rows
+        if how.dropped:
+            self.dropped_keys.append(self.last_key[:, :, : how.dropped].clone())
             if self.last_value is not None:
-                self.dropped_values.append(self.last_value[:, :, :dropped].clone())
-        if how != "cross":
+                self.dropped_values.append(self.last_value[:, :, : how.dropped].clone())
+        if not how.is_cross:
             self.last_key, self.last_value, self.versions = other.last_key, other.last_value, other.versions
-        first_key = 0 if how == "cross" else self.num_dropped
+        first_key = 0 if how.is_cross else self.num_dropped
         self.calls.append(replace(other.calls[0], first_row=first_row, first_key=first_key))
         self.dropout_p = max(self.dropout_p, other.dropout_p)
         self.edited = self.edited or other.edited
 
-    def _cut(self, rows: int, cross: bool = False) -> None:
+    def _cut(self, rows: int, cross: bool) -> None:
         """Keep the first rows: the tokens of the others were rejected."""
         counts = ((call, min(call.num_rows, rows - call.first_row)) for call in self.calls)
         self.calls = [_shortened(call, count, cross) for call, count in counts if count > 0]
@@ -224,9 +220,12 @@ class Site:
         return torch.cat([nan if call.logsumexp is None else call.logsumexp for call, nan in parts], 2)
 
 
-def capture(call: AttentionCall, keep: Sequence[str], detach: bool) -> Site:
-    """A site of this one call, with the tensors to keep; tensors that may be written into later are copied."""
-    scores = at_own_positions(without_blank_cache(call.scores))
+def capture(call: AttentionCall, keep: Sequence[str], detach: bool, earlier: Tensor | None = None) -> Site:
+    """A site of this one call, with the tensors to keep; tensors that may be written into later are copied.
+
+    ``earlier`` are the keys of the call before, if the site has one.
+    """
+    scores = at_own_positions(without_unused_slots(call, earlier))
     query, key = (_kept(tensor, detach) for tensor in (scores.query, scores.key))
     value = _kept(call.value[:, :, : scores.shape[3]], detach) if "value" in keep else None
     output = None

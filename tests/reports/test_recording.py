@@ -1,0 +1,156 @@
+"""Reports of what recordings and edits once got wrong, by kind: caches, drafts, virtual tokens, memory."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headscope import record
+from headscope.errors import EditError
+from headscope.watching.edits import edit, knock_out
+from headscope.watching.recording import Recording
+from tests.tiny import ids, mistral
+from tests.watching.zoo.reference import eager_maps
+
+H, D, SLOTS = 3, 4, 32
+
+
+class Preallocated(nn.Module):
+    """Causal self-attention as in litgpt and gpt-fast: a cache of many slots, and a row of the mask per position."""
+
+    def __init__(self, batch: int = 2) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.maps = nn.ModuleList([nn.Linear(12, H * D) for _ in range(3)])
+        self.cache = torch.zeros(2, batch, H, SLOTS, D)
+        self.rule = torch.ones(SLOTS, SLOTS).tril().bool()
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (H, D)).transpose(1, 2) for layer in self.maps)
+        if positions.dim() == 1:
+            self.cache[0][:, :, positions], self.cache[1][:, :, positions] = k, v
+            rule = self.rule[positions][None, None]
+        else:  # each text of the batch is at another position
+            for text, own in enumerate(positions):
+                self.cache[0][text, :, own], self.cache[1][text, :, own] = k[text], v[text]
+            rule = self.rule[positions][:, None]
+        return F.scaled_dot_product_attention(q, *self.cache, attn_mask=rule)
+
+    def run(self, x: Tensor, *parts: int, first: int = 0) -> None:
+        """Run consecutive parts of a text, the first from this position on."""
+        for part in x.split(parts, 1):
+            self(part, torch.arange(first, first + part.shape[1]))
+            first += part.shape[1]
+
+    def weights(self, x: Tensor) -> Tensor:
+        """Of one forward without a cache."""
+        q, k = (layer(x).unflatten(-1, (H, D)).transpose(1, 2) for layer in self.maps[:2])
+        visible = torch.ones(x.shape[1], x.shape[1]).tril().bool()
+        return (q @ k.mT * D**-0.5).masked_fill(~visible, -torch.inf).softmax(-1)
+
+
+def used(longer: int = 30) -> tuple[Preallocated, Tensor]:
+    """A model whose cache holds an older, longer text, and the next text."""
+    model = Preallocated()
+    older, text = torch.randn(2, 2, SLOTS, 12)
+    model.run(older[:, :longer], longer)
+    return model, text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("parts", [(20,), (9, 1, 1, 1), (4, 4, 3), (1, 1, 1), (5, 27)], ids=str)
+def test_cache_with_an_older_text_records_as_one_forward(parts: tuple[int, ...]) -> None:
+    """litgpt and gpt-fast: the slots behind the current position still hold keys of a longer text."""
+    model, text = used()
+    length = sum(parts)
+    with record(model) as recording:
+        model.run(text[:, :length], *parts)
+    wanted = model.weights(text[:, :length])
+    assert recording[0].shape == wanted.shape
+    torch.testing.assert_close(recording[0].dense(), wanted, atol=1e-5, rtol=0)
+    previous = recording[0].offsets(1)[:, :, 1:, 0]
+    torch.testing.assert_close(previous, wanted.diagonal(-1, 2, 3), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_rejected_drafts_in_a_cache_with_an_older_text() -> None:
+    model, text = used()
+    other = torch.randn(2, 4, 12)
+    with record(model) as recording:
+        model.run(text[:, :6], 6)
+        model.run(other, 4, first=6)
+        model.run(text[:, 7:10], 2, 1, first=7)
+    whole = torch.cat([text[:, :6], other[:, :1], text[:, 7:10]], 1)
+    torch.testing.assert_close(recording[0].dense(), model.weights(whole), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_knock_out_in_a_cache_with_an_older_text_hits_its_position() -> None:
+    model, text = used()
+    with edit(model, knock_out(9, 4)), record(model) as recording:
+        model.run(text[:, :12], 8, 1, 3)
+    hidden = (recording[0].dense() == 0) & torch.ones(12, 12).tril().bool()
+    assert hidden.any(1).any(0).nonzero().tolist() == [[9, 4]]
+    with pytest.raises(EditError, match="changed nothing"), edit(model, knock_out(25, 4)):
+        model.run(text[:, :20], 20)
+
+
+@torch.no_grad()
+def test_edits_by_position_are_refused_where_no_position_is_known() -> None:
+    model, text = used()
+    with pytest.raises(EditError, match="nothing says which positions"), edit(model, knock_out(9, 4)):
+        model(text[:, :1], torch.tensor([[9], [5]]))
+    ring = Ring()
+    ring.run(text, *[1] * 6)
+    with pytest.raises(EditError, match="nothing says which positions"), edit(ring, knock_out(9, 4)):
+        ring.run(text, *[1] * 6)
+    bare = Bare()
+    with pytest.raises(EditError, match="nothing says which positions"), edit(bare, knock_out(5, 4)):
+        bare(torch.randn(2, H, 2, D), torch.randn(2, H, 7, D))
+
+
+class Bare(nn.Module):
+    """Attention that says nothing of its text: no mask, and more keys than queries."""
+
+    def forward(self, query: Tensor, key: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, key)
+
+
+class Ring(Preallocated):
+    """The same with a cache of 8 slots, of which the oldest is written to again."""
+
+    def run(self, x: Tensor, *parts: int, first: int = 0) -> None:
+        self.cache = self.cache[:, :, :, :8]
+        self.rule = torch.ones(8, 8).bool()
+        for number in range(len(parts)):
+            self(x[:, number : number + 1], torch.tensor([number % 8]))
+
+
+def drafted(model: nn.Module, *edits: Any) -> tuple[Recording, Tensor]:
+    """A generation with drafts that were looked up in the prompt, some of them rejected."""
+    options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with edit(model, *edits), record(model) as recording:
+        tokens = model.generate(ids(1, 4).repeat(1, 3), prompt_lookup_num_tokens=3, **options)
+    return recording, tokens[:, :-1]
+
+
+@pytest.mark.parametrize("window", [3, 6, 14])
+def test_drafts_with_a_sliding_window_are_one_run(window: int) -> None:
+    """Rejected drafts stayed in the recording once a sliding cache had dropped keys."""
+    model = mistral(window)
+    recording, tokens = drafted(model)
+    assert len(recording.runs) == 1
+    assert recording[0].shape == (1, 6, 31, 31)
+    for matrix, wanted in zip(recording, eager_maps(model, {"input_ids": tokens}), strict=True):
+        torch.testing.assert_close(matrix.dense(), wanted, atol=1e-5, rtol=0)
+
+
+def test_knock_out_with_drafts_and_a_sliding_window_hits_its_positions() -> None:
+    recording, _ = drafted(mistral(6), knock_out(25, (22, 23, 24), layers=0))
+    weights = recording[0].dense()[0]
+    assert recording[0].shape == (1, 6, 31, 31)
+    assert not weights[:, 25, [22, 23, 24]].any()
+    assert (weights[:, 24, [22, 23, 24]] > 0).all()
+    assert (weights[:, 26, [22, 23, 24]] > 0).all()
