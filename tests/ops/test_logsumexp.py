@@ -33,6 +33,7 @@ def qkv(dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 def has_logsumexp(P: AttentionMatrix) -> bool:
+    P._check()
     return P._normalizer is not None
 
 

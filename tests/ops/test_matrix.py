@@ -47,9 +47,9 @@ def test_matrix_answers_equal_their_definitions_over_many_tiles_and_blocks(varia
 @pytest.mark.parametrize("mask_name", MASKS)
 def test_answers_are_the_same_with_the_logsumexp_of_the_fused_kernel(mask_name: str) -> None:
     case = make(Variant(mask_name))
-    assert case.matrix._normalizer is None
+    assert case.matrix._kernel_logsumexp is None
     assert_is(case.matrix @ case.value, reference.attend(case.p, case.value))
-    assert case.matrix._normalizer is not None
+    assert case.matrix._kernel_logsumexp is not None
     assert_all_answers(case)
 
 
@@ -58,7 +58,7 @@ def test_answers_are_the_same_without_the_private_op_of_torch(mask_name: str, mo
     monkeypatch.setattr(fused, "_flash_cpu", None)
     case = make(Variant(mask_name))
     assert_is(case.matrix @ case.value, reference.attend(case.p, case.value))
-    assert case.matrix._normalizer is None
+    assert case.matrix._kernel_logsumexp is None
     assert_all_answers(case)
 
 

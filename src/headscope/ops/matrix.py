@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headscope.ops.kernels.blockwise import stream
 from headscope.ops.kernels.differentiable import by_rows
-from headscope.ops.kernels.fused import fused_product_with_normalizer, is_fused, product
+from headscope.ops.kernels.fused import fused_product_with_logsumexp, is_fused, product
 from headscope.ops.kernels.indexing import PartReader
 from headscope.ops.masks import Mask
 from headscope.ops.positions import Alibi
@@ -76,17 +76,12 @@ class AttentionMatrix:
     def _from_scores(cls, scores: Scores, logsumexp: Float[Tensor, "B H L"] | None = None) -> AttentionMatrix:
         """From checked scores and, where it is known, the log-sum-exp of each row; NaN marks rows to compute."""
         matrix = cls.__new__(cls)
-        matrix._init(scores)
-        if logsumexp is not None:
-            normalizer = Normalizer.from_logsumexp(logsumexp)
-            if bool(logsumexp.isnan().any()):
-                matrix._reader = PartReader(scores, normalizer)
-            else:
-                matrix._normalizer = normalizer
+        matrix._init(scores, logsumexp)
         return matrix
 
-    def _init(self, scores: Scores) -> None:
+    def _init(self, scores: Scores, logsumexp: Tensor | None = None) -> None:
         self._scores = scores
+        self._kernel_logsumexp = logsumexp  # not yet known to be exact enough
         self._normalizer: Normalizer | None = None
         self._reader: PartReader | None = None
         self._checked = False
@@ -120,8 +115,8 @@ class AttentionMatrix:
         flat = value.dim() == 1
         value_4d = as_value(value[:, None] if flat else value, scores, "P @ value")
         with torch.autocast(self.device.type, enabled=False):
-            if is_fused(scores) and self._normalizer is None:
-                output, self._normalizer = fused_product_with_normalizer(scores, value_4d)
+            if is_fused(scores) and self._kernel_logsumexp is None and not self._checked:
+                output, self._kernel_logsumexp = fused_product_with_logsumexp(scores, value_4d)
             else:
                 output = product(scores, value_4d)
         return output.squeeze(-1) if flat else output
@@ -137,7 +132,7 @@ class AttentionMatrix:
         Raises:
             ValueError: bool masks and None. IndexError: positions that do not exist.
         """
-        self._check_finite()
+        self._check()
         self._reader = self._reader or PartReader(self._scores, self._normalizer)
         return self._reader[index]
 
@@ -151,7 +146,7 @@ class AttentionMatrix:
         if not reductions:
             raise ValueError("reduce() got no reductions: pass some, such as Entropy(), Max().")
         check_reductions(reductions)
-        self._check_finite()
+        self._check()
         results, self._normalizer = stream(self._scores, reductions, self._normalizer)
         return tuple(results)
 
@@ -159,7 +154,7 @@ class AttentionMatrix:
         """−Σ_j P_ij ln P_ij in nats (arXiv 1906.04341). Differentiable, first order."""
         if not self._needs_grad():
             return self._one(Entropy())
-        self._check_finite()
+        self._check()
         return torch.cat(list(by_rows(self._scores, _entropy_of_rows)), 2)
 
     def max(self) -> WeightsAt:
@@ -232,8 +227,8 @@ class AttentionMatrix:
         return self.reduce(reduction)[0]
 
     def _get_normalizer(self) -> Normalizer:
+        self._check()
         if self._normalizer is None:
-            self._check_finite()
             _, self._normalizer = stream(self._scores, [])
         return self._normalizer
 
@@ -241,10 +236,18 @@ class AttentionMatrix:
         operands = (self._scores.query, self._scores.key, self._scores.bias, self._scores.sinks)
         return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
 
-    def _check_finite(self) -> None:
-        if not self._checked:
-            self._scores.check_finite()
-            self._checked = True
+    def _check(self) -> None:
+        """Check the operands, and use a kernel's log-sum-exp where it is as exact as our own: scores fit float32."""
+        if self._checked:
+            return
+        self._scores, self._checked = self._scores.checked(), True
+        if self._kernel_logsumexp is None or self._scores.wide:
+            return
+        normalizer, self._kernel_logsumexp = Normalizer.from_logsumexp(self._kernel_logsumexp), None
+        if bool(normalizer.shift.isnan().any()):
+            self._reader = PartReader(self._scores, normalizer)
+        else:
+            self._normalizer = normalizer
 
     def _num_bytes(self) -> int:
         return math.prod(self.shape) * (8 if self.dtype == torch.float64 else 4)
@@ -288,7 +291,7 @@ class _Transposed:
         return output.squeeze(-1) if flat else output
 
     def _differentiable(self, x: Tensor) -> Tensor:
-        self._matrix._check_finite()
+        self._matrix._check()
         parts = by_rows(self._matrix.operands, _transposed_product_of_rows, x)
         total = next(parts)
         for part in parts:

@@ -15,9 +15,10 @@ from torch import Tensor
 from headscope.ops.masks import Mask, dense
 from headscope.ops.positions import Alibi
 
-__all__ = ["LOWEST", "Normalizer", "Scores", "as_value", "checked_mask", "make_scores"]
+__all__ = ["FLOAT32_BOUND", "LOWEST", "Normalizer", "Scores", "as_value", "checked_mask", "make_scores"]
 
 LOWEST = -1e30  # stands for the logarithm of a hidden weight, so that 0 · log 0 is 0
+FLOAT32_BOUND = 256.0  # scores of at most this size are exact to about 1e-5 in float32, see docs/log.md
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,7 @@ class Scores:
     softcap: float | None
     sinks: Tensor | None  # [H], one logit per head, in the denominator only
     origin: tuple[int, int, int]
+    wide: bool = False  # scores are too large for float32: they are float64 until their row's shift is taken off
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -53,6 +55,11 @@ class Scores:
         """Weights are float32, and float64 for float64 inputs."""
         return torch.float64 if self.query.dtype == torch.float64 else torch.float32
 
+    @property
+    def score_dtype(self) -> torch.dtype:
+        """Scores have the dtype of the weights, and are float64 if they are too large for float32."""
+        return torch.float64 if self.wide else self.dtype
+
     def positions(self, rows: slice) -> slice:
         """Absolute positions of some query rows."""
         return slice(rows.start + self.origin[2], rows.stop + self.origin[2])
@@ -62,7 +69,7 @@ class Scores:
 
         ``heads`` are whole groups. ``out`` [b, heads, q, D] is memory for them.
         """
-        part = torch.mul(self.query[b, heads, q].to(self.dtype), self.scale, out=out)
+        part = torch.mul(self.query[b, heads, q].to(self.score_dtype), self.scale, out=out)
         return part.reshape(-1, self.per_group * part.shape[2], part.shape[3])
 
     def block(self, queries: Tensor, b: slice, heads: slice, q: slice, k: slice, out: Tensor | None = None) -> Tensor:
@@ -71,7 +78,7 @@ class Scores:
         ``out`` [b·g, per_group·q, k] is memory for the product; the result may share it.
         """
         groups = slice(heads.start // self.per_group, heads.stop // self.per_group)
-        keys = self.key[b, groups, k].to(self.dtype).flatten(0, 1)
+        keys = self.key[b, groups, k].to(self.score_dtype).flatten(0, 1)
         flat = torch.bmm(queries, keys.transpose(1, 2), out=out)
         shape = (b.stop - b.start, heads.stop - heads.start, q.stop - q.start, k.stop - k.start)
         scores = self.capped(flat.view(shape))
@@ -184,26 +191,33 @@ class Scores:
             return None if self.bias is None else self.bias.of_heads(h)
         return _slice_of(self.bias, b, h, q, k)
 
-    def check_finite(self) -> None:
-        """Raise ValueError if an operand holds NaN or infinite values."""
-        for name, tensor in (("query", self.query), ("key", self.key)):
-            if math.isfinite(tensor.detach().sum(dtype=torch.float32)):
-                continue  # one pass; but a sum of finite numbers may overflow, so a failure is checked again below
-            bad = ~torch.isfinite(tensor)
-            if bool(bad.any()):
-                raise ValueError(_describe(name, tensor, bad))
+    def checked(self) -> Scores:
+        """The same scores, ``wide`` where float32 may be too coarse for them: ‖q‖·‖k‖·scale bounds their size.
+
+        Raises:
+            ValueError: an operand holds NaN or infinite values.
+        """
+        query_norms, key_norms = (_largest_norms(tensor) for tensor in (self.query, self.key))
+        for name, tensor, norms in (("query", self.query, query_norms), ("key", self.key, key_norms)):
+            if not bool(norms.isfinite().all()):  # a norm of finite numbers may overflow, too
+                bad = ~torch.isfinite(tensor)
+                if bool(bad.any()):
+                    raise ValueError(_describe(name, tensor, bad))
         for name, added in (("bias", self.bias), ("sinks", self.sinks)):
             if isinstance(added, Tensor):
                 bad = added.isnan() | (added == math.inf)
                 if bool(bad.any()):
                     raise ValueError(_describe(name, added, bad))
+        bound = float((query_norms.view(len(key_norms), -1) * key_norms[:, None]).amax()) * abs(self.scale)
+        return replace(self, wide=self.dtype == torch.float32 and not bound <= FLOAT32_BOUND)
 
 
 @dataclass(frozen=True, eq=False)
 class Normalizer:
     """Two numbers per row, [B, H, L] each, that turn scores into weights: P = exp((s − shift) − log_sum).
 
-    Their sum is the log-sum-exp. One number would lose ``log_sum`` where a mask added −3e38 to a whole row.
+    Their sum is the log-sum-exp. One number would lose ``log_sum`` where scores are large, or where a mask added −3e38
+    to a whole row.
     """
 
     shift: Tensor
@@ -211,9 +225,16 @@ class Normalizer:
 
     @classmethod
     def from_logsumexp(cls, logsumexp: Tensor) -> Normalizer:
-        """From a known log-sum-exp [B, H, L]; NaN marks rows still to be computed."""
+        """From a kernel's log-sum-exp [B, H, L], −inf where nothing is visible.
+
+        NaN marks rows still to be computed: those of which it is NaN, or too large to be exact as one float32 number.
+        """
+        empty = logsumexp == -torch.inf
         with torch.inference_mode(False):  # written into later, perhaps outside of that mode
-            return cls(logsumexp.detach().clone(), torch.zeros_like(logsumexp, requires_grad=False))
+            shift = logsumexp.detach().masked_fill(empty, 0)
+            if shift.dtype != torch.float64:
+                shift = shift.masked_fill(shift.abs() > FLOAT32_BOUND, torch.nan)
+            return cls(shift, torch.zeros_like(shift).masked_fill(empty, -torch.inf))
 
     @property
     def logsumexp(self) -> Tensor:
@@ -323,6 +344,12 @@ def _check_bias(bias: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
 def _slice_of(tensor: Tensor, *parts: slice) -> Tensor:
     index = tuple(p if n > 1 else slice(None) for p, n in zip(parts, tensor.shape, strict=True))
     return tensor[index]
+
+
+def _largest_norms(tensor: Tensor) -> Tensor:
+    """The largest norm of a row, per head, of queries or keys [B, H, L, D]."""
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    return torch.linalg.vector_norm(tensor.detach(), dim=-1, dtype=dtype).amax((0, 2))
 
 
 def _describe(name: str, tensor: Tensor, bad: Tensor) -> str:

@@ -50,7 +50,8 @@ def stream(
     with scores that are centred on their row's maximum.
     """
     with torch.no_grad(), torch.autocast(scores.query.device.type, enabled=False):
-        if normalizer is None and not isinstance(scores.bias, Tensor):  # a bias may hide a row that the mask shows
+        may_hide = isinstance(scores.bias, Tensor)  # a row that the mask shows
+        if normalizer is None and not may_hide and not scores.wide:
             with suppress(_NeedsCentering):
                 return _stream(scores, reductions, None, uncentered=True)
         return _stream(scores, reductions, normalizer, uncentered=False)
@@ -104,7 +105,7 @@ def _normalized_blocks(
     row_offset = torch.zeros_like(row_shift) if offset is None else offset[tile.at].unsqueeze(-1)
     factor = None if offset is None else row_offset.exp()
     for x, keys, masked in raw_blocks(scores, tile, buffers, size):
-        centered = x.sub_(row_shift)
+        centered = x.sub_(row_shift).to(scores.dtype)
         for columns, _ in masked:
             centered[..., columns].clamp_(LOWEST, _MAX_HIDDEN)
         weights = exp(centered, masked, buffers.take(1, *centered.shape))
@@ -136,7 +137,7 @@ def _reduce_online(
         if not uncentered:
             hide(x, masked)
             row_max, center, total = _recenter(x, pairs, tile.at, row_max, center, total)
-            x = x.sub_(center)
+            x = x.sub_(center).to(scores.dtype)
         weights = exp(x, masked if uncentered else [], buffers.take(1, *x.shape) if pairs else x)
         total = total + weights.sum(-1, keepdim=True)
         make_finite(scores, x, [] if uncentered else masked)
@@ -159,7 +160,7 @@ def _recenter(
     x: Tensor, pairs: Pairs, at: At, row_max: Tensor, center: Tensor, total: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The row maxima, the numbers to centre on, and the sums so far, after these scores."""
-    new_max = torch.maximum(row_max, x.amax(-1, keepdim=True))
+    new_max = torch.maximum(row_max, x.amax(-1, keepdim=True).to(row_max.dtype))
     moved = (new_max - center > _RECENTER) | ((row_max == -torch.inf) & (new_max > row_max))
     if bool(moved.any()):
         log_factor = torch.where(moved & (total > 0), center - new_max, 0.0).clamp(min=-1e4)  # e⁻¹⁰⁰⁰⁰ is 0
@@ -212,10 +213,10 @@ def _buffered_blocks(
         shift = torch.zeros_like(row_max)
         if not uncentered:
             hide(x, masked)
-            new_max = torch.maximum(row_max, x.amax(-1, keepdim=True))
+            new_max = torch.maximum(row_max, x.amax(-1, keepdim=True).to(row_max.dtype))
             shift = torch.where(new_max == -torch.inf, 0.0, new_max)
             total = total * (row_max - shift).exp()
-            x, row_max = x.sub_(shift), new_max
+            x, row_max = x.sub_(shift).to(scores.dtype), new_max
         weights = exp(x, masked if uncentered else [], buffers.take(2 * number + 1, *x.shape))
         total = total + weights.sum(-1, keepdim=True)
         make_finite(scores, x, [] if uncentered else masked)

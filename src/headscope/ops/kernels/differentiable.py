@@ -65,11 +65,11 @@ def _weights_of_rows(scores: Scores, rows: slice) -> tuple[Tensor, Tensor]:
     row_max = torch.where(row_max == -torch.inf, 0.0, row_max)
     if scores.sinks is not None:
         row_max = torch.maximum(row_max, scores.sinks.detach().to(x.dtype).view(1, -1, 1, 1))
-    centered = x - row_max
+    centered = (x - row_max).to(scores.dtype)
     hidden = centered == -torch.inf
     weights = centered.exp()
     total = weights.sum(-1, keepdim=True)
     if scores.sinks is not None:
-        total = total + (scores.sinks.to(x.dtype).view(1, -1, 1, 1) - row_max).exp()
+        total = total + (scores.sinks.to(x.dtype).view(1, -1, 1, 1) - row_max).to(scores.dtype).exp()
     total = torch.where(total > 0, total, 1.0)
     return weights / total, centered.masked_fill(hidden, LOWEST) - total.log()

@@ -21,13 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 from headscope.ops.kernels.cpu import FEW_ROWS, is_emulated
 from headscope.ops.kernels.differentiable import by_rows
-from headscope.ops.scores import Normalizer, Scores
+from headscope.ops.scores import Scores
 
 __all__ = [
     "LogsumexpCapture",
     "capture_logsumexp",
     "fused_product",
-    "fused_product_with_normalizer",
+    "fused_product_with_logsumexp",
     "is_fused",
     "observers",
     "product",
@@ -140,16 +140,12 @@ def fused_product(scores: Scores, value: Tensor) -> Tensor:
     return _fused(scores, value, want_lse=False)[0]
 
 
-def fused_product_with_normalizer(scores: Scores, value: Tensor) -> tuple[Tensor, Normalizer | None]:
-    """The same, and the rows' normalizer if the kernel returns the log-sum-exp; otherwise None.
+def fused_product_with_logsumexp(scores: Scores, value: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The same, and the rows' log-sum-exp [B, H, L] if the kernel returns it, −inf for rows that see nothing.
 
     None with a bias: its log-sum-exp would be lost beside a finfo.min.
     """
-    output, lse = _fused(scores, value, want_lse=_gives_lse(scores))
-    if lse is None:
-        return output, None
-    empty = lse == -torch.inf
-    return output, Normalizer(lse.masked_fill(empty, 0), torch.zeros_like(lse).masked_fill(empty, -torch.inf))
+    return _fused(scores, value, want_lse=_gives_lse(scores))
 
 
 def _gives_lse(scores: Scores) -> bool:

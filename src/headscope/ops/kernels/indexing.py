@@ -107,8 +107,8 @@ class PartReader:
 
     def _points(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         scores = self.scores
-        query = scores.query[b, h, q].to(scores.dtype) * scores.scale
-        x = scores.capped((query * scores.key[b, h // scores.per_group, k].to(scores.dtype)).sum(-1))
+        query = scores.query[b, h, q].to(scores.score_dtype) * scores.scale
+        x = scores.capped((query * scores.key[b, h // scores.per_group, k].to(scores.score_dtype)).sum(-1))
         if scores.bias is not None:
             x = x + self._bias_points(b, h, q, k)
         if scores.mask is not None:
@@ -117,7 +117,7 @@ class PartReader:
             x = x.masked_fill(~visible, -torch.inf)
         at = (b, h, q)
         log_sum = self.normalizer.log_sum[at]
-        return (x - self.normalizer.shift[at] - log_sum).exp().masked_fill(log_sum == -torch.inf, 0)
+        return (x - self.normalizer.shift[at] - log_sum).to(scores.dtype).exp().masked_fill(log_sum == -torch.inf, 0)
 
     def _bias_points(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         bias = self.scores.bias
@@ -158,7 +158,8 @@ def _consecutive(rows: Tensor) -> Iterator[tuple[int, int]]:
 
 def _weights_of(x: Tensor, normalizer: Normalizer, at: tuple[slice, slice, slice]) -> Tensor:
     log_sum = normalizer.log_sum[at].unsqueeze(-1)
-    return ((x - normalizer.shift[at].unsqueeze(-1)) - log_sum).exp().masked_fill(log_sum == -torch.inf, 0)
+    log_weights = ((x - normalizer.shift[at].unsqueeze(-1)) - log_sum).to(log_sum.dtype)
+    return log_weights.exp().masked_fill(log_sum == -torch.inf, 0)
 
 
 def _grids(parts: list[Any], shape: Sequence[int], device: torch.device) -> list[Tensor]:

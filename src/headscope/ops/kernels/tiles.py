@@ -179,10 +179,15 @@ def raw_blocks(
     scores: Scores, tile: Tile, buffers: Buffers, size: int, reuse: bool = True
 ) -> Iterator[tuple[Tensor, slice, list[MaskedColumns]]]:
     """Scores of the tile, up to ``size`` at once, none hidden yet. Block i is in buffer 2·i, with ``reuse`` in 0."""
-    queries = scores.queries(*tile.at, buffers.take(-1, *tile.shape, scores.query.shape[-1]))
+    if scores.wide:  # float64 has no place in the buffers
+        queries = scores.queries(*tile.at)
+    else:
+        queries = scores.queries(*tile.at, buffers.take(-1, *tile.shape, scores.query.shape[-1]))
     width = max(128, size // (queries.shape[0] * queries.shape[1]) // 128 * 128)
     for number, (keys, mixed) in enumerate(_key_blocks(tile, width)):
-        buffer = buffers.take(0 if reuse else 2 * number, *queries.shape[:2], keys.stop - keys.start)
+        buffer = None
+        if not scores.wide:
+            buffer = buffers.take(0 if reuse else 2 * number, *queries.shape[:2], keys.stop - keys.start)
         x = scores.block(queries, *tile.at, keys, buffer)
         yield x, keys, [_masked_columns(scores, tile, keys, columns) for columns in mixed]
 
