@@ -227,7 +227,7 @@ def a_decoder_looks_ahead(original: Any) -> Any:
 
 
 @fault(
-    "headscope.watching.hooks.watches:report_call",
+    "headscope.watching.hooks.reporting:report_call",
     "watching/test_sdpa.py::test_sdpa_of_a_nanogpt_block_gives_causal_weights",
 )
 def recording_changes_what_the_model_computes(original: Any) -> Any:

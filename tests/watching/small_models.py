@@ -104,6 +104,7 @@ def state() -> list[Any]:
     """Everything that watching puts something in the place of."""
     return [
         AttentionInterface.get_interface,
+        nn.Module._call_impl,
         F.multi_head_attention_forward,
         F.scaled_dot_product_attention,
         torch._native_multi_head_attention,

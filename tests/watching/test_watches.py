@@ -177,7 +177,7 @@ def test_record_in_two_threads_gives_a_run_per_forward() -> None:
         for _ in range(3):
             model(text)
 
-    with record(model) as recording:
+    with record(model, threads="all") as recording:
         threads = [threading.Thread(target=forwards, args=(text,)) for text in texts]
         [t.start() for t in threads]
         [t.join() for t in threads]

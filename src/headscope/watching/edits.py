@@ -20,7 +20,7 @@ from headscope.ops.kernels.fused import product
 from headscope.ops.masks import Mask
 from headscope.ops.positions import Alibi
 from headscope.ops.scores import Scores, make_scores
-from headscope.watching.hooks import AttentionCall, Forward, watch, with_output
+from headscope.watching.hooks import OTHER_THREADS, AttentionCall, Forward, Threads, watch, with_output
 from headscope.watching.recording import Layers, Position, Recording, Tracker, layers_of
 
 __all__ = ["Ablate", "Edit", "Freeze", "KnockOut", "Patch", "ablate", "edit", "freeze", "knock_out", "patch"]
@@ -227,16 +227,18 @@ def freeze(*, from_: Recording, layers: Layers = None) -> Freeze:
 
 
 @contextmanager
-def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
+def edit(model: nn.Module, *edits: Edit, threads: Threads = "own") -> Iterator[None]:
     """Run ``model`` with changed attention inside the block; ``record`` inside shows the edited weights.
 
     Args:
         model: as for record().
         edits: applied in this order at each attention call that they name, freeze() before all others.
+        threads: "own": forwards in other threads run unchanged; "all": they are edited, too, for data-parallel code.
 
     Raises:
         EditError: an edit that applied nowhere, a head that does not exist, gradient checkpointing with
-            gradients on, dropout where a pattern is changed.
+            gradients on, dropout where a pattern is changed. It is raised when the block ends: from the error on, the
+            model runs unchanged.
 
     Example:
         >>> import torch
@@ -268,8 +270,10 @@ def edit(model: nn.Module, *edits: Edit) -> Iterator[None]:
                 call = edited
         return call
 
-    with watch(model, edit=change, on_end=forwards.append):
+    with watch(model, edit=change, on_end=forwards.append, threads=threads) as watcher:
         yield
+    if watcher.ran_in_other_threads and not called:
+        raise EditError(f'{OTHER_THREADS} edit(model, …, threads="all") edits these, too.')
     unused = [item for number, item in enumerate(edits) if number not in used]
     if unused and forwards:
         raise EditError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -13,22 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from headscope.errors import HeadscopeError, NothingSeen
-from headscope.ops.matrix import AttentionMatrix
-from headscope.ops.reductions import Block, Entropy, Groups, Reduction
-from headscope.ops.reductions.reduction import Shape
-from headscope.ops.scores import Scores
-from headscope.watching.hooks import AttentionCall, Forward, unwatched, watch
+from headscope.watching.head_totals import SiteTotals, totals_of
+from headscope.watching.hooks import OTHER_THREADS, AttentionCall, Forward, Threads, Watch, unwatched, watch
 
 __all__ = ["HeadStats", "HeadWarning", "Monitor", "monitor"]
 
 Log = Callable[[str, float, int], object]  # name, value, step
 Warn = Callable[[str], object]
 
-_DEAD = 1e-3  # of the layer's median head
 _FELL = 10.0  # the entropy share fell by this factor within the last measurements
 _REMEMBERED = 5  # measurements
-_HIDDEN = -1e4  # a number in an additive mask that hides, also in half precision and in old BERTs
-_CELLS = 1 << 22  # cells of a mask that may exist at once
 _SINK = 0.5  # more weight than this on the first key is a sink, whose low entropy is no fault
 
 
@@ -76,25 +71,35 @@ class Monitor(AbstractContextManager["Monitor"]):
     """
 
     def __init__(
-        self, model: nn.Module, every: int, log: Log | None, warn: Warn | None, logit_limit: float, low_entropy: float
+        self,
+        model: nn.Module,
+        every: int,
+        log: Log | None,
+        warn: Warn | None,
+        logit_limit: float,
+        low_entropy: float,
+        threads: Threads,
     ) -> None:
-        self.model, self.every, self.log, self.warn = model, every, log, warn
+        self.model, self.every, self.log, self.warn, self.threads = model, every, log, warn, threads
         self.logit_limit, self.low_entropy = logit_limit, low_entropy
         self.step = 0
         self.history: list[HeadStats] = []
         self._running: ExitStack | None = None
-        self._sites: dict[tuple[str, int], _SiteTotals] = {}
-        self._pending: dict[int, list[tuple[tuple[str, int], _SiteTotals]]] = {}
+        self._watch: Watch | None = None  # of this step, if it is measured
+        self._sites: dict[tuple[str, int], SiteTotals] = {}
+        self._pending: dict[int, list[tuple[tuple[str, int], SiteTotals]]] = {}
         self._warned: set[tuple[str, int, int]] = set()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Monitor:
         """Measure this step, if it is its turn."""
         if self._running is not None:
             raise HeadscopeError("this monitor is watching already: one `with` at a time, around one step.")
-        self._running, self._sites, self._pending = ExitStack(), {}, {}
+        self._running, self._watch, self._sites, self._pending = ExitStack(), None, {}, {}
         if self.step % self.every == 0:
             try:
-                self._running.enter_context(watch(self.model, self._add, on_end=self._end))
+                watching = watch(self.model, self._add, on_end=self._end, threads=self.threads)
+                self._watch = self._running.enter_context(watching)
             except BaseException:
                 self._running = None
                 raise
@@ -103,29 +108,41 @@ class Monitor(AbstractContextManager["Monitor"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Store the measurement, and warn; nothing is stored of a step that failed."""
+        """Store the measurement, and warn; nothing is stored of a step that failed or could not be measured."""
         assert self._running is not None
         running, self._running = self._running, None
-        running.__exit__(kind, error, trace)
         step, self.step = self.step, self.step + 1
+        problem: Exception | None = None
+        try:
+            running.__exit__(kind, error, trace)
+        except Exception as raised:
+            if self._watch is None or raised is not self._watch.error:
+                raise
+            problem = raised
         sites, self._sites, self._pending = self._sites, {}, {}
         if error is not None or step % self.every:
             return
-        if not sites:
-            if self.history:
-                return  # a step without a forward
-            raise NothingSeen(
-                "no attention was seen inside the `with`: put the model's forward there. Modules of headscope, "
-                "torch.nn and transformers are seen, and scaled_dot_product_attention."
-            )
-        stats = _stats(step, sites)
-        self.history.append(stats)
-        self._write(stats)
-        for text in self._warnings(stats):
+        texts = self._once(("unmeasured", 0, 0), problem is not None, f"step {step} was not measured: {problem}")
+        if problem is None and (sites or not self.history):  # otherwise a step without a forward
+            if not sites:
+                raise self._nothing_seen()
+            stats = _stats(step, sites)
+            self.history.append(stats)
+            self._write(stats)
+            texts += self._warnings(stats)
+        for text in texts:
             if self.warn is None:
                 warnings.warn(text, HeadWarning, stacklevel=2)
             else:
                 self.warn(text)
+
+    def _nothing_seen(self) -> NothingSeen:
+        if self._watch is not None and self._watch.ran_in_other_threads:
+            return NothingSeen(f'{OTHER_THREADS} monitor(model, threads="all") measures these, too.')
+        return NothingSeen(
+            "no attention was seen inside the `with`: put the model's forward there. Modules of headscope, "
+            "torch.nn and transformers are seen, and scaled_dot_product_attention."
+        )
 
     def table(self) -> list[dict[str, Any]]:
         """The last measurement as a table, see :meth:`HeadStats.table`; empty before the first."""
@@ -133,15 +150,17 @@ class Monitor(AbstractContextManager["Monitor"]):
 
     def _add(self, call: AttentionCall, forward: Forward) -> None:
         with unwatched():
-            totals = (call.name, call.occurrence), _totals(call)
-        self._pending.setdefault(id(forward), []).append(totals)
+            totals = (call.name, call.occurrence), totals_of(call)
+        with self._lock:
+            self._pending.setdefault(id(forward), []).append(totals)
 
     def _end(self, forward: Forward) -> None:
         """Add the totals of a forward when it has ended; one that failed does not count."""
-        for site, totals in self._pending.pop(id(forward), []):
-            if not forward.failed:
-                before = self._sites.get(site)
-                self._sites[site] = totals if before is None else before.plus(totals)
+        with self._lock:
+            for site, totals in self._pending.pop(id(forward), []):
+                if not forward.failed:
+                    before = self._sites.get(site)
+                    self._sites[site] = totals if before is None else before.plus(totals)
 
     def _write(self, stats: HeadStats) -> None:
         if self.log is None:
@@ -199,6 +218,7 @@ def monitor(
     warn: Warn | None = None,
     logit_limit: float = 100.0,
     low_entropy: float = 0.02,
+    threads: Threads = "own",
 ) -> Monitor:
     """Watch what the heads do in a training loop of your own: a ``with`` around the forward.
 
@@ -215,9 +235,12 @@ def monitor(
             that a weight is off by a quarter; runs that diverged had thousands (arXiv 2302.05442).
         low_entropy: an entropy share that falls below this, and to a tenth of what it was within the last 5
             measurements, is a warning (entropy collapse, arXiv 2303.06296), unless the first key is the head's sink.
+        threads: "own": forwards of the thread that enters the ``with``; "all": those of every thread, added up, for
+            data-parallel code.
 
     Raises:
-        ValueError: every below 1. Leaving the ``with`` raises NothingSeen if no attention ran inside.
+        ValueError: every below 1. Leaving the ``with`` raises NothingSeen if no attention ran inside. A step whose
+            attention cannot be read is not measured, and warned of: nothing of ours ends a training step.
 
     Example:
         >>> import torch, headscope
@@ -233,118 +256,10 @@ def monitor(
     """
     if every < 1:
         raise ValueError(f"every is {every}: wanted a number of steps from 1.")
-    return Monitor(model, every, log, warn, logit_limit, low_entropy)
+    return Monitor(model, every, log, warn, logit_limit, low_entropy, threads)
 
 
-class _Largest(Reduction):
-    """The logarithm of each query's largest weight: [B, H, L]."""
-
-    def start(self, shape: Shape, like: Tensor) -> Tensor:
-        """Minus infinity: the maximum of no weights."""
-        return like.new_full(shape[:3], -torch.inf)
-
-    def update(self, state: Tensor, block: Block) -> None:
-        """The larger of this block's and of those before."""
-        part = state[block.at]
-        torch.maximum(part, (block.centered.amax(-1, keepdim=True) + block.offset).squeeze(-1), out=part)
-
-
-@dataclass(frozen=True, eq=False)
-class _SiteTotals:
-    """Totals over one site's queries, of several calls added up; float64 on the CPU."""
-
-    # [6, H]: queries, those with two visible keys; of these entropy, ln keys, weight on the first; squared outputs
-    totals: Tensor
-    largest: Tensor  # [H], logits; −inf where no query counts
-
-    def plus(self, other: _SiteTotals) -> _SiteTotals:
-        """Both together."""
-        return _SiteTotals(self.totals + other.totals, torch.maximum(self.largest, other.largest))
-
-    def numbers(self) -> dict[str, Tensor]:
-        """The tensors of `HeadStats` for this site, [H] each; NaN where no query counts."""
-        queries, choosing, entropy, uniform, first, squared = self.totals
-        finite = self.totals.isfinite().all(0) & ~(self.largest.isnan() | (self.largest == torch.inf))
-        size = squared.sqrt()
-        middle = size[finite].median() if bool(finite.any()) else size.new_tensor(torch.nan)
-        return {
-            "entropy": entropy / choosing,
-            "entropy_share": entropy / uniform,
-            "largest_logit": self.largest.masked_fill(queries == 0, torch.nan),
-            "sink_mass": first / choosing,
-            "dead": finite & (queries > 0) & (size <= _DEAD * middle),
-            "finite": finite,
-        }
-
-
-def _totals(call: AttentionCall) -> _SiteTotals:
-    """The totals of one call, in one pass over its weights."""
-    scores, broken = _finite_part(call.scores)
-    text, count, visible = _text(scores, call.is_cross)
-    first = torch.where(visible.any(1), visible.int().argmax(1), -1)
-    is_first = torch.arange(scores.shape[3], device=visible.device) == first[:, None]
-    matrix = AttentionMatrix._from_scores(scores)
-    entropy, best, mass = matrix.reduce(Entropy(), _Largest(), Groups(is_first.long() - 1, 1))
-    counts = text[:, None] & (count > 0)  # [B, H, L]
-    chooses = counts & (count > 1)
-    squared = torch.linalg.vector_norm(call.head_outputs().to(entropy.dtype), dim=-1).square()
-    parts = (
-        counts.to(entropy.dtype),
-        chooses.to(entropy.dtype),
-        entropy.where(chooses, 0),
-        count.clamp(min=1).log().where(chooses, 0),
-        mass.squeeze(-1).where(chooses, 0),
-        squared.where(counts, 0),
-    )
-    totals = torch.stack([part.sum((0, 2)) for part in parts]).cpu().double()
-    largest = (best + matrix.logsumexp).masked_fill(~counts, -torch.inf).amax((0, 2)).cpu().double()
-    return _SiteTotals(totals.masked_fill(broken, torch.nan), largest.masked_fill(broken, torch.nan))
-
-
-def _finite_part(scores: Scores) -> tuple[Scores, Tensor]:
-    """The operands with zeros for heads that hold NaN or infinite numbers, and which heads these are, [H]."""
-    query = ~scores.query.isfinite().all(-1).all(-1).all(0)
-    key = ~scores.key.isfinite().all(-1).all(-1).all(0)
-    broken = query | key.repeat_interleave(scores.per_group)
-    bias, sinks = scores.bias, scores.sinks
-    if isinstance(bias, Tensor):
-        wrong = bias.isnan() | (bias == torch.inf)
-        broken = broken | wrong.transpose(0, 1).flatten(1).any(1)
-        bias = bias.masked_fill(wrong, 0)
-    if sinks is not None:
-        broken = broken | ~sinks.isfinite()
-        sinks = sinks.masked_fill(~sinks.isfinite(), 0)
-    if not bool(broken.any()):
-        return scores, broken.cpu()
-    clean = scores.query.masked_fill(query.view(1, -1, 1, 1), 0), scores.key.masked_fill(key.view(1, -1, 1, 1), 0)
-    return replace(scores, query=clean[0], key=clean[1], bias=bias, sinks=sinks), broken.cpu()
-
-
-def _text(scores: Scores, is_cross: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries that are no padding, [B, L]; numbers of visible keys, [B, H, L]; keys that some query may see, [B, S]."""
-    batch, heads, queries, keys = scores.shape
-    device = scores.query.device
-    count = torch.zeros((batch, heads, queries), device=device)
-    visible_keys = torch.zeros((batch, keys), dtype=torch.bool, device=device)
-    every, all_heads = slice(0, batch), slice(0, heads)
-    hides = isinstance(scores.bias, Tensor) and bool((scores.bias <= _HIDDEN).any())
-    step = max(1, _CELLS // (batch * heads * keys))
-    for start in range(0, queries, step):
-        rows = slice(start, min(queries, start + step))
-        for low, high, mixed in scores.spans(every, rows):
-            shown = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
-            if mixed:
-                shown = shown & scores.visible(every, all_heads, rows, slice(low, high))
-            if hides:
-                shown = shown & (scores.bias_block(every, all_heads, rows, slice(low, high)) > _HIDDEN)
-            width = high - low if shown.shape[-1] == 1 else 1
-            count[:, :, rows] += shown.sum(-1) * width
-            visible_keys[:, low:high] |= shown.any(1).any(1)
-    text = torch.ones((batch, queries), dtype=torch.bool, device=device)
-    return (visible_keys if queries == keys and not is_cross else text), count, visible_keys
-
-
-def _stats(step: int, totals: dict[tuple[str, int], _SiteTotals]) -> HeadStats:
+def _stats(step: int, totals: dict[tuple[str, int], SiteTotals]) -> HeadStats:
     names = tuple(name if not occurrence else f"{name} ({occurrence + 1})" for name, occurrence in totals)
     sites = [part.numbers() for part in totals.values()]
     num_heads = tuple(len(site["entropy"]) for site in sites)

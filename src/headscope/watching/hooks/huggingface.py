@@ -17,21 +17,15 @@ from headscope.ops.masks import causal
 from headscope.ops.scores import Scores, make_scores
 from headscope.watching.hooks.call import Output
 from headscope.watching.hooks.mask_formats import Read, combine, read_mask
+from headscope.watching.hooks.reporting import autocast_operands, report, report_call
 from headscope.watching.hooks.sdpa import causal_from_the_top
-from headscope.watching.hooks.watches import (
-    Forward,
-    active_watches,
-    autocast_operands,
-    cached,
-    report_call,
-    within_call,
-    without_modes,
-)
+from headscope.watching.hooks.watches import Forward, active_watches, cached, within_call
 
 __all__ = ["install", "remove"]
 
 _ORIGINAL: dict[str, Any] = {}
 _OPERANDS = ("module", "query", "key", "value", "attention_mask")
+_PAGED = ("read_index", "block_table")  # continuous batching: texts that share rows, and pages of a cache
 _SPARSE = ("indices", "block_indices")  # choices of keys, which are in the mask where attention is eager or sdpa
 
 
@@ -71,8 +65,7 @@ def _watched(function: Callable[..., Any], implementation: str) -> Callable[...,
         capturing = capture_logsumexp(arguments["query"]) if implementation == "sdpa" else nullcontext()
         with within_call(), capturing as capture:
             result = function(*args, **kwargs)
-        with without_modes():
-            return _report(implementation, result, arguments, capture)
+        return report(result, lambda: _report(implementation, result, arguments, capture))
 
     return attention
 
@@ -84,6 +77,11 @@ def _report(implementation: str, result: Any, arguments: dict[str, Any], capture
         raise UnsupportedAttention(
             f"{type(module).__name__} chooses its keys inside {implementation!r}, where they cannot be seen: "
             'use model.set_attn_implementation("sdpa").'
+        )
+    if any(arguments.get(k) is not None for k in _PAGED):
+        raise UnsupportedAttention(
+            f"{type(module).__name__} runs in continuous batching (generate_batch), where texts share rows and a paged "
+            "cache, so that rows and keys cannot be told apart by text: use model.generate()."
         )
     query, key, value = autocast_operands(arguments["query"], arguments["key"], arguments["value"])
     shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from headscope.ops.kernels.fused import Product, capture_logsumexp, observers
 from headscope.ops.scores import Scores
+from headscope.watching.hooks.reporting import report, report_call
 from headscope.watching.hooks.sdpa import direct
-from headscope.watching.hooks.watches import active_watches, report_call, running_module, within_call, without_modes
+from headscope.watching.hooks.watches import active_watches, running_module, within_call
 
 __all__ = ["install", "remove"]
 
@@ -29,9 +30,14 @@ def _observed(product: Product, scores: Scores, value: Tensor, dropout_p: float)
         return product(scores, value, dropout_p)
     with within_call(), capture_logsumexp(scores.query) as capture:
         output = product(scores, value, dropout_p)
-    with without_modes():
+
+    def read() -> Tensor:
         logsumexp = capture.for_shape(scores.shape)
+        out = direct(output)
         call = report_call(
-            running_module(), "headscope", lambda _: [scores], value, direct(output), dropout_p, logsumexp=logsumexp
+            running_module(), "headscope", lambda _: [scores], value, out, dropout_p, logsumexp=logsumexp
         )
         return call.output.raw
+
+    result: Tensor = report(output, read)
+    return result

@@ -17,15 +17,8 @@ from headscope.ops.masks import causal, padding, window
 from headscope.ops.scores import Scores, make_scores
 from headscope.watching.hooks.call import Output
 from headscope.watching.hooks.mask_formats import Read, combine, read_mask
-from headscope.watching.hooks.watches import (
-    Forward,
-    active_watches,
-    autocast_operands,
-    cached,
-    report_call,
-    within_call,
-    without_modes,
-)
+from headscope.watching.hooks.reporting import autocast_operands, report, report_call
+from headscope.watching.hooks.watches import Forward, active_watches, cached, within_call
 
 __all__ = ["SdpaMode", "enter", "leave", "resumed", "suspended"]
 
@@ -42,8 +35,7 @@ class SdpaMode(TorchFunctionMode):
             return func(*args, **kwargs)
         with within_call(), capture_logsumexp(args[0] if args else kwargs["query"]) as capture:
             output = func(*args, **kwargs)
-        with without_modes():
-            return _report(output, capture, *args, **kwargs)
+        return report(output, lambda: _report(output, capture, *args, **kwargs))
 
 
 def enter() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import wraps
 from types import SimpleNamespace
 from typing import Any
@@ -23,17 +23,13 @@ from headscope.ops.masks import padding
 from headscope.ops.scores import Scores, make_scores
 from headscope.watching.hooks.call import AttentionCall, Output
 from headscope.watching.hooks.mask_formats import Read, combine, read_mask
+from headscope.watching.hooks.reporting import autocast_operands, report, report_call
 from headscope.watching.hooks.sdpa import causal_from_the_top, resumed, suspended
 from headscope.watching.hooks.watches import (
     Forward,
     active_watches,
-    autocast_operands,
-    is_plain_layer,
-    report_call,
     unwatched,
-    watches_of,
     within_call,
-    without_modes,
 )
 
 __all__ = ["install", "remove"]
@@ -75,7 +71,7 @@ def remove() -> None:
         setattr(owner, name, original)
 
 
-def _wrap(owner: Any, name: str, report: Callable[..., Any]) -> None:
+def _wrap(owner: Any, name: str, read: Callable[..., Any]) -> None:
     original = getattr(owner, name)
     _ORIGINAL.append((owner, name, original))
 
@@ -85,8 +81,7 @@ def _wrap(owner: Any, name: str, report: Callable[..., Any]) -> None:
             return original(*args, **kwargs)
         with within_call():
             result = original(*args, **kwargs)
-        with without_modes():
-            return report(result, *args, **kwargs)
+        return report(result, lambda: read(result, *args, **kwargs))
 
     setattr(owner, name, function)
 
@@ -102,10 +97,7 @@ def _wrap_own(kind: type[nn.Module], name: str) -> None:
 
     @wraps(original)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with ExitStack() as undo:
-            if name == "forward":
-                _enter(self, args, kwargs, undo)
-            undo.enter_context(resumed())
+        with resumed():
             return original(self, *args, **kwargs)
 
     setattr(owner, name, method)
@@ -117,35 +109,24 @@ def _wrap_forward(kind: type[nn.Module]) -> None:
 
     @wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with _entered(self, args, kwargs):
+        with _on_fast_path(self):
             return original(self, *args, **kwargs)
 
     kind.forward = forward
 
 
 @contextmanager
-def _entered(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Iterator[None]:
-    """While a torch.nn attention module runs: it is on the stack, and our modes are off, which would end its fast path.
-
-    An nn.TransformerEncoderLayer has no hooks, so its watches enter it here.
-    """
-    with ExitStack() as undo:
-        if is_plain_layer(module):
-            _enter(module, args, kwargs, undo)
-        if active_watches():
-            stack = _stack()
-            stack.append(module)
-            undo.callback(stack.pop)
-            undo.enter_context(suspended())
+def _on_fast_path(module: nn.Module) -> Iterator[None]:
+    """While a torch.nn attention module runs: it is on the stack; our modes, which end its fast path, are off."""
+    if not active_watches():
         yield
-
-
-def _enter(module: nn.Module, args: Any, kwargs: dict[str, Any], undo: ExitStack) -> None:
-    """Enter a module that has no hooks, in all its watches."""
-    for watch in watches_of(module):
-        name = watch.names[id(module)]
-        undo.callback(watch.leave, name)
-        watch.enter(name, module, args, kwargs)
+        return
+    _stack().append(module)
+    try:
+        with suspended():
+            yield
+    finally:
+        _stack().pop()
 
 
 def _stack() -> list[nn.Module]:

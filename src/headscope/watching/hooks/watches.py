@@ -1,34 +1,36 @@
-"""The watches of running models: module names, forwards, and what happens at an attention call."""
+"""The watches of running models: module names, threads, forwards, and the errors that a watch collects."""
 
 from __future__ import annotations
 
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from headscope.errors import EditError, UnsupportedAttention
-from headscope.ops.scores import Scores
-from headscope.watching.hooks.call import AttentionCall, Output
-from headscope.watching.hooks.proof import Proved, prove
+from headscope.watching.hooks.call import AttentionCall
 
 __all__ = [
     "Forward",
+    "Threads",
     "Watch",
     "active_watches",
-    "report_call",
     "running_module",
     "unwatched",
     "within_call",
     "without_modes",
 ]
+
+Threads = Literal["own", "all"]
+"""Whose forwards a watch sees: those of the thread that opened it, or those of every thread."""
 
 
 @dataclass(eq=False)
@@ -42,29 +44,43 @@ class Forward:
     counts: dict[str, int] = field(default_factory=dict)
     masks: dict[Any, Any] = field(default_factory=dict)  # masks already read in this forward
     number: int = 0  # of the site whose call is reported, in the order of first calls
-    failed: bool = False  # it ended with an exception
+    call: AttentionCall | None = None  # reported, and not yet passed to the user's callback
+    failed: bool = False  # it ended with an exception, or a call could not be read
     handling: BaseException | None = field(default_factory=sys.exception)  # what was being handled when it began
 
 
+OnCall = Callable[[AttentionCall, Forward], None]
 Edit = Callable[[AttentionCall, Forward], AttentionCall]
 
 
 class Watch:
-    """Hooks on one model's modules, and what to do with each attention call inside it."""
+    """One model's module names, and what to do with each attention call inside it.
+
+    A watch never ends a forward with an error of its own: it keeps the first, in ``error``, and watches no longer.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         modes: tuple[Callable[[], None], Callable[[], None]],
-        on_call: Callable[[AttentionCall, Forward], None] | None = None,
+        on_call: OnCall | None = None,
         edit: Edit | None = None,
         on_end: Callable[[Forward], None] | None = None,
+        callback: OnCall | None = None,
+        threads: Threads = "own",
     ) -> None:
-        self.model, self.on_call, self.edit, self.on_end = model, on_call, edit, on_end
+        if threads not in ("own", "all"):
+            raise ValueError(f'threads is {threads!r}: wanted "own" (the thread that opens the watch) or "all".')
+        refuse_compiled(model)
+        self.model, self.on_call, self.edit, self.on_end, self.callback = model, on_call, edit, on_end, callback
         self.push_modes, self.pop_modes = modes  # for the thread in which a forward runs
-        self.names = {id(module): name for name, module in model.named_modules(remove_duplicate=True)}
+        self.thread = threading.current_thread() if threads == "own" else None
+        self.error: Exception | None = None
+        self.ran_in_other_threads = False
+        self._modules = dict(model.named_modules())  # kept, so that no id is used again
+        self._names = {id(module): name for name, module in self._modules.items()}
+        self._names_of_replicas = {id(module._forward_hooks): name for name, module in self._modules.items()}
         self._local = threading.local()
-        self._handles: list[Any] = []
         self._numbers: dict[tuple[str, int], int] = {}
         self._lock = threading.Lock()
 
@@ -73,53 +89,46 @@ class Watch:
         """The forward that this thread is in, or None."""
         return getattr(self._local, "forward", None)
 
-    def attach(self) -> None:
-        """Put hooks on the modules; not inside nn.TransformerEncoderLayer, which would leave its fast path."""
-        refuse_compiled(self.model)
-        covered: set[int] = set()
-        for module in self.model.modules():
-            if is_plain_layer(module):
-                covered |= {id(m) for m in module.modules()}
-        for name, module in self.model.named_modules():
-            if id(module) in covered:
-                continue
-            before, after = self._hooks(name)
-            self._handles.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(after, always_call=True))
-
-    def detach(self) -> None:
-        """Remove the hooks; end a forward whose end they missed (KeyboardInterrupt)."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+    def fail(self, error: Exception) -> None:
+        """Keep an error until the watch closes: the model runs on, and is watched no longer."""
+        if self.error is None:
+            self.error = error
         if self.forward is not None:
-            self._local.forward = None
-            self.pop_modes()
+            self.forward.failed = True
 
-    def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            self.enter(name, module, args, kwargs)
+    def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> str | None:
+        """A module starts; the outermost one starts a forward. Returns its name, or None if it is not watched here."""
+        name = self._name(module)
+        if name is None or not (self.forward is not None or self._start(module, args, kwargs)):
+            return None
+        forward = self.forward
+        assert forward is not None
+        forward.stack.append(name)
+        forward.ran.add(name)
+        (forward.cross_modules.add if _has_source(kwargs) else forward.cross_modules.discard)(name)
+        return name
 
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            self.leave(name)
-
-        return before, after
-
-    def enter(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """A module starts. The outermost one starts a forward."""
-        if self.forward is None:
-            if torch._C._current_graph_task_id() != -1:
-                return  # a backward pass computes a layer again: its calls were reported before
+    def _start(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Start a forward, if it is to be watched."""
+        if self.error is not None:
+            return False
+        if torch._C._current_graph_task_id() != -1:
+            return False  # a backward pass computes a layer again: its calls were reported before
+        if self.thread is not None and self.thread is not threading.current_thread():
+            self.ran_in_other_threads = True
+            return False
+        forward = Forward(None)
+        try:
             if self.edit is not None:
                 refuse_checkpointing(self.model)
             with without_modes():
-                self._local.forward = Forward(read_valid(module, args, kwargs))
-            self.push_modes()
-        forward = self.forward
-        if forward is not None:
-            forward.stack.append(name)
-            forward.ran.add(name)
-            (forward.cross_modules.add if _has_source(kwargs) else forward.cross_modules.discard)(name)
+                forward.valid = read_valid(module, args, kwargs)
+        except Exception as error:
+            self.fail(error)
+            return False
+        self._local.forward = forward
+        self.push_modes()
+        return True
 
     def leave(self, name: str) -> None:
         """A module ends, also by an exception. The outermost one ends the forward."""
@@ -128,21 +137,34 @@ class Watch:
             return
         while forward.stack.pop() != name:
             pass
-        if not forward.stack:
-            self._local.forward = None
-            forward.failed = sys.exception() is not forward.handling
-            self.pop_modes()
-            if self.on_end is not None:
+        if forward.stack:
+            return
+        self._local.forward = None
+        forward.failed = forward.failed or sys.exception() is not forward.handling
+        self.pop_modes()
+        if self.on_end is not None:
+            try:
                 self.on_end(forward)
+            except Exception as error:
+                self.fail(error)
 
     def number_of(self, name: str, occurrence: int) -> int:
         """A site's number in the order of first calls, over all forwards: an encoder's come before its decoder's."""
         with self._lock:
             return self._numbers.setdefault((name, occurrence), len(self._numbers))
 
+    def _name(self, module: nn.Module) -> str | None:
+        """The name of one of the model's own modules, or of a replica that nn.DataParallel runs in its place.
+
+        A copy that somebody makes (copy.deepcopy, an averaged model) is another model.
+        """
+        if getattr(module, "_is_replica", False):
+            return self._names_of_replicas.get(id(module._forward_hooks))
+        return self._names.get(id(module))
+
     def name_of(self, module: nn.Module | None) -> str:
         """The module's name in the watched model, or that of the innermost module running."""
-        name = self.names.get(id(module)) if module is not None else None
+        name = self._name(module) if module is not None else None
         if name is not None:
             return name
         return self.forward.stack[-1] if self.forward is not None and self.forward.stack else ""
@@ -150,16 +172,40 @@ class Watch:
 
 _WATCHES: list[Watch] = []
 _SOURCES = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
+_ORIGINAL: list[Any] = []
 _local = threading.local()
 
 
-def is_plain_layer(module: nn.Module) -> bool:
-    """An nn.TransformerEncoderLayer that runs torch's own forward: it has a fast path, and leaves it for hooks."""
-    if not isinstance(module, nn.TransformerEncoderLayer):
-        return False
-    forward, torchs = (inspect.unwrap(kind.forward) for kind in (type(module), nn.TransformerEncoderLayer))
-    called = getattr(getattr(forward, "__code__", None), "co_names", ())
-    return forward is torchs or not {"super", "TransformerEncoderLayer"}.isdisjoint(called)
+def install() -> None:
+    """Wrap the call of every module, for the watches that it belongs to; no hook is put on a module.
+
+    So nothing of ours is copied, pickled or left behind with a model, and torch.nn keeps its fast paths.
+    """
+    if _ORIGINAL:
+        return
+    original: Any = nn.Module._call_impl
+    _ORIGINAL.append(original)
+
+    @wraps(original)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        entered: list[tuple[Watch, str]] = []
+        try:
+            for watch in list(_WATCHES):
+                name = watch.enter(self, args, kwargs)
+                if name is not None:
+                    entered.append((watch, name))
+            return original(self, *args, **kwargs)
+        finally:
+            for watch, name in reversed(entered):
+                watch.leave(name)
+
+    nn.Module._call_impl = call  # type: ignore[method-assign]
+
+
+def remove() -> None:
+    """Put it back."""
+    while _ORIGINAL:
+        nn.Module._call_impl = _ORIGINAL.pop()  # type: ignore[method-assign]
 
 
 def running_module() -> nn.Module | None:
@@ -170,16 +216,11 @@ def running_module() -> nn.Module | None:
     return None
 
 
-def watches_of(module: nn.Module) -> list[Watch]:
-    """The watches in whose model this module is."""
-    return [watch for watch in list(_WATCHES) if id(module) in watch.names]
-
-
 def active_watches() -> list[Watch]:
     """The watches whose model is running in this thread, in the order in which they began."""
     if getattr(_local, "depth", 0):
         return []
-    return [watch for watch in list(_WATCHES) if watch.forward is not None]
+    return [watch for watch in list(_WATCHES) if watch.forward is not None and watch.error is None]
 
 
 @contextmanager
@@ -223,90 +264,22 @@ def _version(value: Any) -> int | None:
     return None if value.is_inference() else value._version
 
 
-def report_call(
-    module: nn.Module | None,
-    way: str,
-    candidates: Callable[[Forward], Iterable[Scores]],
-    value: Tensor,
-    output: Output,
-    dropout_p: float = 0.0,
-    suffix: str = "",
-    valid: Tensor | None = None,
-    logsumexp: Tensor | None = None,
-    cross: bool = False,
-) -> AttentionCall:
-    """An attention call has run: prove it, edit it, pass it to the watches. Returns the call as edited.
-
-    ``logsumexp`` [B, H, L] is what its kernel gave, if it gave any; the proof is made with it. ``cross``: the keys are
-    known to be another sequence's.
-
-    Raises:
-        ProofError: no candidate reading explains the output; UnsupportedAttention: an edit under dropout.
-    """
-    pairs = [(watch, watch.forward) for watch in active_watches() if watch.forward is not None]
-    names = [(watch.name_of(module) + suffix).removeprefix(".") for watch, _ in pairs]
-    first = pairs[0][1]
-    with unwatched():
-        if dropout_p:
-            reading = Proved(next(iter(candidates(first))), None, None)
-        else:
-            text = valid if valid is not None else first.valid
-            reading = prove(names[0] or "the model", candidates(first), value, output, text, logsumexp)
-    call = AttentionCall(
-        names[0],
-        0,
-        way,
-        reading.scores,
-        value,
-        output,
-        dropout_p,
-        reading.difference,
-        is_cross=cross or _is_cross(module, first, reading.scores),
-        logsumexp=reading.logsumexp,
-    )
-    with within_call():
-        for (watch, forward), name in zip(pairs, names, strict=True):
-            occurrence = forward.counts.get(name, 0)
-            forward.counts[name] = occurrence + 1
-            forward.number = watch.number_of(name, occurrence)
-            if watch.edit is not None:
-                call = watch.edit(call.at(name, occurrence), forward)
-        for (watch, forward), name in zip(pairs, names, strict=True):
-            if watch.on_call is not None:
-                watch.on_call(call.at(name, forward.counts[name] - 1), forward)
-    return call
-
-
-def _is_cross(module: nn.Module | None, forward: Forward, scores: Scores) -> bool:
-    """Whether the module says so or got another sequence, or it is not causal and has another number of keys."""
-    if getattr(module, "is_cross", False) or (forward.stack and forward.stack[-1] in forward.cross_modules):
-        return True
-    return scores.shape[2] != scores.shape[3] and getattr(module, "is_causal", None) is False
-
-
 def _has_source(kwargs: dict[str, Any]) -> bool:
     """Whether a module got the states of another sequence, under the names that transformers uses."""
     return any(kwargs.get(name) is not None for name in _SOURCES)
 
 
-def autocast_operands(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The operands as the kernel receives them: autocast converts float32 to its own dtype first."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.dtype == torch.float32 else t for t in tensors)
-
-
 def read_valid(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """Which positions are text, [B, S], from the attention_mask of the outermost module; None: it got none.
+    """Which positions are text, [B, S], from the outermost module's attention_mask, also within a mapping.
 
-    In a 4-D mask (generate() makes one for a static cache): the keys that some query may see, up to the last of them.
+    None: it got none. In a 4-D mask (generate() makes one for a static cache): the keys that some query may see, up to
+    the last of them.
     """
-    mask = kwargs.get("attention_mask")
-    if mask is None and args:
-        names = inspect.signature(module.forward).parameters  # of the wrapped function, if it is wrapped
-        mask = dict(zip(names, args, strict=False)).get("attention_mask")
+    names = inspect.signature(module.forward).parameters if args else ()  # of the wrapped function, if it is wrapped
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    batches = [value for value in arguments.values() if isinstance(value, Mapping)]  # as sentence-transformers passes
+    masks = [mapping.get("attention_mask") for mapping in (arguments, *batches)]
+    mask = next((mask for mask in masks if mask is not None), None)
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask.detach().bool()
     if isinstance(mask, Tensor) and mask.dim() == 4 and not (mask.is_floating_point() and bool((mask > 0).any())):
@@ -340,12 +313,3 @@ def refuse_checkpointing(model: nn.Module) -> None:
                 "compute the layers again without the edit. Call model.gradient_checkpointing_disable() or use "
                 "torch.no_grad()."
             )
-
-
-def with_output(call: AttentionCall, heads: Tensor, scores: Scores | None = None) -> AttentionCall:
-    """The call with other head outputs [B, H, L, Dv], and other weights if ``scores`` are given."""
-    raw = call.output.replace_heads(heads)
-    output = replace(call.output, raw=raw, heads=heads)
-    if scores is None:
-        return replace(call, output=output, edited=True)
-    return replace(call, output=output, scores=scores, logsumexp=None, edited=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from headscope.errors import NothingSeen, RecordingError
 from headscope.ops.matrix import AttentionMatrix
 from headscope.ops.reductions import Reduction, check_reductions
-from headscope.watching.hooks import AttentionCall, Forward, unwatched, watch
+from headscope.watching.hooks import OTHER_THREADS, AttentionCall, Forward, Threads, unwatched, watch
 from headscope.watching.recording.file import Contents, load, save
 from headscope.watching.recording.run import Answer, Call, Layers, Run, layers_of
 from headscope.watching.recording.site import Site, capture
@@ -154,15 +154,20 @@ class _Recorder:
         matches = {layer for layer in self.layers or () if layer in (forward.number, call.name)}
         self.matched_layers |= matches
         if self.layers is None or matches:
-            if self.reduce is not None:
-                self._answer(call)
-            else:
+            if isinstance(self.reduce, tuple):
+                self._answer(call, lambda call: call.matrix().reduce(*self.reduce))
+            elif self.reduce is None:
                 with unwatched() if self.detach else torch.enable_grad():
                     captured = capture(call, self.keep, self.detach, self._last_key(call))
                 self._pending.setdefault(id(forward), []).append(captured)
         elif self.reduce is None and not call.is_cross and id(forward) not in self._witness:
             with unwatched():
                 self._witness[id(forward)] = capture(call, ("query", "key"), True, self._last_key(call))
+
+    def call_back(self, call: AttentionCall, forward: Forward) -> None:
+        """Call the user's functions, whose exceptions end the forward."""
+        if callable(self.reduce) and (self.layers is None or {forward.number, call.name} & set(self.layers)):
+            self._answer(call, self.reduce)
         if self.on_call is not None:
             self.on_call(call)
 
@@ -170,12 +175,9 @@ class _Recorder:
         current = self._current.get(threading.get_ident())
         return None if current is None else current.last_key(call.name, call.occurrence)
 
-    def _answer(self, call: AttentionCall) -> None:
+    def _answer(self, call: AttentionCall, reduce: Callable[[AttentionCall], Any]) -> None:
         with unwatched():
-            if callable(self.reduce) and not isinstance(self.reduce, Reduction):
-                values = self.reduce(call)
-            else:
-                values = call.matrix().reduce(*self.reduce)
+            values = reduce(call)
         with self._lock:
             self.recording.answers.append(Answer(call.name, call.occurrence, call.shape, values))
 
@@ -236,6 +238,7 @@ def record(
     reduce: Reduction | Iterable[Reduction] | Callable[[AttentionCall], Any] | None = None,
     detach: bool = True,
     on_call: Callable[[AttentionCall], None] | None = None,
+    threads: Threads = "own",
 ) -> Iterator[Recording]:
     """Record every attention call of ``model`` inside the block; what the model computes stays the same to the bit.
 
@@ -248,9 +251,12 @@ def record(
             are in ``recording.answers``.
         detach: False keeps the graph: ``P @ value``, ``P.T @ x`` and ``P.entropy()`` can be differentiated, as always.
         on_call: called with each attention call after it ran.
+        threads: "own": forwards of the thread that opened the block; "all": those of every thread, each a run of its
+            own, for data-parallel code and models that run in a worker.
 
     Raises:
-        NothingSeen, UnsupportedAttention, ProofError: see :mod:`headscope.errors`.
+        UnsupportedAttention: at once, for a compiled model. All others are raised when the block ends: the model runs
+            on, unrecorded. See :mod:`headscope.errors` for NothingSeen, UnsupportedAttention, ProofError.
         RecordingError: ``layers`` names a site that was not called; what was recorded was written into afterwards.
 
     The steps of a generation are one run, recognised by their keys. A call that continues only the first keys of a site
@@ -277,6 +283,9 @@ def record(
         raise TypeError(f"record() got {type(model).__name__}: wanted a torch module.")
     recording = Recording(tokens=tokens)
     recorder = _Recorder(recording, layers_of(layers), names, reductions, detach, on_call)
-    with watch(model, recorder.add, on_end=recorder.end):
+    own_functions = recorder.call_back if on_call is not None or callable(reductions) else None
+    with watch(model, recorder.add, on_end=recorder.end, callback=own_functions, threads=threads) as watcher:
         yield recording
+    if watcher.ran_in_other_threads and not recorder.site_names:
+        raise NothingSeen(f'{OTHER_THREADS} record(model, threads="all") records these, too.')
     recorder.close(model)

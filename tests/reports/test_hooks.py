@@ -1,0 +1,194 @@
+"""Faults of watching running models that somebody reported, one test for each kind."""
+
+import copy
+import pickle
+import threading
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from headscope import HeadWarning, ablate, edit, monitor, record
+from headscope.errors import EditError, HeadscopeError, ProofError, UnsupportedAttention
+from tests.tiny import ids, llama
+from tests.watching.small_models import B, E, L, NanoGPT, Stack, assert_untouched
+
+# ---------------------------------------------------------------- two threads, one model
+
+
+def test_two_threads_one_model() -> None:
+    """Two recordings at once each had both texts, and an edit in one thread changed another's logits by 5."""
+    model, texts = llama(), [ids(1, 5), ids(1, 8)]
+    with torch.no_grad():
+        alone = [model(text).logits for text in texts]
+    opened = threading.Barrier(2, timeout=30)
+    outputs: dict[int, Tensor] = {}
+    shapes: dict[int, list[tuple[int, ...]]] = {}
+
+    def run(number: int) -> None:
+        with torch.no_grad(), record(model) as recording:
+            opened.wait()
+            outputs[number] = model(texts[number]).logits
+            opened.wait()
+        shapes[number] = [tuple(call.shape) for call in recording.calls]
+
+    def changed() -> None:
+        with torch.no_grad(), edit(model, ablate(0, [0, 1, 2])):
+            opened.wait()
+            model(texts[0])
+            opened.wait()
+
+    for targets in ((lambda: run(0), lambda: run(1)), (changed, lambda: run(1))):
+        threads = [threading.Thread(target=target) for target in targets]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        assert shapes[1] == [(1, 6, 8, 8)] * 2
+        assert all(torch.equal(outputs[number], alone[number]) for number in outputs)
+    assert shapes[0] == [(1, 6, 5, 5)] * 2
+
+
+# ---------------------------------------------------------------- copies
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "averaged": lambda model: AveragedModel(model),
+    "pickled": lambda model: pickle.loads(pickle.dumps(model)),
+    "copy": lambda model: copy.copy(model),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copy_made_inside_record_is_another_model(how: str) -> None:
+    """Its forwards counted as the model's, and 66 hooks stayed on it."""
+    model, x = nn.Sequential(NanoGPT()), torch.randn(B, L, E)
+    with record(model) as recording:
+        copied = COPIES[how](model)
+        if how != "copy":  # a shallow copy shares the modules
+            copied(x + 1)
+        model(x)
+    assert len(recording.runs) == 1
+    assert len(recording.calls) == 1
+    assert_untouched(copied)
+    assert_untouched(model)
+
+
+def test_copy_of_a_block_inside_the_model_runs_unedited() -> None:
+    model, x = Stack(), torch.randn(B, L, E)
+    with torch.no_grad(), edit(model, ablate(0, 0)):
+        copied = copy.deepcopy(model)
+        plain = copied(x)
+        edited = model(x)
+    with torch.no_grad():
+        assert torch.equal(plain, model(x))
+    assert not torch.equal(plain, edited)
+
+
+# ---------------------------------------------------------------- an error of ours and their run
+
+
+class Odd(nn.Module):
+    """Attention with a rule that cannot be read: it halves the query behind torch's function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.odd = NanoGPT(), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        q = x.unsqueeze(1)
+        if not self.odd:
+            return F.scaled_dot_product_attention(q, q, q).squeeze(1)
+        return F.scaled_dot_product_attention(q.as_subclass(Halving), q, q).squeeze(1)
+
+
+class Halving(Tensor):
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        query, *rest = args
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is F.scaled_dot_product_attention:
+                return func(query.as_subclass(Tensor) / 2, *rest, **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+
+def test_call_that_cannot_be_read_does_not_end_the_forward() -> None:
+    model, x = Odd(), torch.randn(B, L, E)
+    model.odd = True
+    plain = model(x)
+    with pytest.raises(ProofError, match="differs by"), record(model) as recording:
+        outputs = [model(x) for _ in range(3)]
+    assert len(outputs) == 3
+    assert all(torch.equal(output, plain) for output in outputs)
+    assert recording.runs == []
+    assert_untouched(model)
+
+
+def test_error_in_the_block_names_the_call_that_could_not_be_read() -> None:
+    model, x = Odd(), torch.randn(B, L, E)
+    model.odd = True
+    with pytest.raises(HeadscopeError, match="no attention matrices") as raised, record(model) as recording:
+        print(model(x).shape, recording[0])
+    assert any("was not watched to the end: the model" in note for note in raised.value.__notes__)
+
+
+def test_edit_that_fails_does_not_end_the_forward() -> None:
+    model, x = Stack(), torch.randn(B, L, E)
+    with pytest.raises(EditError, match="there is no head 7"), edit(model, ablate(1, 7)), record(model) as recording:
+        output = model(x)
+    assert torch.equal(output, model(x))
+    assert [site.edited for site in recording.sites] == [False, False]
+
+
+def test_exception_of_the_users_callback_ends_the_forward() -> None:
+    model, calls = Stack(), []
+
+    class Enough(Exception):
+        pass
+
+    def stop(call: Any) -> None:
+        calls.append(call.name)
+        raise Enough
+
+    for options in ({"on_call": stop}, {"reduce": stop}):
+        with pytest.raises(Enough), record(model, **options):
+            model(torch.randn(B, L, E))
+    assert calls == ["blocks.0"] * 2
+    assert_untouched(model)
+
+
+def test_monitor_warns_of_a_step_that_it_cannot_measure() -> None:
+    model, x = Odd(), torch.randn(B, L, E)
+    watch = monitor(model, every=1)
+    for step, odd in enumerate([False, True, True, False]):
+        model.odd = odd
+        warning = pytest.warns(HeadWarning, match="step 1 was not measured: .*differs by")
+        with warning if step == 1 else nullcontext(), watch:
+            model(x)
+    assert [stats.step for stats in watch.history] == [0, 3]
+
+
+def continuous(model: Any) -> list[list[int]]:
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    generation = GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    batching = ContinuousBatchingConfig(num_blocks=8, page_size=16, max_batch_tokens=32)
+    outputs = model.generate_batch([[5, 6, 7], [8, 9, 10, 11]], generation, batching)
+    return [output.generated_tokens for output in outputs.values()]
+
+
+def test_continuous_batching_runs_to_its_end_and_is_refused_when_record_closes() -> None:
+    """It stopped after 1 of 4 tokens, without an exception to the caller."""
+    model = llama()
+    alone = continuous(model)
+    with (
+        pytest.raises(UnsupportedAttention, match=r"continuous batching .* use model\.generate\(\)"),
+        record(model, threads="all"),
+    ):
+        watched = continuous(model)
+    assert [len(tokens) for tokens in watched] == [4, 4]
+    assert watched == alone
