@@ -74,20 +74,3 @@ def _watched(record: Callable[[tuple[Any, ...], dict[str, Any], Any], None]) -> 
         yield
     finally:
         AttentionInterface.get_interface = original
-
-
-def softmax_difference(call: EagerCall) -> float:
-    """The largest difference between a call's weights and plain softmax(q k scale + mask).
-
-    Rows that may attend to nothing are left out. Large for softcaps, sinks and position biases.
-    """
-    assert call.weights is not None
-    query, key = call.query.double(), call.key.double()
-    key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
-    scaling = call.kwargs.get("scaling")
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if isinstance(call.mask, Tensor):
-        scores = scores + call.mask
-    valid = (scores > torch.finfo(torch.float32).min / 2).any(-1)
-    difference = (scores.softmax(-1) - call.weights).abs().amax(-1)
-    return float(difference[valid].amax()) if valid.any() else 0.0

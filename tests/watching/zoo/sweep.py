@@ -6,10 +6,12 @@ From the root of the repository: `PYTHONPATH=. python -m tests.watching.zoo.swee
 import argparse
 import copy
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import repeat
 from multiprocessing import get_context
@@ -25,7 +27,6 @@ from transformers.utils import logging
 from headscope.errors import HeadscopeError, NothingSeen, ProofError, UnsupportedAttention
 from headscope.watching.recording import Recording, record
 from tests.watching.zoo.catalog import ZOO, first_tensors
-from tests.watching.zoo.check import TimeIsUp, time_limit
 from tests.watching.zoo.reference import EagerCall, eager_calls
 
 SECONDS = 60
@@ -69,6 +70,23 @@ class Row:
         ran = f"{self.modules} of {self.modules + self.unseen}"
         numbers = (_short(self.proof), _short(self.maps), _short(self.eager))
         return (self.name, self.family, str(self.sites or "–"), ran, self.ways or "–", *numbers, self.verdict)
+
+
+class TimeIsUp(BaseException):
+    """Not an Exception, so that no library catches it."""
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise TimeIsUp
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
 
 
 def examine(name: str, seconds: int = SECONDS) -> Row:

@@ -139,10 +139,7 @@ class Reduction(ABC):
 
     @abstractmethod
     def start(self, shape: Shape, like: Tensor) -> Any:
-        """An empty state for an attention of ``shape`` (B, H, L, S); ``like`` has its dtype and device.
-
-        A pass may start again, with a new state.
-        """
+        """An empty state for an attention of ``shape`` (B, H, L, S); ``like`` has its dtype and device."""
 
     @abstractmethod
     def update(self, state: Any, block: Block) -> None:
