@@ -55,7 +55,7 @@ def test_the_code_of_the_pages_runs(page: Path, tmp_path: Path, monkeypatch: pyt
 def test_the_output_in_the_readme_is_what_comes_out(smollm2: models.Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = blocks(ROOT / "README.md", "console")
     prompt, _, wanted = block.partition("\n")
-    monkeypatch.setattr(models, "load", lambda name: smollm2)
+    monkeypatch.setattr(models, "load", lambda name, **options: smollm2)
     monkeypatch.setenv("COLUMNS", "80")
     done = CliRunner().invoke(cli.app, prompt.removeprefix("$ headscope ").split())
     lines = "\n".join(line.rstrip() for line in done.stdout.replace("\N{NO-BREAK SPACE}", " ").rstrip().splitlines())
@@ -65,7 +65,7 @@ def test_the_output_in_the_readme_is_what_comes_out(smollm2: models.Loaded, monk
 
 def test_each_option_is_in_the_page_and_no_other() -> None:
     page = (ROOT / "docs" / "see.md").read_text("utf-8")
-    listed = re.findall(r"^\| `(--[a-z]+)` \|", page, re.MULTILINE)
+    listed = re.findall(r"^\| `(--[a-z-]+)` \|", page, re.MULTILINE)
     options = [max(p.opts, key=len) for p in COMMANDS["see"].params if p.opts[0].startswith("-")]
     assert sorted(listed) == sorted([*options, "--help"])
 
@@ -86,7 +86,7 @@ def test_each_command_is_in_the_page() -> None:
 def test_each_entry_of_the_json_is_in_its_page(smollm2: models.Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     import json
 
-    monkeypatch.setattr(models, "load", lambda name: smollm2)
+    monkeypatch.setattr(models, "load", lambda name, **options: smollm2)
     answer = json.loads(CliRunner().invoke(cli.app, ["see", "a cat", "--json"]).stdout)
     page = (ROOT / "docs" / "json.md").read_text("utf-8")
     parts = [answer, answer["model"], *(answer[k][0] for k in ("tokens", "words", "links", "unlisted"))]

@@ -22,7 +22,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> models.Loaded:
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<s>")
     loaded = models.Loaded("small", tiny.llama(), tokenizer, 0, None, True, "a test")
-    monkeypatch.setattr(models, "load", lambda name: loaded)
+    monkeypatch.setattr(models, "load", lambda name, **options: loaded)
     return loaded
 
 

@@ -11,7 +11,7 @@ from tokenizers import pre_tokenizers as pre
 from transformers import PreTrainedTokenizerFast
 
 from headscope.errors import TextError
-from headscope.models.tokens import tokenize
+from headscope.models.tokens import Word, tokenize
 
 SENTENCE = "The animal didn't cross the street because it was too tired."
 BYTES = sorted(pre.ByteLevel.alphabet())
@@ -113,15 +113,14 @@ def test_find_prefers_an_exact_match_and_takes_numbers() -> None:
     assert tokens.find("it").start == 7
     assert tokens.find("WAS").text == "was"
     assert tokens.find("cafe\u0301").text == "Café"
-    assert tokens.find("It#2").start == 14
+    assert tokens.find("It#2").start == tokens.find("It").start == 14
+    assert tokens.find("It#1").start == 0
     assert tokens.find("as#1").text == "as"
 
 
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("It", "'It' is in the text 2 times: It#1 in '[It] was it, as It is', It#2 in 'It was it, "
-         "as [It] is'. Write 'It#1' for the first of them."),
         ("it#3", "There is no occurrence 3 of 'it': it is in the text once, it#1 in 'It was [it], "
          "as It is'."),
         ("It#0", "There is no occurrence 0 of 'It'"),
@@ -130,7 +129,7 @@ def test_find_prefers_an_exact_match_and_takes_numbers() -> None:
         ("dog#2", "'dog' is not a word of the text."),
         ("", "'' is not a word of the text."),
         ("wa", "'wa' is only a part of the word 'was' here. Ask for that."),
-        ("was it", "'was it' is several words here: was, it. Ask for one of them."),
+        ("as it,", "'as it,' begins or ends inside a word here: was, it, ,. Ask for whole words."),
     ],
 )  # fmt: skip
 def test_find_names_the_words_that_are_there(word: str, message: str) -> None:
@@ -138,6 +137,41 @@ def test_find_names_the_words_that_are_there(word: str, message: str) -> None:
     with pytest.raises(TextError) as caught:
         tokens.find(word)
     assert message in str(caught.value)
+
+
+def test_find_says_that_it_takes_the_last_of_several() -> None:
+    notes: list[str] = []
+    tokens = tokenize("It was it, as It is", byte_level())
+    assert tokens.find("It", on_note=notes.append).start == 14
+    assert notes == [
+        "'It' is in the text 2 times: It#1 in '[It] was it, as It is', It#2 in 'It was it, as [It] is'. "
+        "The last one is taken; write 'It#1' for the first, and 'It#2' to be sure of this one."
+    ]
+    assert tokens.find("was", on_note=notes.append).start == 3
+    assert tokens.find("It#1", on_note=notes.append).start == 0
+    assert len(notes) == 1
+
+
+def test_find_takes_a_phrase_as_one_word_with_its_tokens() -> None:
+    tokens = tokenize("It was\n it, as it was", whole("It", "was", "it,", "as", "it"))
+    assert tokens.find("it, as") == Word("it, as", 8, 14, (2, 3))
+    assert tokens.find("It  was#1") == Word("It was".replace(" ", "\n", 0), 0, 6, (0, 1))
+    assert tokens.find("was it,") == Word("was\n it,", 3, 11, (1, 2))
+    assert tokens.find("AS It was").tokens == (3, 4, 5)
+
+
+def test_joined_makes_one_word_of_a_phrase_wherever_it_is() -> None:
+    tokens = tokenize("the cat saw the cat", whole("the", "cat", "saw")).joined(["the cat", "saw"])
+    assert [(word.text, word.tokens) for word in tokens.words] == [
+        ("the cat", (0, 1)),
+        ("saw", (2,)),
+        ("the cat", (3, 4)),
+    ]
+    assert tokens.word_ids() == [0, 0, 1, 2, 2]
+    assert tokens.find("the cat#1").start == 0
+    assert tokens.joined(["saw", "no such"]) == tokens
+    with pytest.raises(TextError, match="'cat saw' and 'saw the' share a word here"):
+        tokenize("the cat saw the cat", whole("the", "cat", "saw")).joined(["saw the", "cat saw"])
 
 
 @pytest.mark.parametrize(

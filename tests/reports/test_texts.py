@@ -1,5 +1,6 @@
 """Faults in how texts, tokens and words were read."""
 
+import copy
 import json
 import os
 import subprocess
@@ -20,7 +21,9 @@ from headscope.heads import corpus
 from headscope.models import loading
 from headscope.models.characters import word_spans
 from headscope.models.loading import Loaded
-from headscope.models.tokens import tokenize
+from headscope.models.tokens import Tokens, tokenize
+from headscope.views.links import find_links
+from headscope.watching.texts import record_text
 from tests.commands.runner import command
 
 
@@ -260,3 +263,104 @@ def test_load_shows_the_tokenizer_before_it_reads_the_weights(
 
     with pytest.raises(TextError, match=rf"0 2048 {len(tiny_decoder.tokenizer)}"):
         models.load(tmp_path, on_tokenizer=refuse)
+
+
+def plain_weights(loaded: Loaded, tokens: Tokens, layer: int) -> Any:
+    """The weights [H, L, L] of a layer as eager attention gives them."""
+    model = copy.deepcopy(loaded.model)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        return model(torch.tensor([tokens.ids]), output_attentions=True).attentions[layer][0].double()
+
+
+@pytest.mark.parametrize(("source", "target"), [("sat on it", "red owl"), ("on it", "owl"), ("it", "The  red")])
+def test_a_phrase_is_a_span_of_tokens(source: str, target: str, tiny_model: Loaded) -> None:
+    text = "The red owl sat on it"
+    answer = json.loads(command("see", text, "--from", source, "--to", target, "--json", "--top", "12").stdout)
+    assert len(answer["links"]) == 12
+    tokens = tokenize(text, tiny_model.tokenizer, start_token_id=0)
+    spans = {}
+    for end, phrase in (("from", source), ("to", target)):
+        first = text.index(" ".join(phrase.split()))
+        last = first + len(" ".join(phrase.split()))
+        spans[end] = [i for i in range(first + 1, last + 1) if text[i - 1] != " "]  # letters; token 0 is the start
+        assert tokens.find(phrase).tokens == tuple(spans[end])
+    for link in answer["links"]:
+        assert (link["from"]["text"], link["to"]["text"]) == (source, " ".join(target.split()))
+        weights = plain_weights(tiny_model, tokens, link["layer"])[link["head"]]
+        wanted = weights[spans["from"]][:, spans["to"]].sum(1).mean()
+        assert link["weight"] == pytest.approx(float(wanted), abs=2e-5)
+
+
+def test_a_run_of_chinese_characters_is_a_span(tiny_decoder: Loaded) -> None:
+    tokens = tokenize("我把苹果给了她,苹果", tiny_decoder.tokenizer)
+    assert tokens.find("苹果").tokens == (8, 9)
+    assert tokens.find("苹果#1").tokens == (2, 3)
+    assert [word.text for word in tokens.joined(["苹果"]).words] == ["我", "把", "苹果", "给", "了", "她", ",", "苹果"]
+
+
+def test_find_links_refuses_a_phrase_that_is_not_joined(tiny_decoder: Loaded) -> None:
+    tokens = tokenize("The red owl sat", tiny_decoder.tokenizer, start_token_id=0)
+    recording = record_text(tiny_decoder, tokens)
+    with pytest.raises(ValueError, match=r"pass tokens.joined\(\['red owl'\]\)"):
+        find_links(recording, tokens, [tokens.find("sat")], target=tokens.find("red owl"))
+
+
+def test_words_that_the_model_cannot_read_are_shown_as_it_reads_them(tiny_model: Loaded) -> None:
+    """MiniLM reads 我把苹果给了她 as [UNK] six times, and seven other characters give the same maps."""
+    done = command("see", "我把 owl 给他", "--from", "他", "--to", "把")
+    table = done.stdout[: done.stdout.index("How to read it")]
+    assert "把" not in table
+    assert "Which heads link ?#4 to ?#2" in " ".join(table.split())
+    assert table.index("of this text's tokens are unknown to the model") < table.index("share")
+    answer = json.loads(command("see", "我把 owl 给他", "--json").stdout)
+    assert [token["piece"] for token in answer["tokens"]][:3] == ["<s>", "?", "?"]
+
+
+def test_of_a_word_that_is_there_twice_the_last_is_taken_and_said(tiny_model: Loaded) -> None:
+    text = "It saw it and it ran"
+    done = command("see", text, "--from", "it", "--to", "saw")
+    assert "'it' is in the text 2 times" in " ".join(done.stdout.split())
+    assert "The last one is taken" in " ".join(done.stdout.split())
+    answer = json.loads(command("see", text, "--from", "it", "--to", "saw", "--json").stdout)
+    assert {link["from"]["name"] for link in answer["links"]} == {"it#2"}
+    assert "'it' is in the text 2 times" in answer["notes"][0]
+    answer = json.loads(command("forbid", text, "--from", "it", "--to", "saw", "--json").stdout)
+    assert answer["from"] == "it#2"
+    assert "'it' is in the text 2 times" in answer["notes"][0]
+
+
+def test_words_are_looked_for_before_the_weights_are_read(
+    tmp_path: Path, tiny_decoder: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_decoder.model.save_pretrained(tmp_path)
+    tiny_decoder.tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(loading, "_read_weights", lambda *parts: pytest.fail("the weights were read"))
+    for words, message in (
+        (("see", "a cat", "--from", "dog"), "'dog' is not a word of the text"),
+        (("see", "a cat", "--to", "ca"), "'ca' is only a part of the word 'cat'"),
+        (("forbid", "a cat", "--from", "cat", "--to", "a#2"), "There is no occurrence 2"),
+        (("see", "a cat", "--start-token", "owl"), "'owl' is no token of this model"),
+        (("see", "a" * 3000), "has 3001 tokens, and the model reads at most 2048"),
+    ):
+        done = command(*words, "--model", str(tmp_path))
+        assert done.exit_code == 1
+        assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("start", "heading", "ids"),
+    [("auto", "start token <s> (0)", [0, 2]), ("none", "no start token", [2]), ("3", "start token b (3)", [3, 2])],
+)
+def test_the_heading_says_which_start_token_it_was(
+    start: str, heading: str, ids: list[int], tmp_path: Path, tiny_decoder: Loaded
+) -> None:
+    tiny_decoder.model.save_pretrained(tmp_path)
+    tiny_decoder.tokenizer.save_pretrained(tmp_path)
+    options = ("--model", str(tmp_path), "--start-token", start)
+    assert f"; {heading}." in " ".join(command("see", "a b", *options).stdout.split())
+    answer = json.loads(command("see", "a b", *options, "--json").stdout)
+    assert [token["id"] for token in answer["tokens"]][: len(ids)] == ids
+    link = ("--from", "b", "--to", "a")
+    assert f"; {heading}:" in " ".join(command("forbid", "a b", *link, *options).stdout.split())
+    assert f"--start-token {start}" in command("see", "a b", *options).stdout or start == "auto"

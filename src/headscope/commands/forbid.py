@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import torch
 import typer
 
-from headscope import models
 from headscope.commands.models import DEFAULT_MODEL, pull_default
 from headscope.commands.pipe import text_of
+from headscope.commands.words import StartToken, load_with_words
 from headscope.errors import TextError
 from headscope.heads.effects import link_effects
-from headscope.models.tokens import tokenize
 from headscope.views.data import effects_as_data, print_json
 from headscope.views.terminal import console as terminal
 from headscope.views.terminal.link_effects import print_link_effects
-from headscope.views.words import label
+from headscope.views.words import label, shown_name
+from headscope.views.words import start_token as start_token_of
 
 __all__ = ["app"]
 
@@ -57,6 +58,7 @@ def forbid(
     from_: From = "it",
     to: To = "animal",
     top: Top = 5,
+    start_token: StartToken = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Stop a word from looking at another; the help text is above."""
@@ -64,9 +66,8 @@ def forbid(
     pull_default(model)
     stages = terminal.Stages(shown=not as_json)
     with stages.stage("loading the model"):
-        loaded = models.load(model)
-    tokens = tokenize(text, loaded.tokenizer, start_token_id=loaded.start_token_id, limit=loaded.context)
-    source, target = tokens.find(from_), tokens.find(to)
+        loaded, found = load_with_words(model, text, [from_, to], start_token)
+    tokens, (source, target) = found.tokens, found.words
     if loaded.causal and target.tokens[0] > source.tokens[-1]:
         raise TextError(
             f"{label(tokens, target)!r} comes after {label(tokens, source)!r}, and {loaded.name} sees only "
@@ -77,9 +78,10 @@ def forbid(
         effects = link_effects(loaded.model, ids, source.tokens, target.tokens, top=top)
     ids_shown = [change.token_id for change in effects.everywhere.changes]
     pieces = {i: str(loaded.tokenizer.decode([i])) for i in ids_shown}
-    names = {"source": label(tokens, source), "target": label(tokens, target)}
+    names = {"source": shown_name(tokens, source), "target": shown_name(tokens, target)}
+    effects = replace(effects, notes=(*found.notes, *effects.notes))
     if as_json:
         data = effects_as_data(effects, pieces, tokens.text, **names)
         print_json({"model": {"name": loaded.name, "source": loaded.source}} | data)
     else:
-        print_link_effects(effects, pieces, model=loaded.name, **names, top=top)
+        print_link_effects(effects, pieces, model=loaded.name, start=start_token_of(tokens), **names, top=top)

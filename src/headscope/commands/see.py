@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
@@ -13,8 +14,9 @@ import typer
 from headscope import models
 from headscope.commands.models import DEFAULT_MODEL, pull_default
 from headscope.commands.pipe import text_of
+from headscope.commands.words import StartToken, load_with_words
 from headscope.files import check_writable
-from headscope.models.tokens import Tokens, tokenize
+from headscope.models.tokens import Tokens
 from headscope.views.data import links_as_data, print_json
 from headscope.views.links import TextLinks, find_links, head_of
 from headscope.views.terminal import console as terminal
@@ -93,6 +95,7 @@ def see(
     figure: FigureOption = None,
     file: File = None,
     save: Save = None,
+    start_token: StartToken = "auto",
     verbose: Verbose = False,
 ) -> None:
     """Show which words look at which; the help text is above."""
@@ -103,10 +106,10 @@ def see(
     _check_outputs(figure, save)
     pull_default(model, stages)
     with stages.stage("loading the model"):
-        loaded = models.load(model)
-    tokens = tokenize(text, loaded.tokenizer, start_token_id=loaded.start_token_id, limit=loaded.context)
-    sources = [tokens.find(word) for word in from_ or []]
-    target = None if to is None else tokens.find(to)
+        wanted = [*(from_ or []), *([] if to is None else [to])]
+        loaded, found = load_with_words(model, text, wanted, start_token)
+    tokens, sources = found.tokens, found.words[: len(from_ or [])]
+    target = None if to is None else found.words[-1]
     with stages.stage("running it") as on_progress:
         recording = record_text(loaded, tokens, on_progress=on_progress)
     one_head = None if head is None else head_of(head, recording)
@@ -121,18 +124,22 @@ def see(
             causal=loaded.causal,
             on_progress=on_progress,
         )
+    view = replace(view, notes=(*found.notes, *view.notes))
     if as_json:
         print_json(links_as_data(view, model=loaded.name, source=loaded.source))
     else:
-        print_links(view, model=loaded.name, causal=loaded.causal, command=_command_for(argument, file, model))
+        print_links(
+            view, model=loaded.name, causal=loaded.causal, command=_command_for(argument, file, model, start_token)
+        )
     _write(recording, tokens, view, loaded.name, figure, save, stages, quiet=as_json)
     if verbose:
         terminal.print_stages(stages, _facts(loaded, tokens))
 
 
-def _command_for(text: str | None, file: Path | None, model: str) -> Callable[[str], str]:
+def _command_for(text: str | None, file: Path | None, model: str, start_token: str = "auto") -> Callable[[str], str]:
     """A function that puts options into the command that shows the same text with the same model."""
     model_option = "" if model == DEFAULT_MODEL else f" --model {quote(model)}"
+    model_option += "" if start_token == "auto" else f" --start-token {quote(start_token)}"
     if file is not None:
         return lambda options: f"headscope see{model_option} --file {quote(str(file))} {options}"
     if text is None:

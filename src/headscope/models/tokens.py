@@ -6,10 +6,13 @@ weights between words for any tokenizer: byte-level pieces of a Chinese characte
 """
 
 import difflib
+import re
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -48,7 +51,8 @@ class Tokens:
         text: The text.
         ids: The number of each token in the model's vocabulary.
         pieces: What each token stands for, readable. Tokens that share a character, as the bytes of
-            a rare one do, show it with their part: "她(1/2)", "她(2/2)".
+            a rare one do, show it with their part: "她(1/2)", "她(2/2)". A control token, or one for text that the
+            vocabulary lacks, has its name: "[SEP]", "[UNK]".
         offsets: Start and end of each token in the text, in characters; (0, 0) for a special token
             that the text does not hold.
         special: True for control tokens: the start token, [CLS], [SEP], a chat's turn marks.
@@ -81,27 +85,48 @@ class Tokens:
                 indices[token] = index
         return indices
 
-    def find(self, word: str) -> Word:
-        """The word of the text that is written `word`.
+    def find(self, word: str, *, on_note: Callable[[str], None] | None = None) -> Word:
+        """The word that is written `word`, or the span of words that a phrase covers, as one word with all its tokens.
 
-        An exact match is preferred to one that differs only in case. Of a word that occurs more
-        than once, `it#2` is the second occurrence.
+        An exact match is preferred to one that differs only in case. Of what occurs more than once `it#2` is the second
+        occurrence, and `it` the last.
+
+        Args:
+            word: The word, a phrase, or a run of Chinese characters.
+            on_note: Called with a sentence if the last of several is taken.
 
         Raises:
-            TextError: The word is not in the text, or is there more than once.
+            TextError: The word is not in the text, or the phrase begins or ends inside a word.
         """
         matches = self._matches(word)
-        text, hash_sign, number = word.rpartition("#")
-        if not matches and hash_sign and text and number.isdecimal():
-            return self._occurrence(text, int(number))
+        text, number = _numbered(word)
+        if not matches and number is not None:
+            return self._occurrence(text, number)
         if not matches:
             raise TextError(self._missing(word))
-        if len(matches) > 1:
-            raise TextError(
-                f"{word!r} is in the text {len(matches)} times: {self._listed(word, matches)}. "
-                f"Write {word + '#1'!r} for the first of them."
+        if len(matches) > 1 and on_note is not None:
+            taken = f"{word}#{len(matches)}"
+            on_note(
+                f"{word!r} is in the text {len(matches)} times: {self._listed(word, matches)}. The last one is taken; "
+                f"write {word + '#1'!r} for the first, and {taken!r} to be sure of this one."
             )
-        return matches[0]
+        return matches[-1]
+
+    def joined(self, phrases: Iterable[str]) -> "Tokens":
+        """The same tokens with each of these phrases as one word, wherever it is; words stay what they are.
+
+        Raises:
+            TextError: Two of the phrases share a word.
+        """
+        words = set(self.words)
+        found = {match for phrase in phrases for match in self._matches(phrase) or self._matches(_numbered(phrase)[0])}
+        spans = sorted(found - words, key=lambda span: span.start)
+        for span, after in pairwise(spans):
+            if after.start < span.end:
+                raise TextError(f"{span.text!r} and {after.text!r} share a word here. Ask for phrases that share none.")
+        inside = {token for span in spans for token in span.tokens}
+        others = [word for word in self.words if word.tokens[0] not in inside]
+        return replace(self, words=tuple(sorted([*others, *spans], key=lambda word: word.start)))
 
     @cached_property
     def _by_text(self) -> dict[str, list[Word]]:
@@ -118,7 +143,27 @@ class Tokens:
         return words
 
     def _matches(self, word: str) -> list[Word]:
-        return self._by_text.get(word) or self._by_folded.get(_folded(word)) or []
+        return self._by_text.get(word) or self._by_folded.get(_folded(word)) or self._spans(word)
+
+    def _spans(self, phrase: str) -> list[Word]:
+        """Each occurrence of a phrase that begins and ends with a word; its spaces may differ."""
+        pattern = r"\s+".join(map(re.escape, phrase.split()))
+        for flags in (0, re.IGNORECASE) if pattern else ():
+            places = (match.span() for match in re.finditer(pattern, self.text, flags))
+            spans = [span for start, end in places if (span := self._span(start, end)) is not None]
+            if spans:
+                return spans
+        return []
+
+    def _span(self, start: int, end: int) -> Word | None:
+        """The words from `start` to `end` as one; None if there is none, or one reaches beyond."""
+        first = bisect_right(self.words, start, key=lambda word: word.end)
+        last = bisect_left(self.words, end, key=lambda word: word.start)
+        words = self.words[first:last]
+        if not words or words[0].start < start or words[-1].end > end:
+            return None
+        start, end = words[0].start, words[-1].end
+        return Word(self.text[start:end], start, end, tuple(token for word in words for token in word.tokens))
 
     def _occurrence(self, word: str, number: int) -> Word:
         matches = self._matches(word)
@@ -146,7 +191,7 @@ class Tokens:
         at = self.text.find(word) if word else -1
         parts = [w.text for w in self.words if w.start < at + len(word) and w.end > at >= 0]
         if len(parts) > 1:
-            return f"{word!r} is several words here: {', '.join(parts)}. Ask for one of them."
+            return f"{word!r} begins or ends inside a word here: {', '.join(parts)}. Ask for whole words."
         if parts:
             return f"{word!r} is only a part of the word {parts[0]!r} here. Ask for that."
         texts = list(self._by_text)
@@ -223,6 +268,12 @@ def _check_text(text: str) -> None:
 
 def _shortened(text: str, limit: int = 40) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _numbered(word: str) -> tuple[str, int | None]:
+    """A word and the number of its occurrence, which may be written after it: "it#2"."""
+    text, hash_sign, number = word.rpartition("#")
+    return (text, int(number)) if hash_sign and text and number.isdecimal() else (word, None)
 
 
 def _folded(text: str) -> str:

@@ -136,7 +136,7 @@ def find_links(
         on_progress: Called after each layer with how many are done, and of how many.
 
     Raises:
-        ValueError: There is no such head, or `top` is below 1.
+        ValueError: There is no such head, `top` is below 1, or a phrase is not joined to one word: `tokens.joined`.
     """
     if top is not None and top < 1:
         raise ValueError(f"top is {top}: how many links to show, at least 1.")
@@ -205,6 +205,10 @@ class _Finder:
     """Takes one layer after another; keeps the strongest heads for each pair of words."""
 
     def __init__(self, tokens: Tokens, sources: Sequence[Word], target: Word | None, heads_per_pair: int) -> None:
+        words = set(tokens.words)
+        for word in (*sources, *(() if target is None else (target,))):
+            if word not in words:
+                raise ValueError(f"{word.text!r} is not one word of these tokens: pass tokens.joined([{word.text!r}]).")
         self.tokens, self.sources, self.target = tokens, sources, target
         self.positions = Positions(tokens)
         self.index = torch.tensor([self.positions.index[word.start] for word in sources])

@@ -25,6 +25,8 @@ __all__ = [
     "label",
     "percent",
     "rows_of",
+    "shown_name",
+    "start_token",
     "word_map",
 ]
 
@@ -35,6 +37,20 @@ def label(tokens: Tokens, word: Word) -> str:
     """How to ask for a word: its text, and its number if it is there more than once, as in "it#2"."""
     same = [other.start for other in tokens.words if other.text == word.text]
     return word.text if len(same) == 1 else f"{word.text}#{same.index(word.start) + 1}"
+
+
+def shown_name(tokens: Tokens, word: Word) -> str:
+    """What the model reads of a word: its label; of one that its vocabulary lacks the unknown token, as "[UNK]#2"."""
+    unread = [other.start for other in tokens.words if all(tokens.unknown[token] for token in other.tokens)]
+    if word.start not in unread:
+        return label(tokens, word)
+    name = tokens.pieces[word.tokens[0]]
+    return name if len(unread) == 1 else f"{name}#{unread.index(word.start) + 1}"
+
+
+def start_token(tokens: Tokens) -> str:
+    """The token before the text, as "start token <s> (1)", or that there is none."""
+    return f"start token {tokens.pieces[0]} ({tokens.ids[0]})" if tokens.special[0] else "no start token"
 
 
 def percent(share: float, digits: int = 0) -> str:

@@ -21,7 +21,7 @@ from headscope.files import whole_file
 from headscope.models.tokens import Tokens
 from headscope.ops.matrix import AttentionMatrix
 from headscope.views.links import Head
-from headscope.views.words import FEW_WORDS, label, percent, word_map
+from headscope.views.words import FEW_WORDS, percent, shown_name, word_map
 from headscope.watching.recording import Recording
 
 __all__ = ["EXTENSIONS", "Drawn", "check_extension", "head_map", "thumbnails"]
@@ -172,7 +172,7 @@ def head_map(recording: Recording, tokens: Tokens, head: Head, path: str | Path,
     whole[:, strip + gap :] = main
     beside[:, :strip] = on_special[:, None]
     inch = min(8.0, max(4.0, 0.24 * side))
-    names = [fonts.shown(label(tokens, word), i) for i, word in enumerate(tokens.words)]
+    names = [fonts.shown(shown_name(tokens, word), i) for i, word in enumerate(tokens.words)]
     room = 0.35 + 0.085 * min(24, max(map(_width, names))) if count <= _LABELLED else 0.35
     special = " ".join(dict.fromkeys(p for p, s in zip(tokens.pieces, tokens.special, strict=True) if s))
     above = 0.35 + max(room, 0.085 * len(special))

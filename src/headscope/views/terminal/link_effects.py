@@ -14,7 +14,7 @@ __all__ = ["print_link_effects"]
 
 
 def print_link_effects(
-    effects: LinkEffects, pieces: dict[int, str], *, model: str, source: str, target: str, top: int
+    effects: LinkEffects, pieces: dict[int, str], *, model: str, start: str, source: str, target: str, top: int
 ) -> None:
     """The next token with the link and without it; where the link matters most.
 
@@ -22,6 +22,7 @@ def print_link_effects(
         effects: The effects.
         pieces: The text of each token whose probabilities are compared.
         model: The model's name.
+        start: The start token, in words.
         source: The word that is stopped from looking.
         target: The word that it cannot look at.
         top: How many layers and heads.
@@ -29,7 +30,8 @@ def print_link_effects(
     layers, heads = effects.heads.shape
     print_renderable(
         Text(
-            f"{model}, {layers} layers with up to {heads} heads: “{source}” is stopped from looking at “{target}”.",
+            f"{model}, {layers} layers with up to {heads} heads; {start}: “{source}” is stopped from looking at "
+            f"“{target}”.",
             style="bold",
         )
     )

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from headscope.views.links import Link, TextLinks, Unlisted
 from headscope.views.terminal.console import console_for
-from headscope.views.words import label, percent
+from headscope.views.words import label, percent, shown_name, start_token
 
 __all__ = ["print_links"]
 
@@ -31,10 +31,10 @@ def print_links(
     """
     console = console_for()
     console.print(_heading(view, model, causal))
-    if view.links:
-        console.print(_table(view, console.width))
     for note in view.notes:
         console.print(Text(note, style="yellow"))
+    if view.links:
+        console.print(_table(view, console.width))
     console.print()
     console.print(_how_to_read(view))
     console.print(_check_line(view))
@@ -49,11 +49,11 @@ def _heading(view: TextLinks, model: str, causal: bool) -> Text:
     sees = "each word sees those before it" if causal else "each word sees all others"
     selection = ""
     if view.target is not None:
-        sources = " or ".join(label(view.tokens, word) for word in view.sources)
-        selection = f" Which heads link {sources or 'any word'} to {label(view.tokens, view.target)}?"
+        sources = " or ".join(shown_name(view.tokens, word) for word in view.sources)
+        selection = f" Which heads link {sources or 'any word'} to {shown_name(view.tokens, view.target)}?"
     if view.head is not None:
         selection += f" Head {view.head} only."
-    text = Text.assemble((model, "bold"), f": {size} = {count} heads; {sees}.", selection)
+    text = Text.assemble((model, "bold"), f": {size} = {count} heads; {sees}; {start_token(view.tokens)}.", selection)
     if len(view.sources) == 1 and view.head is None and view.links and view.target is not None:
         text.append(f" {view.heads_above_tenth} heads give it more than {percent(0.1)}, the strongest first:")
     return text
@@ -72,8 +72,8 @@ def _table(view: TextLinks, width: int) -> Table:
     for start, links in groupby(view.links, key=lambda link: link.source.start):
         first = True
         for row in _by_pair(links):
-            name = label(view.tokens, row[0].source) if first else ""
-            cells: list[Any] = [Text(name), Text(label(view.tokens, row[0].target)), _away(row[0].word_distance)]
+            name = shown_name(view.tokens, row[0].source) if first else ""
+            cells: list[Any] = [Text(name), Text(shown_name(view.tokens, row[0].target)), _away(row[0].word_distance)]
             cells.append(_shares(row, view))
             if view.head is not None:
                 cells += _unlisted_cells(unlisted.get(start), view) if first else ["", ""]
@@ -135,7 +135,7 @@ def _how_to_read(view: TextLinks) -> Text:
     link = view.links[0]
     share = _share(link.weight)
     cell = f"{link.layer}.{link.head} {share}" if view.head is None else share
-    source, target = label(view.tokens, link.source), label(view.tokens, link.target)
+    source, target = shown_name(view.tokens, link.source), shown_name(view.tokens, link.target)
     return Text.assemble(
         ("How to read it: ", "bold"),
         f"“{source} … {target} … {cell}” is about layer {link.layer}, head {link.head} (both counted from 0). For "

@@ -1,0 +1,61 @@
+"""A command's model, and the words of its text; words that are missing are refused before the weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from headscope import models
+from headscope.commands.pipe import argument_text
+from headscope.models.loading import Loaded
+from headscope.models.tokens import Tokens, Word, tokenize
+
+__all__ = ["StartToken", "TextAndWords", "load_with_words"]
+
+StartToken = Annotated[
+    str,
+    typer.Option(
+        "--start-token",
+        metavar="ID|none|TEXT",
+        help="The token before the text, such as 0, none or '<|im_start|>'; auto: the model's own.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class TextAndWords:
+    """The tokens of a text, each phrase that was asked for as one word; these words; and what to say about them."""
+
+    tokens: Tokens
+    words: tuple[Word, ...]
+    notes: tuple[str, ...]
+
+
+def load_with_words(model: str, text: str, words: Sequence[str], start_token: str) -> tuple[Loaded, TextAndWords]:
+    """Load a model, and find words in a text.
+
+    Args:
+        model: The model's name.
+        text: The text.
+        words: Words or phrases, as a person writes them.
+        start_token: As in `headscope.load`.
+
+    Raises:
+        HeadscopeError: There is no such model, token or word, or the text is too long.
+    """
+    words = [argument_text(word) for word in words]
+
+    def find(tokenizer: Any, start_token_id: int | None, context: int | None) -> TextAndWords:
+        tokens = tokenize(text, tokenizer, start_token_id=start_token_id, limit=context).joined(words)
+        notes = list[str]()
+        found = tuple(tokens.find(word, on_note=notes.append) for word in words)
+        return TextAndWords(tokens, found, tuple(dict.fromkeys(notes)))
+
+    def check(tokenizer: Any, start_token_id: int | None, context: int | None) -> None:
+        find(tokenizer, start_token_id, context)
+
+    loaded = models.load(model, start_token=start_token, on_tokenizer=check)
+    return loaded, find(loaded.tokenizer, loaded.start_token_id, loaded.context)
