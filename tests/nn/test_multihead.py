@@ -67,7 +67,7 @@ def test_matrix_times_values_gives_the_output(options: dict[str, object]) -> Non
     module, x = module_of(E, H, **options), x_of()
     matrix = module.matrix(x, mask=masks.causal())
     assert isinstance(matrix, AttentionMatrix)
-    values = module._values(x).repeat_interleave(module.num_heads // module.num_kv_heads, 1)
+    values = module._project(x, x, x)[2].repeat_interleave(module.num_heads // module.num_kv_heads, 1)
     out = module.out_proj((matrix.dense() @ values).transpose(1, 2).flatten(2))
     torch.testing.assert_close(module(x, mask=masks.causal()), out)
     torch.testing.assert_close(matrix.dense().sum(-1), torch.ones(B, H, L, dtype=torch.float64))
@@ -78,7 +78,7 @@ def test_matrix_of_cross_attention_gives_the_output() -> None:
     value = x_of(S, 4)
     dense = module.matrix(x, key).dense()
     assert dense.shape == (B, H, L, S)
-    out = module.out_proj((dense @ module._values(value)).transpose(1, 2).flatten(2))
+    out = module.out_proj((dense @ module._project(x, key, value)[2]).transpose(1, 2).flatten(2))
     torch.testing.assert_close(module(x, key, value), out)
 
 

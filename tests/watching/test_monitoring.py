@@ -63,7 +63,7 @@ def test_head_stats_follow_their_definitions() -> None:
         uniform = sum(math.log(n) for n in range(2, L + 1)) * B
         torch.testing.assert_close(stats.entropy_share[i], entropy.sum((0, 2)) / uniform, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(stats.sink_mass[i], rows[..., 0].mean((0, 2)), atol=1e-6, rtol=1e-5)
-        q, k = layer._queries(inside), layer._keys(inside)
+        q, k = layer._project(inside, inside)
         scores = (q @ k.transpose(-1, -2) / math.sqrt(E // H)).tril() + torch.full((L, L), -torch.inf).triu(1)
         torch.testing.assert_close(stats.largest_logit[i], scores.amax((0, 2, 3)).double(), atol=1e-5, rtol=1e-5)
         inside = inside + layer(inside, mask=masks.causal())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -41,6 +40,9 @@ class MultiHeadAttention(nn.Module):
         position: ``positions.rotary()``, ``positions.alibi(slopes)`` or None. Sinusoidal positions are added to the
             input instead.
         qk_norm: whether queries and keys are RMS-normalised per head (arXiv 2302.05442).
+        packed: whether one map, ``in_proj``, gives queries, keys and values: faster in self-attention. It is called
+            whole for each different input, so that cross-attention is cheaper with False: three maps ``q_proj``,
+            ``k_proj``, ``v_proj``, which inputs of different widths have anyway.
 
     Raises:
         ValueError: sizes that do not fit each other.
@@ -68,6 +70,7 @@ class MultiHeadAttention(nn.Module):
         dropout_p: float = 0.0,
         position: Rotary | Alibi | None = None,
         qk_norm: bool = False,
+        packed: bool = True,
     ) -> None:
         super().__init__()
         self.embed_dim, self.num_heads = embed_dim, num_heads
@@ -78,8 +81,8 @@ class MultiHeadAttention(nn.Module):
         self.is_cross = False  # whether the last call was cross-attention; hooks read it
         _check_sizes(self, divides=head_dim is None)
         wide, narrow = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self._packed = self.kdim == self.vdim == embed_dim
-        if self._packed:
+        self.packed = packed and self.kdim == self.vdim == embed_dim
+        if self.packed:
             self.in_proj = nn.Linear(embed_dim, wide + 2 * narrow, bias)  # queries, keys and values in one product
         else:
             self.q_proj = nn.Linear(embed_dim, wide, bias)
@@ -90,12 +93,16 @@ class MultiHeadAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise each projection with Xavier's uniform distribution for its own size, and biases with zero."""
-        for name, tensor in layouts.projection_weights(self).items():
+        """Initialise each projection with Xavier's uniform distribution for its size, biases with 0, norms with 1."""
+        weights = layouts.projection_weights(self)
+        for name, tensor in weights.items():
+            weights[name] = tensor.new_zeros(tensor.shape)
             if name.endswith("weight"):
-                nn.init.xavier_uniform_(tensor)
-            else:
-                nn.init.zeros_(tensor)
+                nn.init.xavier_uniform_(weights[name])
+        layouts.set_weights(self, weights)
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.reset_parameters()
 
     def forward(
         self,
@@ -146,8 +153,8 @@ class MultiHeadAttention(nn.Module):
         """
         key = None if key is query else key
         _check_inputs(self, query, key, None if self.vdim != self.kdim else key, matrix=True)
-        q = self._positioned(self._queries(query), self.q_norm)
-        k = self._positioned(self._keys(query if key is None else key), self.k_norm)
+        q, k = self._project(query, query if key is None else key)
+        q, k = self._positioned(q, self.q_norm), self._positioned(k, self.k_norm)
         bias = self.position if isinstance(self.position, Alibi) else None
         return AttentionMatrix(q, k, mask=mask, bias=bias)
 
@@ -202,14 +209,7 @@ class MultiHeadAttention(nn.Module):
             self.is_cross = across
         if key is not None:
             return self._cross_heads(query, key, key if value is None else value, cache)
-        if self._packed:
-            sizes = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-            packed = self._split(self.in_proj(query))
-            if packed.shape[2] >= _LONG:
-                packed = packed.contiguous()  # the kernel reads a head's keys many times
-            q, k, v = torch.split_with_sizes(packed, sizes, 1)
-        else:
-            q, k, v = self._queries(query), self._keys(query), self._values(query)
+        q, k, v = self._project(query, query, query)
         first = 0 if cache is None else cache.length
         q, k = self._positioned(q, self.q_norm, first), self._positioned(k, self.k_norm, first)
         return (q, k, v) if cache is None else (q, *cache.append(self, k, v))
@@ -217,11 +217,12 @@ class MultiHeadAttention(nn.Module):
     def _cross_heads(
         self, query: Tensor, key: Tensor, value: Tensor, cache: KVCache | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q = self._positioned(self._queries(query), self.q_norm)
         cached = None if cache is None else cache.source(self, key)
         if cached is not None:
-            return q, *cached
-        k, v = self._positioned(self._keys(key), self.k_norm), self._values(value)
+            (q,) = self._project(query)
+            return self._positioned(q, self.q_norm), *cached
+        q, k, v = self._project(query, key, value)
+        q, k = self._positioned(q, self.q_norm), self._positioned(k, self.k_norm)
         if cache is not None:
             cache.store_source(self, k, v)
         return q, k, v
@@ -231,21 +232,27 @@ class MultiHeadAttention(nn.Module):
         x = x if norm is None else norm(x)
         return self.position.rotate(x, first) if isinstance(self.position, Rotary) else x
 
-    def _queries(self, x: Tensor) -> Tensor:
-        return self._split(self._project(x, 0))
+    def _project(self, *inputs: Tensor) -> list[Tensor]:
+        """Queries [B, H, L, D] of the first input, keys [B, G, S, D] of the second, values of the third.
 
-    def _keys(self, x: Tensor) -> Tensor:
-        return self._split(self._project(x, 1))
+        A map's weights are used only by calling it, so that adapters, hooks and quantised layers see every use. The
+        packed one is called once for each different input.
+        """
+        if not self.packed:
+            maps = (self.q_proj, self.k_proj, self.v_proj)
+            return [self._split(linear(x)) for linear, x in zip(maps, inputs, strict=False)]
+        parts: list[tuple[Tensor, ...]] = []
+        for i, x in enumerate(inputs):
+            same = next((j for j in range(i) if inputs[j] is x), None)
+            parts.append(self._packed_heads(x) if same is None else parts[same])
+        return [part[i] for i, part in enumerate(parts)]
 
-    def _values(self, x: Tensor) -> Tensor:
-        return self._split(self._project(x, 2))
-
-    def _project(self, x: Tensor, which: int) -> Tensor:
-        """The query (0), key (1) or value (2) projection alone."""
-        if not self._packed:
-            return (self.q_proj, self.k_proj, self.v_proj)[which](x)
-        rows = layouts.packed_rows(self)[which]
-        return F.linear(x, self.in_proj.weight[rows], None if self.in_proj.bias is None else self.in_proj.bias[rows])
+    def _packed_heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of one input."""
+        heads = self._split(self.in_proj(x))
+        if heads.shape[2] >= _LONG:
+            heads = heads.contiguous()  # the kernel reads a head's keys many times
+        return torch.split_with_sizes(heads, (self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
 
     def _split(self, x: Tensor) -> Tensor:
         """[B, L, n·D] as [B, n, L, D]."""

@@ -288,7 +288,7 @@ class TransformerLayer(nn.Module):
             MultiHeadAttention, c.embed_dim, c.num_heads, num_kv_heads=c.num_kv_heads, qk_norm=c.qk_norm
         )
         self.self_attention = attention(position=_position(c))
-        self.cross_attention = attention() if has_cross_attention else None
+        self.cross_attention = attention(packed=False) if has_cross_attention else None
         self.feed_forward = nn.Sequential(nn.Linear(c.embed_dim, c.ff_dim), nn.ReLU(), nn.Linear(c.ff_dim, c.embed_dim))
         self.norms = nn.ModuleList(nn.LayerNorm(c.embed_dim) for _ in range(3 if has_cross_attention else 2))
         self.dropout = nn.Dropout(c.dropout_p)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-__all__ = ["from_torch", "load_weights", "packed_rows", "projection_weights", "to_torch", "weights_as"]
+__all__ = ["from_torch", "load_weights", "packed_rows", "projection_weights", "set_weights", "to_torch", "weights_as"]
 
 _PROJECTIONS = ("q", "k", "v", "o")
 _NAMES: dict[str, tuple[str, ...]] = {  # of the four projections, in this order
@@ -25,30 +26,91 @@ def packed_rows(module: Any) -> tuple[slice, slice, slice]:
 
 
 def projection_weights(module: Any) -> dict[str, Tensor]:
-    """Views of the four projections' weights: "q.weight", "q.bias", "k.weight" … "o.bias"."""
-    views: dict[str, Tensor] = {}
-    if hasattr(module, "in_proj"):
-        for name, rows in zip("qkv", packed_rows(module), strict=True):
-            views |= {f"{name}.{kind}": tensor.data[rows] for kind, tensor in module.in_proj.named_parameters()}
-        linears = {"o": module.out_proj}
-    else:
-        linears = dict(zip(_PROJECTIONS, (module.q_proj, module.k_proj, module.v_proj, module.out_proj), strict=True))
-    for name, linear in linears.items():
-        views |= {f"{name}.{kind}": tensor.data for kind, tensor in linear.named_parameters()}
-    return views
+    """The four projections' weights as they are applied: "q.weight", "q.bias", "k.weight" … "o.bias".
+
+    Raises:
+        ValueError: a projection is more than a weight and a bias, such as a layer with an adapter, or quantised.
+    """
+    weights: dict[str, Tensor] = {}
+    for names, linear in _projections(module).items():
+        rows = packed_rows(module) if len(names) == 3 else (slice(None),)
+        for kind, tensor in _tensors(linear).items():
+            weights |= {f"{name}.{kind}": tensor[part] for name, part in zip(names, rows, strict=True)}
+    return weights
 
 
-def _norms(module: Any) -> dict[str, Tensor]:
-    """Views of the norms of queries and keys, "q_norm.weight" and "k_norm.weight", if there are any."""
-    if module.q_norm is None:
-        return {}
-    return {"q_norm.weight": module.q_norm.weight.data, "k_norm.weight": module.k_norm.weight.data}
+def set_weights(module: Any, weights: Mapping[str, Tensor]) -> None:
+    """Write weights under the names of projection_weights(); the shapes fit."""
+    for names, linear in _projections(module).items():
+        for kind in _tensors(linear):
+            _set(linear, kind, torch.cat([weights[f"{name}.{kind}"] for name in names]))
+
+
+def _projections(module: Any) -> dict[str, nn.Module]:
+    """The maps, by the letters of what they give: "qkv" or "q", "k", "v"; and "o"."""
+    if module.packed:
+        return {"qkv": module.in_proj, "o": module.out_proj}
+    return {"q": module.q_proj, "k": module.k_proj, "v": module.v_proj, "o": module.out_proj}
+
+
+def _tensors(layer: Any) -> dict[str, Tensor]:
+    """The weight and bias of a layer as it applies them, also if they are pruned or parametrised."""
+    tensors: dict[str, Tensor] = {}
+    for kind in ("weight", "bias"):
+        tensor = getattr(layer, kind, None)
+        if hasattr(layer, f"{kind}_orig") and hasattr(layer, f"{kind}_mask"):  # pruned: its hook sets it before a call
+            tensor = getattr(layer, f"{kind}_orig") * getattr(layer, f"{kind}_mask")
+        if tensor is not None:
+            tensors[kind] = tensor
+    known = {*tensors, *(f"{kind}_orig" for kind in tensors)}
+    others = [name for name, _ in layer.named_parameters() if name not in known and "parametrizations." not in name]
+    if others or not all(isinstance(x, Tensor) and x.is_floating_point() for x in tensors.values()) or not tensors:
+        reason = f"has {', '.join(others)} besides a weight and a bias" if others else "has no weight in floating point"
+        raise ValueError(
+            f"a projection is a {type(layer).__name__} that {reason}: its weights cannot be read or written here. "
+            "Merge an adapter first; load weights before a layer is wrapped or quantised."
+        )
+    return {kind: tensor.detach() for kind, tensor in tensors.items()}
+
+
+def _check_writable(layer: Any) -> None:
+    """Raise ValueError for a parametrisation that has no inverse, which could not take given weights."""
+    for kind, functions in getattr(layer, "parametrizations", {}).items():
+        for function in functions:
+            if not hasattr(function, "right_inverse"):
+                raise ValueError(
+                    f"the {kind} of a projection is parametrised by {type(function).__name__}, which has no "
+                    "right_inverse: remove the parametrisation, load, and register it again."
+                )
+
+
+def _set(layer: Any, kind: str, value: Tensor) -> None:
+    """Write a layer's weight or bias: behind the mask if it is pruned, through the inverse if it is parametrised."""
+    with torch.no_grad():
+        if parametrize.is_parametrized(layer, kind):
+            own = getattr(layer, kind)
+            setattr(layer, kind, value.to(own.device, own.dtype, copy=True))
+        elif hasattr(layer, f"{kind}_orig"):
+            getattr(layer, f"{kind}_orig").copy_(value)
+            setattr(layer, kind, getattr(layer, f"{kind}_orig") * getattr(layer, f"{kind}_mask"))
+        else:
+            getattr(layer, kind).copy_(value)
+
+
+def _norms(module: Any) -> dict[str, nn.Module]:
+    """The norms of queries and keys, "q_norm" and "k_norm", if there are any."""
+    return {} if module.q_norm is None else {"q_norm": module.q_norm, "k_norm": module.k_norm}
+
+
+def _norm_weights(module: Any) -> dict[str, Tensor]:
+    """Their weights, "q_norm.weight" and "k_norm.weight"."""
+    return {f"{name}.weight": _tensors(norm)["weight"] for name, norm in _norms(module).items()}
 
 
 def load_weights(module: Any, weights: Mapping[str, Tensor]) -> None:
     """Copy weights into the module; all or none. Raises ValueError: see MultiHeadAttention.load_weights."""
     source = _read(weights)
-    target = projection_weights(module) | _norms(module)
+    target = projection_weights(module) | _norm_weights(module)
     extra = {name: tensor for name, tensor in source.items() if name not in target}
     if any(bool(tensor.any()) for tensor in extra.values()):  # a bias of zeros changes nothing
         raise ValueError(f"the weights have {', '.join(sorted(extra))}, which this module has no place for.")
@@ -62,9 +124,11 @@ def load_weights(module: Any, weights: Mapping[str, Tensor]) -> None:
                 f"{name.replace('.', ' ')} has shape {tuple(source[name].shape)}, this module wants "
                 f"{tuple(tensor.shape)}: other sizes or numbers of heads."
             )
-    with torch.no_grad():
-        for name, tensor in target.items():
-            tensor.copy_(source[name])
+    for layer in (*_projections(module).values(), *_norms(module).values()):
+        _check_writable(layer)
+    set_weights(module, source)
+    for name, norm in _norms(module).items():
+        _set(norm, "weight", source[f"{name}.weight"])
 
 
 def _read(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -117,7 +181,7 @@ def weights_as(module: Any, layout: str) -> dict[str, Tensor]:
     own = {name: tensor.clone() for name, tensor in projection_weights(module).items()}
     if layout in ("linears", "huggingface"):
         their_names = dict(zip(_PROJECTIONS, _NAMES[layout], strict=True))
-        norms = {name: tensor.clone() for name, tensor in _norms(module).items()}
+        norms = {name: tensor.clone() for name, tensor in _norm_weights(module).items()}
         if norms and layout == "linears":
             raise ValueError("layout 'linears' has no names for the norms of queries and keys: use 'huggingface'.")
         return {f"{their_names[name[0]]}{name[1:]}": tensor for name, tensor in own.items()} | norms
@@ -125,7 +189,7 @@ def weights_as(module: Any, layout: str) -> dict[str, Tensor]:
         raise ValueError(f"layout is {layout!r}: it is 'torch', 'linears' or 'huggingface'.")
     _check_torch(module)
     theirs = {f"out_proj{name[1:]}": tensor for name, tensor in own.items() if name[0] == "o"}
-    if hasattr(module, "in_proj"):
+    if module.kdim == module.vdim == module.embed_dim:
         theirs["in_proj_weight"] = torch.cat([own[f"{n}.weight"] for n in "qkv"])
     else:
         theirs |= {f"{n}_proj_weight": own[f"{n}.weight"] for n in "qkv"}
@@ -161,7 +225,20 @@ def from_torch(make: Callable[..., Any], module: nn.MultiheadAttention) -> Any:
     reference = module.out_proj.weight
     new.to(reference.device, reference.dtype)  # before the weights are copied, so that none is rounded
     load_weights(new, module.state_dict())
+    for ours, theirs in _parameters(new, module):
+        for parameter in ours:
+            parameter.requires_grad_(theirs.requires_grad)
     return new.train(module.training)
+
+
+def _parameters(module: Any, torch_module: nn.MultiheadAttention) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Each parameter of torch's module, with those of ours that hold the same numbers."""
+    layers = {name: layer for names, layer in _projections(module).items() for name in names}
+    for name, parameter in torch_module.named_parameters():
+        letters = "o" if name.startswith("out_proj") else name[0] if name[1:].startswith("_proj") else "qkv"
+        kind = "bias" if name.endswith("bias") else "weight"
+        chosen = {id(layers[letter]): layers[letter] for letter in letters}.values()
+        yield [p for layer in chosen for n, p in layer.named_parameters() if kind in n], parameter
 
 
 def to_torch(module: Any) -> nn.MultiheadAttention:
@@ -178,4 +255,6 @@ def to_torch(module: Any) -> nn.MultiheadAttention:
     )
     reference = module.out_proj.weight
     new.to(reference.device, reference.dtype).load_state_dict(weights)
+    for ours, theirs in _parameters(module, new):
+        theirs.requires_grad_(any(parameter.requires_grad for parameter in ours))
     return new.train(module.training)
