@@ -1,5 +1,7 @@
 """Reports of what recordings and edits once got wrong, by kind: caches, drafts, virtual tokens, memory."""
 
+import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,9 +11,9 @@ from torch import Tensor, nn
 
 from headscope import record
 from headscope.errors import EditError
-from headscope.watching.edits import edit, knock_out
+from headscope.watching.edits import edit, knock_out, patch
 from headscope.watching.recording import Recording
-from tests.tiny import ids, mistral
+from tests.tiny import bart, ids, llama, mistral
 from tests.watching.zoo.reference import eager_maps
 
 H, D, SLOTS = 3, 4, 32
@@ -154,3 +156,117 @@ def test_knock_out_with_drafts_and_a_sliding_window_hits_its_positions() -> None
     assert not weights[:, 25, [22, 23, 24]].any()
     assert (weights[:, 24, [22, 23, 24]] > 0).all()
     assert (weights[:, 26, [22, 23, 24]] > 0).all()
+
+
+class Tuned(nn.Module):
+    """A decoder with five learnt tokens before the text, as in PEFT's prefix tuning or its prompt tuning."""
+
+    def __init__(self, prefix: bool) -> None:
+        super().__init__()
+        self.base, self.prefix = llama(), prefix
+        self.prompt = nn.Parameter(torch.randn(1, 5, 24))
+        with torch.no_grad():
+            self.keys = self.base.model(inputs_embeds=self.prompt.expand(2, -1, -1), use_cache=True).past_key_values
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        return self.base(**self.inputs(input_ids, attention_mask))
+
+    def inputs(self, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
+        """What the decoder itself gets."""
+        prompt = self.prompt.expand(len(input_ids), -1, -1)
+        mask = None if attention_mask is None else F.pad(attention_mask, (5, 0), value=1)
+        if self.prefix:
+            return {"input_ids": input_ids, "attention_mask": mask, "past_key_values": copy.deepcopy(self.keys)}
+        text = self.base.get_input_embeddings()(input_ids)
+        return {"inputs_embeds": torch.cat([prompt, text], 1), "attention_mask": mask}
+
+
+class TunedByPeft(Tuned):
+    """The same with PEFT's attributes, and its generate(), in which the decoder is the outermost module that runs."""
+
+    def __init__(self, prefix: bool) -> None:
+        super().__init__(prefix)
+        self.active_adapter = "default"
+        self.peft_config = {"default": SimpleNamespace(is_prompt_learning=True, num_virtual_tokens=5)}
+
+    def generate(self, input_ids: Tensor, steps: int) -> None:
+        inputs = self.inputs(input_ids, torch.ones_like(input_ids))
+        for _ in range(steps):
+            output = self.base(**inputs, use_cache=True)
+            mask = F.pad(inputs["attention_mask"], (0, 1), value=1)
+            step = output.logits[:, -1:].argmax(-1)
+            inputs = {"input_ids": step, "attention_mask": mask, "past_key_values": output.past_key_values}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [Tuned, TunedByPeft])
+@pytest.mark.parametrize("prefix", [True, False], ids=["prefix", "prompt"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_virtual_tokens_are_no_text_and_shift_no_position(make: type[Tuned], prefix: bool, masked: bool) -> None:
+    """transformers PR 47447, peft#3201: a mask of 12 tokens where there are 17 keys."""
+    model, text = make(prefix), ids(2, 12)
+    mask = torch.ones_like(text) if masked else None
+    if mask is not None:
+        mask[1, :3] = 0
+    name = "base.model.layers.0.self_attn"
+    with record(model) as plain:
+        model(text, mask)
+    with edit(model, knock_out(8, 6, layers=name)), record(model) as recording:
+        model(text, mask)
+    assert recording.valid is not None
+    wanted = F.pad(torch.ones_like(text) if mask is None else mask, (5, 0)).bool()
+    assert torch.equal(recording.valid, wanted)
+    changed = ((recording[name].dense() - plain[name].dense()).abs() > 1e-4).any(1).any(0)
+    first_row = 0 if prefix else 5
+    assert changed.any(1).nonzero().flatten().tolist() == [8 + first_row]
+    assert not recording[name].dense()[:, :, 8 + first_row, 6 + 5].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefix", [True, False], ids=["prefix", "prompt"])
+def test_virtual_tokens_in_generate_shift_no_position(prefix: bool) -> None:
+    model, text = TunedByPeft(prefix), ids(2, 12)
+    name = "base.model.layers.0.self_attn"
+    with edit(model, knock_out((8, 13), 6, layers=name)), record(model) as recording:
+        model.generate(text, 4)
+    assert recording.valid is not None
+    assert recording.valid.tolist() == [[False] * 5 + [True] * 15] * 2
+    weights = recording[name].dense()[..., 5 + 6]
+    first_row = 0 if prefix else 5
+    hidden = (weights == 0).all(1).all(0)[first_row + 6 :]
+    assert (hidden.nonzero().flatten() + 6).tolist() == [8, 13]
+
+
+@torch.no_grad()
+def test_patch_with_virtual_tokens_takes_the_rows_of_its_text() -> None:
+    for prefix in (True, False):
+        model, text = Tuned(prefix), ids(2, 12)
+        with record(model) as longer:
+            model(torch.cat([text, ids(2, 4, seed=1)], 1))
+        wanted = model(text).logits
+        with edit(model, patch(1, range(6), from_=longer)):
+            torch.testing.assert_close(model(text).logits, wanted, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_text_that_was_begun_before_and_a_decoder_text_are_no_virtual_tokens() -> None:
+    model, text = llama(), ids(2, 12)
+    cache = model(text[:, :5], use_cache=True).past_key_values
+    with edit(model, knock_out(8, 2, layers=0)), record(model) as recording:
+        model(text[:, 5:], past_key_values=cache)
+    assert recording.run.valid is None
+    assert not recording[0].dense()[:, :, 3, 2].any()
+    model, name = bart(), "model.decoder.layers.0.self_attn"
+    with edit(model, knock_out(8, 2, layers=name)), record(model) as recording:
+        model(input_ids=ids(2, 5), attention_mask=torch.ones(2, 5), decoder_input_ids=ids(2, 12))
+    assert recording.valid is not None
+    assert recording.valid.shape == (2, 5)
+    assert not recording[name].dense()[:, :, 8, 2].any()
+
+
+@torch.no_grad()
+def test_edits_by_position_are_refused_for_a_tuned_encoder_decoder() -> None:
+    model = TunedByPeft(prefix=True)
+    model.base = bart()
+    with pytest.raises(EditError, match="nothing says which positions"), edit(model, knock_out(8, 2)):
+        model.base(input_ids=ids(2, 5), decoder_input_ids=ids(2, 12))

@@ -301,8 +301,11 @@ def _patterns(edit_name: str, recording: Recording) -> Callable[[AttentionCall, 
                 f"{edit_name}: the recording has no site {call.name!r}: record the same model with these layers."
             )
         whole = sites[0].scores()
-        first, rows, keys = position.first_row, call.shape[2], position.first_key + call.shape[3]
-        if whole.shape == tuple(call.shape) or first + rows > whole.shape[2] or keys > whole.shape[3]:
+        first, rows = position.first_row + position.num_virtual, call.shape[2]
+        first -= 0 if call.is_cross else whole.origin[2]
+        keys = position.first_key + position.num_virtual + call.shape[3]
+        beyond = first < 0 or first + rows > whole.shape[2] or keys > whole.shape[3]
+        if whole.shape == tuple(call.shape) or beyond:
             return whole
         if not position.known:
             raise EditError(f"{edit_name}: nothing says at which positions of the text {call.name} attends.")

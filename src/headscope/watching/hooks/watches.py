@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from headscope.errors import EditError, UnsupportedAttention
 from headscope.watching.hooks.call import AttentionCall
+from headscope.watching.hooks.virtual_tokens import VirtualTokens, inputs_of, tuned
 
 __all__ = [
     "Forward",
@@ -43,6 +43,7 @@ class Forward:
     cross_modules: set[str] = field(default_factory=set)  # modules whose last call got another sequence to attend to
     counts: dict[str, int] = field(default_factory=dict)
     masks: dict[Any, Any] = field(default_factory=dict)  # masks already read in this forward
+    virtual: VirtualTokens = field(default_factory=VirtualTokens)
     number: int = 0  # of the site whose call is reported, in the order of first calls
     call: AttentionCall | None = None  # reported, and not yet passed to the user's callback
     failed: bool = False  # it ended with an exception, or a call could not be read
@@ -80,6 +81,7 @@ class Watch:
         self._modules = dict(model.named_modules())  # kept, so that no id is used again
         self._names = {id(module): name for name, module in self._modules.items()}
         self._names_of_replicas = {id(module._forward_hooks): name for name, module in self._modules.items()}
+        self._tuned = tuned(model)
         self._local = threading.local()
         self._numbers: dict[tuple[str, int], int] = {}
         self._lock = threading.Lock()
@@ -99,16 +101,22 @@ class Watch:
     def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> str | None:
         """A module starts; the outermost one starts a forward. Returns its name, or None if it is not watched here."""
         name = self._name(module)
-        if name is None or not (self.forward is not None or self._start(module, args, kwargs)):
+        if name is None or not (self.forward is not None or self._start(name, module, args, kwargs)):
             return None
         forward = self.forward
         assert forward is not None
+        if forward.stack and not kwargs.keys().isdisjoint(("input_ids", "inputs_embeds")):
+            try:
+                with without_modes():
+                    forward.valid = forward.virtual.enter(module, inputs_of(module, args, kwargs), forward.valid)
+            except Exception as error:
+                self.fail(error)
         forward.stack.append(name)
         forward.ran.add(name)
         (forward.cross_modules.add if _has_source(kwargs) else forward.cross_modules.discard)(name)
         return name
 
-    def _start(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool:
+    def _start(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool:
         """Start a forward, if it is to be watched."""
         if self.error is not None:
             return False
@@ -122,7 +130,9 @@ class Watch:
             if self.edit is not None:
                 refuse_checkpointing(self.model)
             with without_modes():
-                forward.valid = read_valid(module, args, kwargs)
+                inputs = inputs_of(module, args, kwargs)
+                virtual = 0 if self._tuned is None or name == self._tuned[0] else self._tuned[1]  # in generate()
+                forward.valid = forward.virtual.begin(module, inputs, virtual, read_valid(inputs))
         except Exception as error:
             self.fail(error)
             return False
@@ -269,16 +279,14 @@ def _has_source(kwargs: dict[str, Any]) -> bool:
     return any(kwargs.get(name) is not None for name in _SOURCES)
 
 
-def read_valid(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+def read_valid(inputs: Mapping[str, Any]) -> Tensor | None:
     """Which positions are text, [B, S], from the outermost module's attention_mask, also within a mapping.
 
     None: it got none. In a 4-D mask (generate() makes one for a static cache): the keys that some query may see, up to
     the last of them.
     """
-    names = inspect.signature(module.forward).parameters if args else ()  # of the wrapped function, if it is wrapped
-    arguments = dict(zip(names, args, strict=False)) | kwargs
-    batches = [value for value in arguments.values() if isinstance(value, Mapping)]  # as sentence-transformers passes
-    masks = [mapping.get("attention_mask") for mapping in (arguments, *batches)]
+    batches = [value for value in inputs.values() if isinstance(value, Mapping)]  # as sentence-transformers passes
+    masks = [mapping.get("attention_mask") for mapping in (inputs, *batches)]
     mask = next((mask for mask in masks if mask is not None), None)
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask.detach().bool()

@@ -194,8 +194,9 @@ class _Recorder:
             current = self._current.get(threading.get_ident())
             if not all(call.is_cross for call in calls):
                 witness = None
-            if current is None or not current.join(calls, forward.valid, witness):
-                current = Run(calls, forward.valid)
+            valid = _valid(forward, calls)
+            if current is None or not current.join(calls, valid, witness):
+                current = Run(calls, valid)
                 current.witness = witness
                 self._current[threading.get_ident()] = current
                 self.recording.runs.append(current)
@@ -222,6 +223,15 @@ class _Recorder:
                 f"{count} modules that attend: {listed}. Numbers count from 0 in the order of first calls."
             )
         self.recording.unseen = tuple(n for n in leaves if not any(_related(n, c) for c in self.site_names))
+
+
+def _valid(forward: Forward, calls: list[Site]) -> Tensor | None:
+    """Which keys are text; None without an attention_mask, unless there are virtual tokens, which are no text."""
+    if forward.valid is not None or not forward.virtual.number or forward.virtual.text_shape is None:
+        return forward.valid
+    valid = torch.ones(forward.virtual.text_shape, dtype=torch.bool, device=calls[0].last_key.device)
+    valid[:, : forward.virtual.number] = False
+    return valid
 
 
 def _related(name: str, called: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -22,11 +22,15 @@ __all__ = ["Position", "Tracker"]
 
 @dataclass(frozen=True)
 class Position:
-    """Absolute positions of a call's first query and first key; not ``known`` where nothing says what they are."""
+    """Positions of a call's first query and first key in the text; not ``known`` where nothing says what they are.
+
+    Virtual tokens before the text have positions below 0.
+    """
 
     first_row: int
     first_key: int
     known: bool = True
+    num_virtual: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,31 +67,37 @@ class Tracker:
             how = None if earlier is None else continuation(earlier, scores.key, rows)
             if last is None or how is None or (how.is_cross and forward not in self._continuing):
                 self._rejected.pop(site, None)
-                position = _position(call, scores, earlier)
+                position = _position(call, forward, scores, earlier)
             elif how.is_cross:
                 rejected = max((n for (thread, *_), n in self._rejected.items() if thread == site[0]), default=0)
                 first_row = last.position.first_row + last.rows - (rejected - self._rejected.get(site, 0))
-                position = Position(first_row, 0, last.position.known)
+                position = replace(last.position, first_row=first_row)
                 self._rejected[site] = rejected
             else:
                 self._rejected[site] = self._rejected.get(site, 0) + how.rejected
                 first_key = last.position.first_key + how.dropped
-                position = Position(first_key + scores.shape[3] - rows, first_key, last.position.known)
+                first_row = first_key + scores.shape[3] - rows
+                position = replace(last.position, first_row=first_row, first_key=first_key)
                 self._continuing.add(forward)
             self._last[site] = _LastCall(scores.key.detach().clone(), position, rows)
         return position
 
 
-def _position(call: AttentionCall, scores: Scores, earlier: Tensor | None) -> Position:
+def _position(call: AttentionCall, forward: Forward, scores: Scores, earlier: Tensor | None) -> Position:
     """The position of a call that continues none, with its used keys.
 
     It is not known where torch's function has more keys than queries and no mask: they may be a text that was begun
-    before, or another one. Nor where a full cache is written to again from its start.
+    before, or another one. Nor where a full cache is written to again from its start, nor where there are virtual
+    tokens and the keys are not those and the text.
     """
     _, _, rows, keys = scores.shape
-    if call.is_cross or call.way == "headscope":
-        return Position(0 if call.is_cross else max(0, keys - rows), 0)
-    first_row = first_position(scores)
+    virtual = forward.virtual.number
+    if call.is_cross:
+        return Position(0, 0, virtual == 0)
+    first_row = max(0, keys - rows) if call.way == "headscope" else first_position(scores)
     unclear = call.way == "sdpa" and scores.mask is None and rows < keys
-    known = first_row is not None and not unclear and not (earlier is not None and overwritten(earlier, scores, rows))
-    return Position(keys - rows if first_row is None else first_row, 0, known)
+    overwriting = earlier is not None and overwritten(earlier, scores, rows)
+    if virtual is None or first_row is None or unclear or overwriting:
+        return Position(keys - rows, 0, known=False)
+    known = not virtual or (forward.virtual.text_shape is not None and keys == forward.virtual.text_shape[1])
+    return Position(first_row - virtual, -virtual, known, virtual)
