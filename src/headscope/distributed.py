@@ -11,8 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Processes", "joined", "processes", "rank"]
-
 
 def rank() -> int:
     """This process's rank under torchrun, from 0; 0 without torchrun."""

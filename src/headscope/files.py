@@ -12,8 +12,6 @@ from safetensors import SafetensorError
 
 from headscope.errors import HeadscopeError, TextError
 
-__all__ = ["check_writable", "decode_text", "read_text", "unix_lines", "whole_file"]
-
 
 def read_text(path: Path) -> str:
     """The text of a file, by the rule of `decode_text`.

@@ -19,8 +19,6 @@ from typer.core import TyperGroup
 from headscope.errors import HeadscopeError, is_out_of_memory
 from headscope.views.terminal import console as terminal
 
-__all__ = ["COMMANDS", "app", "main"]
-
 COMMANDS = {  # name: its module in this folder, and the first line of its help
     "see": ("see", "Show which words look at which, in every head of a model."),
     "heads": ("heads", "Profile every head of a model: what it does, with evidence, and what it is worth."),

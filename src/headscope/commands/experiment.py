@@ -11,8 +11,6 @@ from headscope.errors import MissingExtra
 from headscope.training import Stopped, head_counts
 from headscope.views.terminal import console as terminal
 
-__all__ = ["app"]
-
 app = typer.Typer(rich_markup_mode=None)
 experiment = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(experiment, name="experiment")

@@ -19,8 +19,6 @@ from headscope.views.terminal.link_effects import print_link_effects
 from headscope.views.words import label, shown_name
 from headscope.views.words import start_token as start_token_of
 
-__all__ = ["app"]
-
 # The same sentence as elsewhere, up to where the model has to know what "it" is.
 DEFAULT_TEXT = "The animal didn't cross the street because it was too"
 

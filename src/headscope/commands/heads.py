@@ -36,8 +36,6 @@ from headscope.views.links import split_head
 from headscope.views.terminal import console as terminal
 from headscope.views.terminal import heads as terminal_heads
 
-__all__ = ["app"]
-
 _BY = "roles"
 _WORTH = ("worth", "ablation_zero", "ablation_mean", "gradient")
 

@@ -10,8 +10,6 @@ from headscope import models
 from headscope.views.terminal import console as terminal
 from headscope.views.terminal.models import print_models
 
-__all__ = ["DEFAULT_MODEL", "app", "pull_default"]
-
 DEFAULT_MODEL = "smollm2"
 
 app = typer.Typer(rich_markup_mode=None)

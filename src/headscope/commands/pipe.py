@@ -10,8 +10,6 @@ from pathlib import Path
 from headscope.errors import TextError
 from headscope.files import decode_text, read_text, unix_lines
 
-__all__ = ["argument_text", "is_piped", "read_pipe", "text_of"]
-
 
 def text_of(argument: str | None, file: Path | None, default: str) -> str:
     """The text of a file, of the argument or of the pipe, which "-" stands for; else the default text.

@@ -25,8 +25,6 @@ from headscope.views.words import label
 from headscope.watching.recording import Recording
 from headscope.watching.texts import record_text
 
-__all__ = ["app"]
-
 DEFAULT_TEXT = "The animal didn't cross the street because it was too tired."
 
 app = typer.Typer(rich_markup_mode=None)

@@ -20,8 +20,6 @@ from headscope.views.terminal import console as terminal
 from headscope.views.terminal.training import print_head_stats
 from headscope.views.words import percent
 
-__all__ = ["app"]
-
 app = typer.Typer(rich_markup_mode=None)
 
 _PATIENCE = 3.0  # seconds that the first process has to say what is wrong, before torchrun ends it for another's sake

@@ -13,8 +13,6 @@ from headscope.commands.pipe import argument_text
 from headscope.models.loading import Loaded
 from headscope.models.tokens import Tokens, Word, tokenize
 
-__all__ = ["StartToken", "TextAndWords", "load_with_words"]
-
 StartToken = Annotated[
     str,
     typer.Option(

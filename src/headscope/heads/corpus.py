@@ -23,22 +23,6 @@ from headscope.files import read_text
 from headscope.models.encoding import encode, surrounding
 from headscope.models.loading import Loaded
 
-__all__ = [
-    "Document",
-    "Piece",
-    "TextBatch",
-    "batches",
-    "by_length",
-    "check_different",
-    "check_names",
-    "check_texts",
-    "cut",
-    "default_documents",
-    "digest",
-    "documents_of",
-    "repeats",
-]
-
 _MODULES = [
     "argparse",
     "ast",

@@ -20,8 +20,6 @@ from headscope.models.tokens import tokenize
 from headscope.watching.hooks import AttentionCall
 from headscope.watching.texts import record_batch, record_text
 
-__all__ = ["PairExample", "TokenExample", "pair_examples", "token_examples"]
-
 
 @dataclass(frozen=True)
 class TokenExample:

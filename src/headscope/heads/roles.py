@@ -19,8 +19,6 @@ from headscope.heads.relations.counts import with_arrow
 from headscope.heads.relations.score import LEVEL, RelationScore
 from headscope.heads.statistics import fewest_clusters
 
-__all__ = ["MIN_TEXT_WEIGHT", "ROLES", "Evidence", "Role", "find_roles", "missing_evidence"]
-
 MIN_TEXT_WEIGHT = 0.05  # a head with less weight on text has no role from how it attends to text
 
 

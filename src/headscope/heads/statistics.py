@@ -12,8 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["cluster_bootstrap", "cluster_score_test", "fewest_clusters", "holm"]
-
 _BOUND = 0.25 / (0.5 * math.erfc(1.0))  # 1 ÷ (4 P(Z > √2)) = 3.18: a smaller factor is not a bound for all differences
 _MAX_REPLICATES = 4_000_000  # in memory at once
 

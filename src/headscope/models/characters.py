@@ -3,8 +3,6 @@
 import re
 import unicodedata
 
-__all__ = ["word_spans"]
-
 Span = tuple[int, int]
 
 # Each character has a class, a letter, and words are found by one regular expression over the

@@ -12,8 +12,6 @@ import numpy as np
 
 from headscope.errors import TextError
 
-__all__ = ["Encoding", "Span", "StartToken", "encode", "pieces_of", "surrounding", "token_id"]
-
 Span = tuple[int, int]
 StartToken = int | Literal["auto"] | None
 

@@ -7,8 +7,6 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-__all__ = ["KVCache", "SlidingWindowCache"]
-
 
 class KVCache:
     """The keys and values of one attention module, in memory that is allocated once; it belongs to the caller.

@@ -16,8 +16,6 @@ from headscope.ops.matrix import AttentionMatrix
 from headscope.ops.positions import Alibi, Rotary
 from headscope.ops.scores import Scores, checked_mask
 
-__all__ = ["MultiHeadAttention"]
-
 _NORM_EPS = 1e-6  # as in the models whose weights may be loaded
 _LONG = 2048  # positions from which a copy with each head contiguous is faster, see docs/log.md
 

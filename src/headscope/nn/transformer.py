@@ -24,8 +24,6 @@ from headscope.nn.multihead import MultiHeadAttention
 from headscope.ops.masks import Mask, causal
 from headscope.ops.positions import Alibi, Rotary, alibi, alibi_slopes, rotary, sinusoidal
 
-__all__ = ["LayerCache", "Transformer", "TransformerConfig"]
-
 
 @dataclass(frozen=True)
 class TransformerConfig:

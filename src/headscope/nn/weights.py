@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-__all__ = ["from_torch", "load_weights", "packed_rows", "projection_weights", "set_weights", "to_torch", "weights_as"]
-
 _PROJECTIONS = ("q", "k", "v", "o")
 _NAMES: dict[str, tuple[str, ...]] = {  # of the four projections, in this order
     "linears": ("linears.0", "linears.1", "linears.2", "linears.3"),

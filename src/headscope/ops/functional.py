@@ -10,8 +10,6 @@ from headscope.ops.masks import Mask
 from headscope.ops.positions import Alibi
 from headscope.ops.scores import as_value, make_scores
 
-__all__ = ["attention"]
-
 
 def attention(
     query: Float[Tensor, "B H L D"],

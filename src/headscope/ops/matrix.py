@@ -32,8 +32,6 @@ from headscope.ops.reductions import (
 from headscope.ops.scores import Normalizer, Scores, as_value, make_scores
 from headscope.ops.sizes import format_bytes, parse_bytes
 
-__all__ = ["AttentionMatrix"]
-
 
 class AttentionMatrix:
     """P = softmax(QKᵀ·scale + bias), hidden where the mask says so: [B, H, L, S], computed when you ask, never stored.

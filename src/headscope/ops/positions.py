@@ -9,17 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Alibi",
-    "Rotary",
-    "alibi",
-    "alibi_slopes",
-    "linear_scaling",
-    "llama3_scaling",
-    "rotary",
-    "sinusoidal",
-]
-
 
 @dataclass(frozen=True, eq=False)
 class Alibi:

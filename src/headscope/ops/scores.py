@@ -15,8 +15,6 @@ from torch import Tensor
 from headscope.ops.masks import Mask, dense
 from headscope.ops.positions import Alibi
 
-__all__ = ["FLOAT32_BOUND", "LOWEST", "Normalizer", "Scores", "as_value", "checked_mask", "make_scores"]
-
 LOWEST = -1e30  # stands for the logarithm of a hidden weight, so that 0 · log 0 is 0
 FLOAT32_BOUND = 256.0  # scores of at most this size are exact to about 1e-5 in float32, see docs/log.md
 

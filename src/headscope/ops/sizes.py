@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["format_bytes", "parse_bytes"]
-
 
 def parse_bytes(limit: int | str) -> int:
     """A number of bytes, from a number or from text such as "4 GiB". Raises ValueError for other text."""

@@ -17,8 +17,6 @@ from torch import Tensor, uint8
 from headscope.errors import HeadscopeError
 from headscope.files import whole_file
 
-__all__ = ["Checkpoint", "latest", "save"]
-
 FORMAT = "headscope-checkpoint"
 VERSION = 1
 _NAME = re.compile(r"step-(\d{1,12})\.safetensors")

@@ -12,8 +12,6 @@ from headscope.nn.transformer import TransformerConfig
 from headscope.ops.kernels.cpu import multiplies
 from headscope.training.tasks import Task, make_task
 
-__all__ = ["TrainConfig"]
-
 # From these sizes bfloat16 is faster on a CPU, see docs/log.md: the fused kernel's backward pass is ten times as slow
 # on rows of 10 as in float32, and steps of few positions spend their time on converting weights to bfloat16.
 _LONG_ROWS, _MANY_POSITIONS = 64, 1024

@@ -17,19 +17,6 @@ from headscope.files import whole_file
 from headscope.training import TrainConfig, TrainingStep, make_task, train
 from headscope.training.head_distances import head_distance
 
-__all__ = [
-    "FULL",
-    "QUICK",
-    "ExperimentPlan",
-    "ExperimentReport",
-    "HeadCountRow",
-    "RunOutcome",
-    "SeedMean",
-    "compare_head_counts",
-    "finite_or_none",
-    "mean_of",
-]
-
 # Student's t that leaves 2.5 % on each side, for 1, 2, … degrees of freedom; above 30 the normal distribution's.
 _T = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,

@@ -14,8 +14,6 @@ from headscope.nn.transformer import Transformer
 from headscope.training.tasks import generator
 from headscope.watching.recording import record
 
-__all__ = ["head_distance", "jensen_shannon"]
-
 _ROWS = 8  # queries of each text whose rows are compared
 
 

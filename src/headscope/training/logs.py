@@ -10,8 +10,6 @@ from typing import Any
 
 from headscope.errors import optional_imports
 
-__all__ = ["has_tensorboard", "tensorboard"]
-
 
 def has_tensorboard() -> bool:
     """Whether the package is installed."""

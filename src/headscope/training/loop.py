@@ -23,8 +23,6 @@ from headscope.training.signals import StopFlag, Stopped, stop_signals
 from headscope.training.tasks import IGNORED, TrainingBatch, generator
 from headscope.watching.monitoring import HeadStats, Monitor, monitor
 
-__all__ = ["HeldOut", "TrainResult", "TrainingStep", "train"]
-
 Log = Callable[[str, float, int], None]
 
 

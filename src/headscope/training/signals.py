@@ -10,8 +10,6 @@ from pathlib import Path
 from time import monotonic
 from types import FrameType
 
-__all__ = ["StopFlag", "Stopped", "stop_signals"]
-
 _SAME = 1.0  # seconds within which two signals are one Ctrl-C: from the terminal, and passed on by torchrun
 
 

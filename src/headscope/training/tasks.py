@@ -16,8 +16,6 @@ from torch import Tensor
 
 from headscope.nn.transformer import Transformer, TransformerConfig
 
-__all__ = ["IGNORED", "TASKS", "Task", "TrainingBatch", "generator", "make_task"]
-
 IGNORED = -100  # a target that does not count
 _HELD_OUT_SHARE = 8  # one in so many sequences is never trained on
 

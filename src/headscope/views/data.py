@@ -13,8 +13,6 @@ from headscope.models.tokens import Word
 from headscope.views.links import Link, TextLinks
 from headscope.views.words import label
 
-__all__ = ["effects_as_data", "links_as_data", "print_json"]
-
 VERSION = 2
 
 

@@ -19,8 +19,6 @@ from headscope.ops.matrix import AttentionMatrix
 from headscope.views.words import FEW_WORDS, Positions, all_words, column_of, default_words, label, percent, rows_of
 from headscope.watching.recording import Recording
 
-__all__ = ["Head", "Link", "TextLinks", "Unlisted", "find_links", "head_of", "split_head"]
-
 
 @dataclass(frozen=True, order=True, slots=True)
 class Head:

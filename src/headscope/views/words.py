@@ -16,20 +16,6 @@ from headscope.errors import TextError
 from headscope.models.tokens import Tokens, Word
 from headscope.ops.matrix import AttentionMatrix
 
-__all__ = [
-    "FEW_WORDS",
-    "Positions",
-    "all_words",
-    "column_of",
-    "default_words",
-    "label",
-    "percent",
-    "rows_of",
-    "shown_name",
-    "start_token",
-    "word_map",
-]
-
 FEW_WORDS = 400  # up to here the map of all words by all words is made, one layer at a time
 
 

@@ -23,8 +23,6 @@ from headscope.ops.scores import Scores, make_scores
 from headscope.watching.hooks import OTHER_THREADS, AttentionCall, Forward, Threads, watch, with_output
 from headscope.watching.recording import Layers, Position, Recording, Tracker, layers_of
 
-__all__ = ["Ablate", "Edit", "Freeze", "KnockOut", "Patch", "ablate", "edit", "freeze", "knock_out", "patch"]
-
 
 @dataclass(frozen=True)
 class Edit:

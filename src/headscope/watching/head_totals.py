@@ -13,8 +13,6 @@ from headscope.ops.reductions.reduction import Shape
 from headscope.ops.scores import Scores
 from headscope.watching.hooks import AttentionCall
 
-__all__ = ["SiteTotals", "totals_of"]
-
 _DEAD = 1e-3  # of the layer's median head
 _HIDDEN = -1e4  # a number in an additive mask that hides, also in half precision and in old BERTs
 _CELLS = 1 << 22  # cells of a mask that may exist at once

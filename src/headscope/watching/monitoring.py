@@ -17,8 +17,6 @@ from headscope.errors import HeadscopeError, NothingSeen
 from headscope.watching.head_totals import SiteTotals, totals_of
 from headscope.watching.hooks import OTHER_THREADS, AttentionCall, Forward, Threads, Watch, unwatched, watch
 
-__all__ = ["HeadStats", "HeadWarning", "Monitor", "monitor"]
-
 Log = Callable[[str, float, int], object]  # name, value, step
 Warn = Callable[[str], object]
 

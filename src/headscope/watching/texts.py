@@ -14,8 +14,6 @@ from headscope.models.tokens import Tokens
 from headscope.watching.hooks import AttentionCall
 from headscope.watching.recording import Recording, record
 
-__all__ = ["record_batch", "record_text"]
-
 
 def record_batch(
     loaded: Loaded,

@@ -20,8 +20,6 @@ from headscope.heads.relations.counts import RelationCounts
 from headscope.heads.relations.score import RelationScore, scores
 from headscope.heads.roles import Evidence, find_roles, missing_evidence
 
-__all__ = ["HeadAtlas"]
-
 _SAME_PLAN = {"length": "lengths of pieces", "period": "periods of repeats", "worth_tokens": "lengths of worth texts"}
 
 

@@ -23,8 +23,6 @@ from headscope.files import whole_file
 if TYPE_CHECKING:
     from pyarrow import Table as Table
 
-__all__ = ["FORMAT", "check_format", "read", "table", "write"]
-
 FORMAT = 4  # of the file and of its shards
 _INFO, _STATE = b"headscope.atlas", b"headscope.sums"
 _LEVEL = 6  # of compression

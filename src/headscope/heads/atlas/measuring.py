@@ -23,8 +23,6 @@ from headscope.ops.masks.codec import encode
 from headscope.watching.hooks import AttentionCall
 from headscope.watching.texts import record_batch
 
-__all__ = ["Measurements", "columns_of", "measure", "output_weight"]
-
 _PROJECTIONS = (
     "o_proj",
     "out_proj",

@@ -32,8 +32,6 @@ from headscope.heads.relations.collections import collections_of, notes_on, read
 from headscope.models.loading import Loaded, reader
 from headscope.watching.texts import record_batch
 
-__all__ = ["Plan", "head_counts", "profile", "weights_hash"]
-
 _DOCUMENTS, _EXAMPLES = 4, 200  # texts and sentences in a shard
 _TOKENS = 1 << 16  # tokens of a shard's texts that wait to be measured together
 

@@ -30,8 +30,6 @@ from headscope.heads.atlas.worth import Worth
 from headscope.heads.corpus import Document
 from headscope.heads.relations.counts import RelationCounts
 
-__all__ = ["OnProgress", "Shard", "ShardFolder"]
-
 OnProgress = Callable[[int, int, str], None]
 """Called after each shard with how many are done, of how many, and what kind it was."""
 

@@ -10,8 +10,6 @@ from headscope.heads.atlas.measuring import Measurements
 from headscope.heads.atlas.worth import Worth
 from headscope.heads.relations.counts import RelationCounts
 
-__all__ = ["pack", "unpack", "with_prefix"]
-
 
 def pack(
     measurements: Measurements, relations: RelationCounts, worth: Worth

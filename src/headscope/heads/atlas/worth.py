@@ -10,8 +10,6 @@ from torch import Tensor
 
 from headscope.heads.statistics import cluster_bootstrap
 
-__all__ = ["Worth"]
-
 
 @dataclass(eq=False)
 class Worth:

@@ -15,8 +15,6 @@ from headscope.heads.effects.metrics import Metric, distance_from, forward_optio
 from headscope.heads.effects.table import HeadEffects
 from headscope.watching.hooks import AttentionCall
 
-__all__ = ["head_effects"]
-
 
 @dataclass(frozen=True, eq=False)
 class _Request:

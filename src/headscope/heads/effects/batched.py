@@ -19,8 +19,6 @@ from headscope.errors import EditError, HeadscopeError, is_out_of_memory
 from headscope.heads.effects.metrics import forward_options, run_model
 from headscope.watching.hooks import AttentionCall, Forward, unwatched, watch, with_output
 
-__all__ = ["BatchedForwards", "Change", "ChangedRow", "CleanForward", "SiteShape", "clean_forward"]
-
 Change = Callable[[AttentionCall, int], Tensor]
 """A call and the number of its site → the new outputs of changed heads, [B, H, L, Dv]."""
 

@@ -13,8 +13,6 @@ from headscope.watching.edits import Edit, edit
 from headscope.watching.hooks import AttentionCall, with_output
 from headscope.watching.recording import Position
 
-__all__ = ["gate_gradients"]
-
 
 @dataclass(frozen=True)
 class _Gates(Edit):

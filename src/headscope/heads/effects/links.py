@@ -15,8 +15,6 @@ from headscope.watching.edits import KnockOut, edit, knock_out
 from headscope.watching.hooks import AttentionCall
 from headscope.watching.recording import Layers, Position
 
-__all__ = ["LinkEffect", "LinkEffects", "TokenChange", "link_effect", "link_effects"]
-
 Positions = int | Iterable[int]
 
 

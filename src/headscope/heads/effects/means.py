@@ -11,8 +11,6 @@ from headscope.errors import EditError
 from headscope.heads.effects.metrics import forward_options, run_model
 from headscope.watching.hooks import AttentionCall, Forward, unwatched, watch
 
-__all__ = ["head_means", "head_sums", "output_sum"]
-
 Batches = Iterable[Tensor | Mapping[str, Tensor]]
 
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from headscope.errors import EditError
 
-__all__ = ["Metric", "distance_from", "forward_options", "next_token_loss", "run_model", "score_rows"]
-
 Metric = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(logits [B, T, V], or last hidden states [B, T, E]; input_ids [B, T]; attention_mask [B, T]) → [B]."""
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from headscope.heads.statistics import cluster_bootstrap
 
-__all__ = ["HeadEffects", "agreement"]
-
 
 @dataclass(frozen=True, eq=False)
 class HeadEffects:

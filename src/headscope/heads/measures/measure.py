@@ -21,8 +21,6 @@ from headscope.ops.masks import Mask
 from headscope.ops.matrix import AttentionMatrix
 from headscope.ops.reductions import Reduction, TransposedProduct
 
-__all__ = ["AttentionBatch", "Column", "Measure", "Ratio", "Visibility", "take"]
-
 Value = TypeVar("Value")
 
 

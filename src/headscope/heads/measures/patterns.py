@@ -11,8 +11,6 @@ from headscope.heads.measures.products import Distance, Product
 from headscope.heads.measures.strongest import Strongest
 from headscope.ops.reductions import Entropy, Reduction, TransposedProduct
 
-__all__ = ["RADIUS", "REPEATED", "standard"]
-
 REPEATED = ("induction", "duplicate")  # columns measured on repeated random tokens
 RADIUS = 8  # offsets go from −8 to +8
 _CLARK, _VOITA, _VIG, _GU = "arXiv 1906.04341", "arXiv 1905.09418", "arXiv 1906.04284", "arXiv 2410.10781"

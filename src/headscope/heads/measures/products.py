@@ -12,8 +12,6 @@ from torch import Tensor
 from headscope.ops.reductions import Block, Reduction
 from headscope.ops.reductions.reduction import Shape
 
-__all__ = ["Distance", "Product", "ProductReduction", "SharedProduct"]
-
 _FEW = 64  # neighbouring keys: columns that are 0 elsewhere have a product of their own
 _AHEAD = 1 << 12  # keys whose columns are computed at once
 

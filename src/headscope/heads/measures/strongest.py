@@ -17,8 +17,6 @@ from headscope.ops.reductions import Block, Max, Reduction
 from headscope.ops.reductions.reduction import Shape
 from headscope.ops.scores import LOWEST
 
-__all__ = ["MaxAmong", "Strongest", "StrongestKeys"]
-
 Rows = tuple[slice, slice, slice]
 _SMALL = -87.0  # log-weights below this count as weight 0
 _NONE, _SOME, _ALL = range(3)  # of the texts in a batch

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from headscope.heads.measures import Ratio
 
-__all__ = ["REPLICATES", "MeasureSums", "document_weights", "weights_of"]
-
 REPLICATES = 100
 
 

@@ -12,8 +12,6 @@ from headscope.heads.relations.sentences import Example
 from headscope.heads.statistics import fewest_clusters
 from headscope.models.loading import Loaded
 
-__all__ = ["collections_of", "notes_on", "readable"]
-
 
 def readable(loaded: Loaded, examples: dict[str, list[Example]]) -> tuple[dict[str, list[Example]], list[str]]:
     """The collections in languages that the model reads, and why not the others, or what is doubtful."""

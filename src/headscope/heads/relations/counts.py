@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_OFFSET", "RelationCounts", "Tally", "direction_of", "with_arrow"]
-
 MAX_OFFSET = 30  # in words; a pair that is further apart agrees with no fixed offset
 
 Key = tuple[str, str, int]

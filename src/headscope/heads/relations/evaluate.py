@@ -27,8 +27,6 @@ from headscope.ops.reductions import Pool
 from headscope.watching.hooks import AttentionCall
 from headscope.watching.texts import record_batch
 
-__all__ = ["DirectedPair", "can_read", "count_relations", "directed_pairs", "words_of_tokens"]
-
 _ROWS_AT_ONCE = 256  # query words of one text that are pooled together
 _MAX_UNKNOWN = 0.05
 _MAX_PER_CHARACTER = 1.2

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from headscope.heads.relations.sentences import Example
 
-__all__ = ["class_ids", "count_class_baseline", "count_controls", "count_hits", "strongest_words"]
-
 
 def class_ids(example: Example) -> Tensor:
     """Each word's class as a number, [W]; -1 for none."""

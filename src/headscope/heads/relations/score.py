@@ -17,8 +17,6 @@ from torch import Tensor
 from headscope.heads.relations.counts import MAX_OFFSET, RelationCounts, Tally, direction_of
 from headscope.heads.statistics import cluster_bootstrap, cluster_score_test, holm
 
-__all__ = ["LEAD", "LEVEL", "RelationScore", "scores"]
-
 LEVEL = 0.05  # of a role, on either half
 LEAD = 0.1  # how far a role's accuracy is above each null at least
 _MAX_BASELINE = 0.5  # a baseline above it says that the sentences hardly vary

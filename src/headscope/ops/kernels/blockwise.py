@@ -28,8 +28,6 @@ from headscope.ops.kernels.tiles import (
 from headscope.ops.reductions import Block, Reduction
 from headscope.ops.scores import LOWEST, Normalizer, Scores
 
-__all__ = ["stream"]
-
 _UNCENTERED = 1e13  # a row's sum of exp(s) below it and above 1 ÷ it is as exact as a centred one
 _RECENTER = 40.0  # nats by which a row's largest score may exceed the number that its blocks are centred on
 _MAX_HIDDEN = 80.0  # nats above its row's log-sum-exp that a hidden score may have without overflow of its exp

@@ -7,8 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["FEW_ROWS", "is_emulated", "multiplies"]
-
 FEW_ROWS = 8  # below, conversion to float32 costs more than it saves
 
 

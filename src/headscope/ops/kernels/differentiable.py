@@ -16,8 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from headscope.ops.positions import Alibi
 from headscope.ops.scores import LOWEST, Scores
 
-__all__ = ["by_rows"]
-
 _AUTOGRAD = 1 << 21  # scores in one group of rows: several copies are alive at once
 
 

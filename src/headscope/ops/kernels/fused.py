@@ -23,18 +23,6 @@ from headscope.ops.kernels.cpu import FEW_ROWS, is_emulated
 from headscope.ops.kernels.differentiable import by_rows
 from headscope.ops.scores import Scores
 
-__all__ = [
-    "LogsumexpCapture",
-    "capture_logsumexp",
-    "fused_product",
-    "fused_product_with_logsumexp",
-    "is_fused",
-    "observers",
-    "product",
-    "product_by_rows",
-    "weighted_values",
-]
-
 _MASK_BLOCK = 1 << 22  # cells of a mask in memory at once
 _ROWS = 256  # queries in a block with a mask of its own
 _AUTOGRAD = 1 << 24  # cells of masks that autograd may keep; above, the backward pass computes blocks again

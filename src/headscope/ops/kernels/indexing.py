@@ -14,8 +14,6 @@ from headscope.ops.kernels.blockwise import stream
 from headscope.ops.positions import Alibi
 from headscope.ops.scores import Normalizer, Scores
 
-__all__ = ["PartReader"]
-
 _POINTS = 1 << 16  # scattered cells computed at once
 _CELLS = 1 << 22  # cells of a block computed at once
 _CACHED = 1 << 18  # cells of a part up to which it is kept, for when it is read again

@@ -16,19 +16,6 @@ from torch import Tensor
 
 from headscope.ops.scores import LOWEST, Scores
 
-__all__ = [
-    "Buffers",
-    "MaskedColumns",
-    "Tile",
-    "block_size",
-    "buffers_for",
-    "cut_tiles",
-    "exp",
-    "hide",
-    "make_finite",
-    "raw_blocks",
-]
-
 _BLOCK = 3 << 19  # scores in one block: small enough for the cache, large enough for the overhead of each block
 _SMALL_BLOCK = 3 << 17  # the same for at most one reduction: there is less overhead per block
 _ROWS = 768  # rows in one matrix product: more are no faster, and cross the diagonal of a causal mask further

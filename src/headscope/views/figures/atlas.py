@@ -16,8 +16,6 @@ from headscope.heads.atlas.atlas import HeadAtlas
 from headscope.heads.relations.counts import with_arrow
 from headscope.views.figures.maps import check_extension
 
-__all__ = ["draw"]
-
 _GREY, _BLUE, _ORANGE = "#d0d0d0", "#08519c", "#d95f02"
 
 

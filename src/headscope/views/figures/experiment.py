@@ -12,8 +12,6 @@ from matplotlib.figure import Figure
 from headscope.files import whole_file
 from headscope.training.head_counts import ExperimentReport, SeedMean
 
-__all__ = ["draw_report"]
-
 _DOT, _MEAN = "#9ecae1", "#08519c"
 
 

@@ -24,8 +24,6 @@ from headscope.views.links import Head
 from headscope.views.words import FEW_WORDS, percent, shown_name, word_map
 from headscope.watching.recording import Recording
 
-__all__ = ["EXTENSIONS", "Drawn", "check_extension", "head_map", "thumbnails"]
-
 EXTENSIONS = (".png", ".svg", ".pdf")
 _BINS = 64  # a thumbnail has at most so many rows and columns
 _INCH = 0.62  # a thumbnail with its gap

@@ -14,17 +14,6 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-__all__ = [
-    "Stages",
-    "console_for",
-    "print_error",
-    "print_line",
-    "print_renderable",
-    "print_stages",
-    "running",
-    "width",
-]
-
 _WIDEST = 110
 
 

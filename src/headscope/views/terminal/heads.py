@@ -18,8 +18,6 @@ from headscope.heads.roles import ROLES, Evidence
 from headscope.views.terminal.console import print_line, print_renderable, width
 from headscope.views.words import percent
 
-__all__ = ["print_atlas", "print_examples", "print_head", "print_pairs"]
-
 _TITLES = {"ablation_zero": "without it", "ablation_mean": "its mean", "gradient": "gradient"}
 _MOST, _MOST_WORTH = 3, 8  # heads shown for a role, and by worth, unless all are wanted
 _EVIDENCE = ("head", "picked", "score, 95 %", "null", "p", "examples")

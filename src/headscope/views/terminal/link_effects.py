@@ -10,8 +10,6 @@ from headscope.heads.effects import LinkEffects
 from headscope.views.terminal.console import print_renderable
 from headscope.views.words import percent
 
-__all__ = ["print_link_effects"]
-
 
 def print_link_effects(
     effects: LinkEffects, pieces: dict[int, str], *, model: str, start: str, source: str, target: str, top: int

@@ -15,8 +15,6 @@ from headscope.views.links import Link, TextLinks, Unlisted
 from headscope.views.terminal.console import console_for
 from headscope.views.words import label, percent, shown_name, start_token
 
-__all__ = ["print_links"]
-
 
 def print_links(
     view: TextLinks, *, model: str, causal: bool, command: Callable[[str], str] = "headscope see {}".format

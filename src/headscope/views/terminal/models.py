@@ -11,8 +11,6 @@ from rich.text import Text
 from headscope.models.loading import ModelEntry
 from headscope.views.terminal.console import console_for
 
-__all__ = ["print_models"]
-
 
 def print_models(entries: Sequence[ModelEntry]) -> None:
     """The models that can be pulled, and which of them are here."""

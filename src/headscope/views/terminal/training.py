@@ -14,8 +14,6 @@ from headscope.views.terminal.console import console_for
 from headscope.views.words import percent
 from headscope.watching.monitoring import HeadStats
 
-__all__ = ["print_head_stats"]
-
 
 def print_head_stats(stats: HeadStats) -> None:
     """The heads of a model in training at the last measurement: a row per layer, a column per head."""

@@ -11,8 +11,6 @@ from torch import Tensor
 from headscope.ops.matrix import AttentionMatrix
 from headscope.ops.scores import Scores
 
-__all__ = ["AttentionCall", "Output"]
-
 
 @dataclass(frozen=True, eq=False)
 class Output:

@@ -21,8 +21,6 @@ from headscope.watching.hooks.reporting import autocast_operands, report, report
 from headscope.watching.hooks.sdpa import causal_from_the_top
 from headscope.watching.hooks.watches import Forward, active_watches, cached, within_call
 
-__all__ = ["install", "remove"]
-
 _ORIGINAL: dict[str, Any] = {}
 _OPERANDS = ("module", "query", "key", "value", "attention_mask")
 _PAGED = ("read_index", "block_table")  # continuous batching: texts that share rows, and pages of a cache

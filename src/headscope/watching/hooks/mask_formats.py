@@ -10,8 +10,6 @@ from torch import Tensor
 from headscope.errors import UnsupportedAttention
 from headscope.ops.masks import Mask, compact
 
-__all__ = ["combine", "read_mask"]
-
 Read = tuple[Mask | None, Tensor | None]
 
 

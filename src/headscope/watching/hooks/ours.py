@@ -10,8 +10,6 @@ from headscope.watching.hooks.reporting import report, report_call
 from headscope.watching.hooks.sdpa import direct
 from headscope.watching.hooks.watches import active_watches, running_module, within_call
 
-__all__ = ["install", "remove"]
-
 
 def install() -> None:
     """Observe the function that attention() ends in."""

@@ -14,8 +14,6 @@ from headscope.ops.kernels.fused import product_by_rows, weighted_values
 from headscope.ops.scores import Scores
 from headscope.watching.hooks.call import Output
 
-__all__ = ["TOLERANCE", "Proved", "prove"]
-
 
 @dataclass(frozen=True, eq=False)
 class Proved:

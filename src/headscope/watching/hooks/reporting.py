@@ -16,8 +16,6 @@ from headscope.watching.hooks.call import AttentionCall, Output
 from headscope.watching.hooks.proof import Proved, prove
 from headscope.watching.hooks.watches import Forward, Watch, active_watches, unwatched, within_call, without_modes
 
-__all__ = ["autocast_operands", "report", "report_call", "with_output"]
-
 
 def report(result: Any, read: Callable[[], Any]) -> Any:
     """What the model goes on with: ``read()``, which reports the call, or ``result`` where the call cannot be read.

@@ -20,8 +20,6 @@ from headscope.watching.hooks.mask_formats import Read, combine, read_mask
 from headscope.watching.hooks.reporting import autocast_operands, report, report_call
 from headscope.watching.hooks.watches import Forward, active_watches, cached, within_call
 
-__all__ = ["SdpaMode", "enter", "leave", "resumed", "suspended"]
-
 _local = threading.local()
 
 

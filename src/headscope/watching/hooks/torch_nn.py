@@ -32,8 +32,6 @@ from headscope.watching.hooks.watches import (
     within_call,
 )
 
-__all__ = ["install", "remove"]
-
 _ORIGINAL: list[tuple[Any, str, Any]] = []
 _local = threading.local()
 _SLOW = inspect.signature(F.multi_head_attention_forward)

@@ -10,8 +10,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["VirtualTokens", "inputs_of", "tuned"]
-
 
 @dataclass
 class VirtualTokens:

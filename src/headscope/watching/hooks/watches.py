@@ -18,17 +18,6 @@ from headscope.errors import EditError, UnsupportedAttention
 from headscope.watching.hooks.call import AttentionCall
 from headscope.watching.hooks.virtual_tokens import VirtualTokens, inputs_of, tuned
 
-__all__ = [
-    "Forward",
-    "Threads",
-    "Watch",
-    "active_watches",
-    "running_module",
-    "unwatched",
-    "within_call",
-    "without_modes",
-]
-
 Threads = Literal["own", "all"]
 """Whose forwards a watch sees: those of the thread that opened it, or those of every thread."""
 

@@ -11,16 +11,6 @@ from headscope.ops.masks import compact
 from headscope.ops.scores import Scores, make_scores
 from headscope.watching.hooks import AttentionCall
 
-__all__ = [
-    "Continuation",
-    "at_own_positions",
-    "continuation",
-    "first_position",
-    "overwritten",
-    "same",
-    "without_unused_slots",
-]
-
 
 @dataclass(frozen=True)
 class Continuation:

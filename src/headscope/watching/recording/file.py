@@ -24,8 +24,6 @@ from headscope.ops.positions import Alibi, alibi
 from headscope.ops.scores import make_scores
 from headscope.watching.recording.site import CallRows, Site
 
-__all__ = ["FORMAT", "VERSION", "Contents", "load", "save"]
-
 FORMAT = "headscope-recording"
 VERSION = 3
 _HEADER_LIMIT = 100 * 1024 * 1024

@@ -20,8 +20,6 @@ from headscope.watching.recording.file import Contents, load, save
 from headscope.watching.recording.run import Answer, Call, Layers, Run, layers_of
 from headscope.watching.recording.site import Site, capture
 
-__all__ = ["Recording", "record"]
-
 _KEEP = ("query", "key", "value", "output")
 _LIKE_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 

@@ -13,8 +13,6 @@ from headscope.errors import RecordingError
 from headscope.ops.matrix import AttentionMatrix
 from headscope.watching.recording.site import CallRows, Site
 
-__all__ = ["Answer", "Call", "Layers", "Run", "layers_of"]
-
 Layers = int | str | Iterable[int | str] | None
 """Attention sites by number in the order of first calls, or by module name; None: all."""
 

@@ -22,8 +22,6 @@ from headscope.watching.recording.continuation import (
     without_unused_slots,
 )
 
-__all__ = ["CallRows", "Site", "capture"]
-
 
 @dataclass(frozen=True, eq=False)
 class CallRows:

@@ -17,8 +17,6 @@ from headscope.watching.recording.continuation import (
     without_unused_slots,
 )
 
-__all__ = ["Position", "Tracker"]
-
 
 @dataclass(frozen=True)
 class Position:

@@ -19,8 +19,6 @@ from typing import NamedTuple
 
 from headscope.heads.relations.sentences.pairs import Example, Pair
 
-__all__ = ["Filled", "Frame", "combine", "either_way", "fill", "fill_all", "place"]
-
 _SLOT = re.compile(r"\{([a-z_]+)(\d*)\}")
 _CLOSING = frozenset(",.;:!?")  # no space before these
 _COMMAS, _MARKS = (",", "，"), (",", ".", "，", "。")

@@ -21,8 +21,6 @@ from typing import Any
 from headscope.heads.relations.sentences.frames import Frame, combine, either_way, fill_all, place
 from headscope.heads.relations.sentences.pairs import Example, Relation
 
-__all__ = ["Language", "chinese_sentences", "constructed_relations", "english_sentences", "load_language"]
-
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Language:

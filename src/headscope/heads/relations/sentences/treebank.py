@@ -19,8 +19,6 @@ from typing import Any, BinaryIO
 from headscope.errors import TreebankError, optional_imports
 from headscope.heads.relations.sentences.pairs import Example, Pair
 
-__all__ = ["read_conllu"]
-
 _ID = re.compile(r"[1-9]\d*(?:-[1-9]\d*)?|\d+\.[1-9]\d*")
 _COLUMNS = 10
 _BLOCK = 10  # sentences in a cluster, where the file names no documents
