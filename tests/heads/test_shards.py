@@ -107,19 +107,19 @@ def test_two_processes_killed_and_started_again_give_the_atlas_of_one(
     shards, outs = tmp_path / "shards", [tmp_path / "0.parquet", tmp_path / "1.parquet"]
     pids = [start(tiny_decoder, shards, process, outs[process], pauses=process in killed) for process in (0, 1)]
     deadline = time.monotonic() + 60
-    while len(list(shards.glob("*.safetensors"))) < 3 and time.monotonic() < deadline:
+    while len(list(shards.glob("[!.]*.safetensors"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     for pid in pids:  # the one that did not pause waits for the other's shards
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    stored = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.safetensors")}
+    stored = {path.name: path.stat().st_mtime_ns for path in shards.glob("[!.]*.safetensors")}
     assert 3 <= len(stored) < 7
     assert not any(out.exists() for out in outs)
     for pid in [start(tiny_decoder, shards, process, outs[process]) for process in (0, 1)]:
         os.waitpid(pid, 0)
     for out in outs:
         assert_same_atlas(HeadAtlas.load(out), tiny_atlas)
-    times = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.safetensors")}
+    times = {path.name: path.stat().st_mtime_ns for path in shards.glob("[!.]*.safetensors")}
     assert len(times) == 7
     assert {name: times[name] for name in stored} == stored  # none was computed twice
 
@@ -137,11 +137,11 @@ def test_torchrun_with_a_killed_worker_started_again_gives_the_atlas_of_one(tmp_
     launcher = subprocess.Popen(args, env=threads, stdout=quiet, stderr=quiet, start_new_session=True)
     shards = tmp_path / "shared.parquet.shards"
     deadline = time.monotonic() + 120
-    while len(list(shards.glob("*.safetensors"))) < 2 and time.monotonic() < deadline:
+    while len(list(shards.glob("[!.]*.safetensors"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     kill_one_worker(launcher.pid)
     launcher.wait(timeout=60)
-    assert list(shards.glob("*.safetensors"))
+    assert list(shards.glob("[!.]*.safetensors"))
     assert not shared.exists()
     again = run_command(args)
     assert again.returncode == 0, again.stderr

@@ -69,8 +69,8 @@ def test_damaged_checkpoint_is_never_loaded(tmp_path: Path) -> None:
         assert checkpoint.latest(tmp_path, notes.append) is None
         assert len(notes) == 1
     save_file({"a": torch.ones(3)}, path)
-    assert checkpoint.latest(tmp_path, notes.append) is None
-    assert "its format is 'None', not 'headscope-checkpoint'" in notes[-1]
+    with pytest.raises(HeadscopeError, match="its format is 'None', not 'headscope-checkpoint'"):
+        checkpoint.latest(tmp_path)
 
 
 def test_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:

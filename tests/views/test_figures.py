@@ -103,6 +103,6 @@ def test_thumbnails_leave_the_old_file_when_they_fail(
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     with pytest.raises(HeadscopeError, match=r"Cannot write .*heads\.png: No space left on device"):
-        figures.thumbnails(*run, path)
+        figures.thumbnails(*run, path, force=True)
     assert path.read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 1

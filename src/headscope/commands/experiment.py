@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from headscope.commands.outputs import Force
 from headscope.errors import MissingExtra
+from headscope.files import kind_by_start, output_path
 from headscope.training import Stopped, head_counts
 from headscope.views.terminal import console as terminal
 
@@ -43,13 +45,16 @@ def _start() -> None:  # so that the experiment's name is a word of its own whil
 
 
 @experiment.command(name="one-or-many", help=_ONE_OR_MANY)
-def one_or_many(quick: Quick = False, out: ExperimentOut = None) -> None:
+def one_or_many(quick: Quick = False, out: ExperimentOut = None, force: Force = False) -> None:
     """Do several heads beat one? The help text is above."""
     folder = out or Path("out") / ("one-or-many-quick" if quick else "one-or-many")
+    chart = folder / "one-or-many.png"
+    if chart.exists():
+        output_path(chart, kind_by_start("a .png figure", b"\x89PNG"), force=force)
     with terminal.running("one or many") as on_progress:
         try:
             plan = head_counts.QUICK if quick else head_counts.FULL
-            report = head_counts.compare_head_counts(folder, plan, on_progress=on_progress)
+            report = head_counts.compare_head_counts(folder, plan, force=force, on_progress=on_progress)
         except Stopped:
             terminal.print_line(
                 f"Stopped. Finished runs are in {folder / 'runs'}; the same command goes on.", error=True
@@ -62,6 +67,6 @@ def one_or_many(quick: Quick = False, out: ExperimentOut = None) -> None:
     except MissingExtra as missing:
         terminal.print_line(str(missing), error=True)
     else:
-        charts.draw_report(report, folder / "one-or-many.png")
-        written.append("one-or-many.png")
+        charts.draw_report(report, chart, force=force)
+        written.append(chart.name)
     terminal.print_line(f"In {folder}: {', '.join(written)}")

@@ -19,11 +19,12 @@ from typer.core import TyperCommand
 
 from headscope import models
 from headscope.commands.models import DEFAULT_MODEL, pull_default
+from headscope.commands.outputs import Force, Output, check_outputs
 from headscope.commands.pipe import read_pipe
 from headscope.distributed import processes, rank
 from headscope.errors import AtlasError, HeadscopeError, MissingExtra, TextError, TreebankError
-from headscope.files import check_writable
 from headscope.heads import corpus
+from headscope.heads.atlas import file as atlas_file
 from headscope.heads.atlas.atlas import HeadAtlas
 from headscope.heads.atlas.measuring import columns_of
 from headscope.heads.atlas.profiler import Plan, head_counts, profile, weights_hash
@@ -130,9 +131,12 @@ def heads(
     pieces: Pieces = 1,
     all_heads: All = False,
     again: Again = False,
+    force: Force = False,
 ) -> None:
     """Profile every head of a model; the help text is above."""
-    _check(out, atlas, head, figure, by, worth)
+    _check(atlas, head, figure, by, worth)
+    inputs = [atlas, *(text or []), *(treebank or []), Path(model)]
+    check_outputs(_outputs(out, figure), inputs, force=force)
     measuring = {"--text": text, "--treebank": treebank, "--out": out, "--again": again, "--no-worth": not worth}
     measuring |= {"--length": length != Plan.length, "--pieces": pieces != Plan.pieces}
     documents: Sequence[corpus.Document] = ()
@@ -141,7 +145,7 @@ def heads(
     if profiled is None:
         pull_default(model)
         plan = Plan(length=length, pieces=pieces, worth=Plan.worth if worth else 0)
-        profiled, documents = _measure(_Options(model, text or [], treebank or [], out, head, by), plan)
+        profiled, documents = _measure(_Options(model, text or [], treebank or [], out, head, by, force), plan)
     if rank():
         return
     if head is not None:
@@ -152,7 +156,7 @@ def heads(
     if figure is not None:
         from headscope.views.figures import atlas as atlas_figures
 
-        atlas_figures.draw(profiled, figure, by=by)
+        atlas_figures.draw(profiled, figure, by=by, force=force)
         terminal.print_line(f"Figure: {figure}")
 
 
@@ -166,6 +170,7 @@ class _Options:
     out: Path | None
     head: str | None
     by: str
+    force: bool
 
 
 def _command_for(model: str, atlas: Path | None) -> str:
@@ -174,23 +179,26 @@ def _command_for(model: str, atlas: Path | None) -> str:
     return f"headscope heads{model_option}" + ("" if atlas is None else f" --atlas {quote(str(atlas))}")
 
 
-def _check(out: Path | None, atlas: Path | None, head: str | None, figure: Path | None, by: str, worth: bool) -> None:
+def _check(atlas: Path | None, head: str | None, figure: Path | None, by: str, worth: bool) -> None:
     """Raise an error before anything is measured if the options cannot be met."""
     if head is not None:
         split_head(head)
     if figure is None and by != _BY:
         raise AtlasError(f"--by {by} chooses what a figure shows: give --figure FILE, too.")
     if figure is not None:
-        from headscope.views.figures import maps as figures
-
-        figures.check_extension(figure)
         if atlas is None and not by.startswith("relation:") and by not in (columns := _drawable()):
             raise AtlasError(f"There is no measure {by!r} to draw. There are: {', '.join(columns)}, relation:NAME.")
         if not worth and by in _WORTH:
             raise AtlasError(f"--by {by} draws what heads are worth, and --no-worth does not measure it.")
-    for path in (out, figure):
-        if path is not None:
-            check_writable(path)
+
+
+def _outputs(out: Path | None, figure: Path | None) -> list[Output]:
+    outputs = [Output("--out", out, atlas_file.KIND)]
+    if figure is not None:
+        from headscope.views.figures.file import figure_kind
+
+        outputs.append(Output("--figure", figure, figure_kind(figure)))
+    return outputs
 
 
 def _drawable() -> tuple[str, ...]:
@@ -277,7 +285,7 @@ def _measure(options: _Options, plan: Plan) -> tuple[HeadAtlas, Sequence[corpus.
         atlas = profile(loaded, texts=documents, relations=examples, plan=plan, shards=shards, on_progress=on_progress)
     if out is not None and shards is not None:
         if rank() == 0:
-            HeadAtlas.load(atlas.save(out))  # the shards go only if the file can be read
+            HeadAtlas.load(atlas.save(out, force=options.force))  # the shards go only if the file can be read
             _remove(shards)
             terminal.print_line(f"Atlas: {out}")
         else:

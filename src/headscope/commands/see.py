@@ -13,9 +13,9 @@ import typer
 
 from headscope import models
 from headscope.commands.models import DEFAULT_MODEL, pull_default
+from headscope.commands.outputs import Force, Output, check_outputs
 from headscope.commands.pipe import text_of
 from headscope.commands.words import StartToken, load_with_words
-from headscope.files import check_writable
 from headscope.models.tokens import Tokens
 from headscope.views.data import links_as_data, print_json
 from headscope.views.links import TextLinks, find_links, head_of
@@ -23,6 +23,7 @@ from headscope.views.terminal import console as terminal
 from headscope.views.terminal.links import print_links
 from headscope.views.words import label
 from headscope.watching.recording import Recording
+from headscope.watching.recording import file as recording_file
 from headscope.watching.texts import record_text
 
 DEFAULT_TEXT = "The animal didn't cross the street because it was too tired."
@@ -94,14 +95,15 @@ def see(
     file: File = None,
     save: Save = None,
     start_token: StartToken = "auto",
+    force: Force = False,
     verbose: Verbose = False,
 ) -> None:
     """Show which words look at which; the help text is above."""
     if text is not None and file is not None:
         raise typer.BadParameter("give a text or --file, not both.")
     stages = terminal.Stages(shown=not as_json)
+    check_outputs(_outputs(figure, save), [file, Path(model)], force=force)
     argument, text = text, text_of(text, file, DEFAULT_TEXT)
-    _check_outputs(figure, save)
     pull_default(model, stages)
     with stages.stage("loading the model"):
         wanted = [*(from_ or []), *([] if to is None else [to])]
@@ -129,7 +131,7 @@ def see(
         print_links(
             view, model=loaded.name, causal=loaded.causal, command=_command_for(argument, file, model, start_token)
         )
-    _write(recording, tokens, view, loaded.name, figure, save, stages, quiet=as_json)
+    _write(recording, tokens, view, loaded.name, figure, save, stages, force=force, quiet=as_json)
     if verbose:
         terminal.print_stages(stages, _facts(loaded, tokens))
 
@@ -146,15 +148,13 @@ def _command_for(text: str | None, file: Path | None, model: str, start_token: s
     return lambda options: f"headscope see{model_option} {options} {dashes}{quote(text)}"
 
 
-def _check_outputs(figure: Path | None, save: Path | None) -> None:
-    """Raise an error before the work is done if a file cannot be written."""
+def _outputs(figure: Path | None, save: Path | None) -> list[Output]:
+    outputs = [Output("--save", save, recording_file.KIND)]
     if figure is not None:
-        from headscope.views.figures import maps as figures
+        from headscope.views.figures.file import figure_kind
 
-        figures.check_extension(figure)
-    for path in (figure, save):
-        if path is not None:
-            check_writable(path)
+        outputs.append(Output("--figure", figure, figure_kind(figure)))
+    return outputs
 
 
 def _write(
@@ -166,6 +166,7 @@ def _write(
     save: Path | None,
     stages: terminal.Stages,
     *,
+    force: bool,
     quiet: bool,
 ) -> None:
     """Write the figure and the recording; print their paths, on the error stream if the output is JSON."""
@@ -174,9 +175,9 @@ def _write(
 
         with stages.stage("drawing") as on_progress:
             if view.head is None:
-                drawn = figures.thumbnails(recording, tokens, figure, model=model, on_progress=on_progress)
+                drawn = figures.thumbnails(recording, tokens, figure, model=model, force=force, on_progress=on_progress)
             else:
-                drawn = figures.head_map(recording, tokens, view.head, figure, model=model)
+                drawn = figures.head_map(recording, tokens, view.head, figure, model=model, force=force)
         terminal.print_line(f"Figure: {figure}", error=quiet)
         if drawn.missing:
             terminal.print_line(
@@ -186,7 +187,7 @@ def _write(
             )
     if save is not None:
         with stages.stage("saving"):
-            recording.save(save)
+            recording.save(save, force=force)
         terminal.print_line(f"Recording: {save}", error=quiet)
 
 

@@ -83,7 +83,7 @@ def latest(folder: Path, on_note: Callable[[str], None] | None = None) -> Checkp
         on_note: Called with a message for each file that is skipped.
 
     Raises:
-        HeadscopeError: A checkpoint of another version of the format.
+        HeadscopeError: A checkpoint of another version of the format, or a file of another program.
     """
     for path in _checkpoint_paths(folder):
         try:
@@ -107,7 +107,10 @@ def _load(path: Path) -> Checkpoint:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise _NotWhole(f"its format is {str(metadata.get('format'))[:40]!r}, not {FORMAT!r}")
+                raise HeadscopeError(
+                    f"{path} is a file of another program, in the place of a checkpoint: its format is "
+                    f"{str(metadata.get('format'))[:40]!r}, not {FORMAT!r}. Choose another folder."
+                )
             if metadata.get("version") != str(VERSION):
                 raise HeadscopeError(
                     f"{path} is a checkpoint of version {metadata.get('version', '')[:20]!r}, this Headscope reads "

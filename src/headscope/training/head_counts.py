@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from headscope.errors import HeadscopeError
-from headscope.files import whole_file
+from headscope.files import kind_by_start, output_path, whole_file
 from headscope.training import TrainConfig, TrainingStep, make_task, train
 from headscope.training.head_distances import head_distance
 
@@ -194,6 +194,7 @@ def compare_head_counts(
     folder: str | Path,
     plan: ExperimentPlan = FULL,
     *,
+    force: bool = False,
     on_progress: Callable[[int, int, str], None] | None = None,
     on_outcome: Callable[[RunOutcome], None] | None = None,
 ) -> ExperimentReport:
@@ -205,6 +206,7 @@ def compare_head_counts(
     Args:
         folder: Where results go; it is created if it does not exist.
         plan: What is trained.
+        force: Whether the reports may overwrite files of another kind.
         on_progress: Called after each training step with the steps done in all runs, their total, and the run's name.
         on_outcome: Called with the outcome of each run, including runs that were saved earlier.
 
@@ -213,6 +215,8 @@ def compare_head_counts(
     """
     folder = Path(folder)
     _write(folder / "runs", {})
+    for name, kind in REPORTS.items():
+        output_path(folder / name, kind, force=force)
     runs = plan.runs()
     total, before = sum(config.steps for config, _ in runs), 0
     outcomes = []
@@ -235,6 +239,13 @@ def compare_head_counts(
     files = {"one-or-many.md": report.markdown(), "one-or-many.json": data + "\n", "one-or-many.csv": report.csv()}
     _write(folder, files)
     return report
+
+
+REPORTS = {  # the files of a report, each known by its start
+    "one-or-many.md": kind_by_start("such a report", b"# One head or many\n"),
+    "one-or-many.json": kind_by_start("such a report", b'{\n "rows": ['),
+    "one-or-many.csv": kind_by_start("such a report", ",".join(RunOutcome.__dataclass_fields__).encode()),
+}
 
 
 def _run(folder: Path, config: TrainConfig, heads: int, on_progress: Callable[[TrainingStep], None]) -> RunOutcome:
@@ -318,7 +329,7 @@ def _write(folder: Path, files: dict[str, str]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            with whole_file(folder / name) as scratch:
+            with whole_file(folder / name) as scratch:  # reports were checked before the work
                 scratch.write_text(text, "utf-8")
     except OSError as error:
         raise HeadscopeError(f"Cannot write into {folder}: {error.strerror or error}.") from error

@@ -121,14 +121,14 @@ class HeadAtlas:
         """The same for any reader of Arrow: ``polars.DataFrame(atlas)``, ``pandas.DataFrame.from_arrow(atlas)``."""
         return self.to_table().__arrow_c_stream__(requested_schema)
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Write a Parquet file, whole or not at all; docs/atlas.md says what lies in it.
 
         Raises:
-            HeadscopeError: It cannot be written.
+            HeadscopeError: It cannot be written, or a file that is no atlas is there and ``force`` is False.
         """
         path = Path(path)
-        atlas_file.write(path, self.to_table(), *self.to_state())
+        atlas_file.write(path, self.to_table(), *self.to_state(), force=force)
         return path
 
     @classmethod

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from headscope.errors import AtlasError, optional_imports
-from headscope.files import whole_file
+from headscope.files import FileKind, whole_file
 
 if TYPE_CHECKING:
     from pyarrow import Table as Table
@@ -28,7 +29,27 @@ _INFO, _STATE = b"headscope.atlas", b"headscope.sums"
 _LEVEL = 6  # of compression
 _MAX_SUMS = 1 << 32  # bytes of sums, before compression
 _MAX_TEXT = (1 << 31) - 1  # bytes of one entry in Parquet's metadata
+_FOOTER = 8  # bytes at the end of a Parquet file: the length of its metadata, and "PAR1"
 _LIMITS = {"thrift_string_size_limit": _MAX_TEXT, "thrift_container_size_limit": _MAX_TEXT}  # pyarrow's are 100 MB
+
+
+def _is_atlas(path: Path) -> bool:
+    """Whether a file is Parquet with an atlas' metadata."""
+    try:
+        with path.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - _FOOTER))
+            footer = file.read()
+            size = int.from_bytes(footer[:4], "little")
+            if footer[4:] != b"PAR1" or size + _FOOTER > end:
+                return False
+            file.seek(end - _FOOTER - size)
+            return _INFO in file.read(size)
+    except OSError:
+        return False
+
+
+KIND = FileKind("an atlas of heads", _is_atlas)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -42,7 +63,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return pyarrow.table(columns, names=names)
 
 
-def write(path: Path, shown: Table, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+def write(path: Path, shown: Table, tensors: dict[str, Tensor], data: dict[str, Any], *, force: bool = False) -> None:
     """Write the Parquet file, whole or not at all.
 
     Parquet's metadata is text, hence base64. The Arrow schema is not stored: it would contain all metadata again.
@@ -63,7 +84,7 @@ def write(path: Path, shown: Table, tensors: dict[str, Tensor], data: dict[str, 
         )
     metadata = {_INFO: json.dumps(data, ensure_ascii=False).encode(), _STATE: packed}
     with (
-        whole_file(path) as scratch,
+        whole_file(path, KIND, force=force) as scratch,
         parquet.ParquetWriter(scratch, shown.schema, compression="zstd", store_schema=False) as writer,
     ):
         writer.write_table(shown)

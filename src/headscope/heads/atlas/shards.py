@@ -22,6 +22,7 @@ from torch import Tensor
 
 from headscope.distributed import processes, rank
 from headscope.errors import AtlasError
+from headscope.files import whole_file
 from headscope.heads import corpus
 from headscope.heads.atlas.file import FORMAT, check_format
 from headscope.heads.atlas.measuring import Measurements
@@ -164,14 +165,8 @@ class ShardFolder:
 
     def _save(self, name: str, shard: Shard) -> None:
         tensors, data = shard.to_state()
-        scratch = self._path(name).with_suffix(f".{self.rank}-{os.getpid()}.tmp")
-        try:
+        with whole_file(self._path(name), error=AtlasError) as scratch:
             save_file(tensors, scratch, metadata={"headscope": json.dumps(data)})
-            os.replace(scratch, self._path(name))
-        except (OSError, safetensors.SafetensorError) as error:
-            scratch.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or error
-            raise AtlasError(f"Cannot write {self._path(name)}: {reason}. Finished shards stay.") from None
 
     def _load(self, name: str) -> Shard | None:
         path = self._path(name)

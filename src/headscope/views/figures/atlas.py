@@ -7,19 +7,17 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from headscope.errors import AtlasError
-from headscope.files import whole_file
 from headscope.heads.atlas.atlas import HeadAtlas
 from headscope.heads.relations.counts import with_arrow
-from headscope.views.figures.maps import check_extension
+from headscope.views.figures.file import figure_kind, save_figure
 
 _GREY, _BLUE, _ORANGE = "#d0d0d0", "#08519c", "#d95f02"
 
 
-def draw(atlas: HeadAtlas, path: Path, *, by: str = "roles") -> Path:
+def draw(atlas: HeadAtlas, path: Path, *, by: str = "roles", force: bool = False) -> Path:
     """Draw an atlas.
 
     Args:
@@ -27,17 +25,15 @@ def draw(atlas: HeadAtlas, path: Path, *, by: str = "roles") -> Path:
         path: Where to: .png, .svg or .pdf.
         by: "roles" counts them layer by layer; "worth" sets what heads are worth against their roles; a column's
             name draws every head's value, layers by heads.
+        force: Whether a file of another kind may be overwritten.
 
     Raises:
         AtlasError: There is no such column, or worth was not measured.
         HeadscopeError: The file cannot be written.
     """
-    check_extension(path)
+    figure_kind(path)
     figure = _roles(atlas) if by == "roles" else _worth(atlas) if by == "worth" else _heads(atlas, by)
-    FigureCanvasAgg(figure)
-    with whole_file(path) as scratch:
-        figure.savefig(scratch, format=path.suffix[1:].lower(), facecolor="white")
-    return path
+    return save_figure(figure, path, force=force)
 
 
 def _heads(atlas: HeadAtlas, column: str) -> Figure:

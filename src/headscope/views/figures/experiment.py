@@ -6,21 +6,21 @@ import math
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from headscope.files import whole_file
 from headscope.training.head_counts import ExperimentReport, SeedMean
+from headscope.views.figures.file import save_figure
 
 _DOT, _MEAN = "#9ecae1", "#08519c"
 
 
-def draw_report(report: ExperimentReport, path: Path) -> Path:
+def draw_report(report: ExperimentReport, path: Path, *, force: bool = False) -> Path:
     """For each task the held-out loss, and how different the heads are, by the number of heads.
 
     Args:
         report: The experiment's answer.
         path: Where to write it: .png, .svg or .pdf.
+        force: Whether a file of another kind may be overwritten.
 
     Raises:
         HeadscopeError: The file cannot be written.
@@ -48,10 +48,7 @@ def draw_report(report: ExperimentReport, path: Path) -> Path:
             axes.spines[["top", "right"]].set_visible(False)
         distances.set_ylim(0, 1)
     figure.supxlabel("Dots: seeds. Bars: 95 % interval of the mean.", fontsize=8, color="#333333")
-    FigureCanvasAgg(figure)
-    with whole_file(path) as scratch:
-        figure.savefig(scratch, format=path.suffix[1:].lower(), facecolor="white")
-    return path
+    return save_figure(figure, path, force=force)
 
 
 def _draw_means(axes: Any, means: list[SeedMean]) -> None:

@@ -10,21 +10,19 @@ from typing import Any
 
 import torch
 from matplotlib import font_manager
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 from torch import Tensor
 
-from headscope.files import whole_file
 from headscope.models.tokens import Tokens
 from headscope.ops.matrix import AttentionMatrix
+from headscope.views.figures.file import figure_kind, save_figure
 from headscope.views.links import Head
 from headscope.views.words import FEW_WORDS, percent, shown_name, word_map
 from headscope.watching.recording import Recording
 
-EXTENSIONS = (".png", ".svg", ".pdf")
 _BINS = 64  # a thumbnail has at most so many rows and columns
 _INCH = 0.62  # a thumbnail with its gap
 _LABELLED = 60  # up to so many words stand on a map's axes, each
@@ -66,23 +64,13 @@ class Drawn:
     missing: str
 
 
-def check_extension(path: Path) -> None:
-    """Raise an error before the work is done if such a figure cannot be drawn.
-
-    Raises:
-        ValueError: The name ends in something else than .png, .svg or .pdf.
-    """
-    if path.suffix.lower() not in EXTENSIONS:
-        ending = repr(path.suffix) if path.suffix else "no extension"
-        raise ValueError(f"{path} has {ending}: a figure is .png, .svg or .pdf, by the end of its name.")
-
-
 def thumbnails(
     recording: Recording,
     tokens: Tokens,
     path: str | Path,
     *,
     model: str = "",
+    force: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Drawn:
     """Every head of a model over one text, in one figure: layers are rows, heads are columns.
@@ -96,6 +84,7 @@ def thumbnails(
         tokens: The text.
         path: Where to write it: .png, .svg or .pdf.
         model: The model's name, for the title.
+        force: Whether a file of another kind may be overwritten.
         on_progress: Called after each layer with how many are done, and of how many.
 
     Raises:
@@ -103,7 +92,7 @@ def thumbnails(
         HeadscopeError: The file cannot be written.
     """
     path = Path(path)
-    check_extension(path)
+    figure_kind(path)
     layers, heads = len(recording), max(int(site.shape[1]) for site in recording.sites)
     side = min(_BINS, len(tokens.words))
     strip = max(1, round(side / 14))
@@ -120,10 +109,9 @@ def thumbnails(
         if on_progress is not None:
             on_progress(layer + 1, layers)
     fonts = _Fonts(tokens.text)
-    parts = side if len(tokens.words) > _BINS else 0
     broad, high = heads * _INCH * wide / tall, layers * _INCH
     title = _title(model, f"{layers} layers × {heads} heads")
-    lines = _caption(tokens, recording, fonts, parts)
+    lines = _caption(tokens, recording, fonts, side if len(tokens.words) > _BINS else 0)
     figure, axes = _page((0.65, 0.45, broad, high), title, lines)
     image = _draw(axes, mosaic, strips)
     for spine in axes.spines.values():
@@ -134,12 +122,13 @@ def thumbnails(
     axes.set_ylabel("layer", fontsize=9)
     axes.set_xlabel("head", fontsize=9)
     axes.xaxis.set_label_position("top")
-    fonts = _Fonts(tokens.text)
     _bar(figure, axes, image)
-    return Drawn(_write(figure, path, fonts), fonts.missing)
+    return Drawn(_write(figure, path, fonts, force), fonts.missing)
 
 
-def head_map(recording: Recording, tokens: Tokens, head: Head, path: str | Path, *, model: str = "") -> Drawn:
+def head_map(
+    recording: Recording, tokens: Tokens, head: Head, path: str | Path, *, model: str = "", force: bool = False
+) -> Drawn:
     """One head's map, with the words on both axes if they are at most 60.
 
     Args:
@@ -148,13 +137,14 @@ def head_map(recording: Recording, tokens: Tokens, head: Head, path: str | Path,
         head: Which head.
         path: Where to write it: .png, .svg or .pdf.
         model: The model's name, for the title.
+        force: Whether a file of another kind may be overwritten.
 
     Raises:
         ValueError: Another extension.
         HeadscopeError: The file cannot be written.
     """
     path = Path(path)
-    check_extension(path)
+    figure_kind(path)
     count = len(tokens.words)
     fonts = _Fonts(tokens.text)
     if count <= FEW_WORDS:
@@ -180,7 +170,7 @@ def head_map(recording: Recording, tokens: Tokens, head: Head, path: str | Path,
     image = _draw(axes, whole, beside)
     _name_axes(axes, names if count <= _LABELLED else [], side, strip, strip + gap, special)
     _bar(figure, axes, image)
-    return Drawn(_write(figure, path, fonts), fonts.missing)
+    return Drawn(_write(figure, path, fonts, force), fonts.missing)
 
 
 def _small_maps(matrix: AttentionMatrix, tokens: Tokens, parts: int) -> tuple[Tensor, Tensor]:
@@ -312,11 +302,8 @@ def _width(name: str) -> int:
     return sum(2 if ord(c) > 0x2E80 else 1 for c in name)
 
 
-def _write(figure: Figure, path: Path, fonts: _Fonts) -> Path:
+def _write(figure: Figure, path: Path, fonts: _Fonts, force: bool) -> Path:
     for text in figure.findobj(Text):
         text.set_fontfamily(fonts.families)
         text.set_parse_math(False)
-    FigureCanvasAgg(figure)
-    with whole_file(path) as scratch:
-        figure.savefig(scratch, format=path.suffix[1:].lower(), facecolor="white")
-    return path
+    return save_figure(figure, path, force=force)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from headscope.errors import RecordingError
-from headscope.files import whole_file
+from headscope.files import safetensors_kind, whole_file
 from headscope.models.tokens import Tokens, Word
 from headscope.ops.masks.codec import decode, encode
 from headscope.ops.positions import Alibi, alibi
@@ -26,6 +26,7 @@ from headscope.watching.recording.site import CallRows, Site
 
 FORMAT = "headscope-recording"
 VERSION = 3
+KIND = safetensors_kind("a recording", FORMAT)
 _HEADER_LIMIT = 100 * 1024 * 1024
 _TENSOR_NAME = re.compile(r"(query|key|value|output|logsumexp|mask|bias|sinks|valid)\.\d{1,9}")
 _ROUNDED = ("query", "key", "value", "output")
@@ -41,7 +42,7 @@ class Contents:
     unseen: tuple[str, ...]
 
 
-def save(contents: Contents, path: Path, dtype: torch.dtype | None = None) -> None:
+def save(contents: Contents, path: Path, dtype: torch.dtype | None = None, *, force: bool = False) -> None:
     """Write a recording to ``path``: all of it or nothing; queries, keys, values and outputs in ``dtype``.
 
     Raises:
@@ -56,7 +57,7 @@ def save(contents: Contents, path: Path, dtype: torch.dtype | None = None) -> No
     ]
     header = {"runs": runs, "unseen": list(contents.unseen), "tokens": _tokens_out(contents.tokens)}
     metadata = {"format": FORMAT, "version": str(VERSION), "recording": json.dumps(header)}
-    with whole_file(path, RecordingError) as scratch:
+    with whole_file(path, KIND, force=force, error=RecordingError) as scratch:
         save_file(writer.tensors, scratch, metadata=metadata)
 
 

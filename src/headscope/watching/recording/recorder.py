@@ -85,11 +85,12 @@ class Recording:
         """The maps as transformers' ``output_attentions`` gives them: one [B, H, L, S] a site."""
         return tuple(matrix.dense(limit=limit) for matrix in self.run)
 
-    def save(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    def save(self, path: str | Path, *, dtype: torch.dtype | None = None, force: bool = False) -> None:
         """Write a safetensors file; see docs/recording-format.md.
 
         ``dtype``: queries, keys, values and outputs are rounded to it; torch.float16 halves the file, and a weight
         is then off by about a thousandth of its score's size. What is rounded is unproved.
+        ``force``: a file that is no recording may be overwritten, too.
 
         Raises:
             RecordingError: nowhere to write, a number too large for ``dtype``, or nothing but answers of ``reduce=``.
@@ -101,7 +102,7 @@ class Recording:
                 "save the answers' values (torch.save, a table), or record without reduce=."
             )
         contents = Contents([(run.sites, run.valid) for run in self.runs], self.tokens, self.unseen)
-        save(contents, Path(path), dtype)
+        save(contents, Path(path), dtype, force=force)
 
     @staticmethod
     def load(path: str | Path) -> Recording:
