@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from headscope import record
 from headscope.errors import EditError
+from headscope.ops.reductions import Entropy
 from headscope.watching.edits import edit, knock_out, patch
 from headscope.watching.recording import Recording
 from tests.tiny import bart, ids, llama, mistral
@@ -130,10 +131,10 @@ class Ring(Preallocated):
             self(x[:, number : number + 1], torch.tensor([number % 8]))
 
 
-def drafted(model: nn.Module, *edits: Any) -> tuple[Recording, Tensor]:
+def drafted(model: nn.Module, *edits: Any, dense: bool = False) -> tuple[Recording, Tensor]:
     """A generation with drafts that were looked up in the prompt, some of them rejected."""
     options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    with edit(model, *edits), record(model) as recording:
+    with edit(model, *edits), record(model, dense=dense) as recording:
         tokens = model.generate(ids(1, 4).repeat(1, 3), prompt_lookup_num_tokens=3, **options)
     return recording, tokens[:, :-1]
 
@@ -270,3 +271,43 @@ def test_edits_by_position_are_refused_for_a_tuned_encoder_decoder() -> None:
     model.base = bart()
     with pytest.raises(EditError, match="nothing says which positions"), edit(model, knock_out(8, 2)):
         model.base(input_ids=ids(2, 5), decoder_input_ids=ids(2, 12))
+
+
+@torch.no_grad()
+def test_limit_of_dense_maps_counts_all_sites() -> None:
+    model, text = llama(), ids(2, 10)
+    with record(model) as recording:
+        model(text)
+    one = 2 * 6 * 10 * 10 * 4
+    with pytest.raises(ValueError, match=r"dense maps of 2 sites would take 9\.375 KiB together, the limit is 9599"):
+        recording.to_attentions(limit=2 * one - 1)
+    wanted = eager_maps(model, {"input_ids": text})
+    torch.testing.assert_close(recording.to_attentions(limit=2 * one), tuple(wanted), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_dense_maps_are_filled_while_the_model_runs() -> None:
+    model, text = llama(), ids(2, 10)
+    size = 2 * 2 * 6 * 10 * 10 * 4
+    with record(model, dense=True, limit=size) as recording:
+        model(text)
+    maps = recording.to_attentions(limit=0)
+    assert [site.calls[0].weights is maps[i] for i, site in enumerate(recording.sites)] == [True, True]
+    torch.testing.assert_close(maps, tuple(eager_maps(model, {"input_ids": text})), atol=1e-5, rtol=0)
+    ran = []
+    with pytest.raises(ValueError, match=r"all dense maps take 9\.375 KiB, the limit is 9599"):  # noqa: SIM117
+        with record(model, dense=True, limit=size - 1):
+            ran.append(model(text).logits)
+    torch.testing.assert_close(ran[0], model(text).logits)
+    with pytest.raises(ValueError, match="leave one out"), record(model, dense=True, reduce=Entropy()):
+        pass
+
+
+def test_dense_maps_of_a_generation_with_drafts_and_a_window_are_joined() -> None:
+    model = mistral(6)
+    recording, tokens = drafted(model, dense=True)
+    maps = recording.to_attentions()
+    wanted = eager_maps(model, {"input_ids": tokens})
+    torch.testing.assert_close(maps, tuple(wanted), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="dense maps of 2 sites"):
+        recording.to_attentions(limit=100)

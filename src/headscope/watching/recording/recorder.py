@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from headscope.errors import NothingSeen, RecordingError
 from headscope.ops.matrix import AttentionMatrix
 from headscope.ops.reductions import Reduction, check_reductions
+from headscope.ops.sizes import format_bytes, parse_bytes
 from headscope.watching.hooks import OTHER_THREADS, AttentionCall, Forward, Threads, unwatched, watch
 from headscope.watching.recording.file import Contents, load, save
 from headscope.watching.recording.run import Answer, Call, Layers, Run, layers_of
@@ -82,8 +84,22 @@ class Recording:
         return [Call(site, rows) for run in self.runs for site in run.sites for rows in site.calls]
 
     def to_attentions(self, *, limit: int | str = "1 GiB") -> tuple[Tensor, ...]:
-        """The maps as transformers' ``output_attentions`` gives them: one [B, H, L, S] a site."""
-        return tuple(matrix.dense(limit=limit) for matrix in self.run)
+        """The maps as transformers' ``output_attentions`` gives them: one [B, H, L, S] a site.
+
+        Those of ``record(dense=True)`` are there already, and only the steps of a generation are joined.
+
+        Raises:
+            ValueError: all maps together take more than ``limit`` (bytes, or text such as "4 GiB").
+        """
+        missing = [s for s in self.sites if len(s.calls) > 1 or s.calls[0].weights is None]
+        size = sum(_num_bytes(site.shape, site.last_key.dtype) for site in missing)
+        if size > parse_bytes(limit):
+            raise ValueError(
+                f"the dense maps of {len(missing)} sites would take {format_bytes(size)} together, the limit is "
+                f"{limit}. Ask each for a part, recording[i].topk(k), .entropy(), .pool(64, 64); or raise limit=."
+            )
+        stored = [site.weights() for site in self.sites]
+        return tuple(self[i].dense(limit=size) if maps is None else maps for i, maps in enumerate(stored))
 
     def save(self, path: str | Path, *, dtype: torch.dtype | None = None, force: bool = False) -> None:
         """Write a safetensors file; see docs/recording-format.md.
@@ -134,7 +150,9 @@ class _Recorder:
         reduce: Any,
         detach: bool,
         on_call: Callable[[AttentionCall], None] | None,
+        dense_limit: int | str | None = None,
     ) -> None:
+        self.dense_limit, self._dense_bytes = dense_limit, 0  # a limit of None: no dense maps are kept
         self.recording, self.layers, self.keep = recording, layers, keep
         self.reduce, self.detach, self.on_call = reduce, detach, on_call
         self.ran: set[str] = set()
@@ -156,12 +174,27 @@ class _Recorder:
             if isinstance(self.reduce, tuple):
                 self._answer(call, lambda call: call.matrix().reduce(*self.reduce))
             elif self.reduce is None:
+                dense = self._check_limit(call)
                 with unwatched() if self.detach else torch.enable_grad():
-                    captured = capture(call, self.keep, self.detach, self._last_key(call))
+                    captured = capture(call, self.keep, self.detach, self._last_key(call), dense)
                 self._pending.setdefault(id(forward), []).append(captured)
         elif self.reduce is None and not call.is_cross and id(forward) not in self._witness:
             with unwatched():
                 self._witness[id(forward)] = capture(call, ("query", "key"), True, self._last_key(call))
+
+    def _check_limit(self, call: AttentionCall) -> bool:
+        """Whether dense maps are kept. Raises ValueError if this call's would be too many bytes with those before."""
+        if self.dense_limit is None:
+            return False
+        with self._lock:
+            self._dense_bytes += _num_bytes(call.shape, call.scores.dtype)
+            if self._dense_bytes > parse_bytes(self.dense_limit):
+                raise ValueError(
+                    f"record(dense=True): with {call.name}, {tuple(call.shape)} (B, H, L, S), all dense maps take "
+                    f"{format_bytes(self._dense_bytes)}, the limit is {self.dense_limit}. Record without dense=, "
+                    "and ask for parts, or raise limit=."
+                )
+        return True
 
     def call_back(self, call: AttentionCall, forward: Forward) -> None:
         """Call the user's functions, whose exceptions end the forward."""
@@ -224,6 +257,11 @@ class _Recorder:
         self.recording.unseen = tuple(n for n in leaves if not any(_related(n, c) for c in self.site_names))
 
 
+def _num_bytes(shape: torch.Size, dtype: torch.dtype) -> int:
+    """Of a dense map of operands of this dtype."""
+    return math.prod(shape) * (8 if dtype == torch.float64 else 4)
+
+
 def _valid(forward: Forward, calls: list[Site]) -> Tensor | None:
     """Which keys are text; None without an attention_mask, unless there are virtual tokens, which are no text."""
     if forward.valid is not None or not forward.virtual.number or forward.virtual.text_shape is None:
@@ -248,6 +286,8 @@ def record(
     detach: bool = True,
     on_call: Callable[[AttentionCall], None] | None = None,
     threads: Threads = "own",
+    dense: bool = False,
+    limit: int | str = "1 GiB",
 ) -> Iterator[Recording]:
     """Record every attention call of ``model`` inside the block; what the model computes stays the same to the bit.
 
@@ -262,11 +302,14 @@ def record(
         on_call: called with each attention call after it ran.
         threads: "own": forwards of the thread that opened the block; "all": those of every thread, each a run of its
             own, for data-parallel code and models that run in a worker.
+        dense: every map is also computed while the model runs and kept, [B, H, L, S] each, for ``to_attentions()``.
+        limit: the most that these maps may take together, in bytes or as text such as "4 GiB".
 
     Raises:
         UnsupportedAttention: at once, for a compiled model. All others are raised when the block ends: the model runs
             on, unrecorded. See :mod:`headscope.errors` for NothingSeen, UnsupportedAttention, ProofError.
         RecordingError: ``layers`` names a site that was not called; what was recorded was written into afterwards.
+        ValueError: dense maps above the limit.
 
     The steps of a generation are one run, recognised by their keys. A call that continues only the first keys of a site
     is read as the rejection of the others (drafts). So record each continuation of one text in a block of its own, if
@@ -290,8 +333,11 @@ def record(
         check_reductions(reductions)
     if not isinstance(model, nn.Module):
         raise TypeError(f"record() got {type(model).__name__}: wanted a torch module.")
+    if dense and reductions is not None:
+        raise ValueError("record(dense=True, reduce=…): reduce= keeps nothing but its answers; leave one out.")
+    parse_bytes(limit)
     recording = Recording(tokens=tokens)
-    recorder = _Recorder(recording, layers_of(layers), names, reductions, detach, on_call)
+    recorder = _Recorder(recording, layers_of(layers), names, reductions, detach, on_call, limit if dense else None)
     own_functions = recorder.call_back if on_call is not None or callable(reductions) else None
     with watch(model, recorder.add, on_end=recorder.end, callback=own_functions, threads=threads) as watcher:
         yield recording

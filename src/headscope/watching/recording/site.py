@@ -37,6 +37,7 @@ class CallRows:
     output: Tensor | None = None
     logsumexp: Tensor | None = None  # [B, H, rows], NaN where it is not known
     query_version: int | None = None
+    weights: Tensor | None = None  # [B, H, rows, keys], of record(dense=True)
 
     @property
     def num_rows(self) -> int:
@@ -208,6 +209,19 @@ class Site:
         outputs = [call.output for call in self.calls if call.output is not None]
         return torch.cat(outputs, 2) if outputs else None
 
+    def weights(self) -> Tensor | None:
+        """The maps of all calls as one, [B, H, L, S], if they were kept."""
+        parts = [call.weights for call in self.calls if call.weights is not None]
+        if len(parts) < len(self.calls):
+            return None
+        if parts[0].shape == self.shape:
+            return parts[0]
+        whole = parts[0].new_zeros(self.shape)
+        for call, part in zip(self.calls, parts, strict=True):
+            rows = slice(call.first_row, call.first_row + call.num_rows)
+            whole[:, :, rows, call.first_key : call.first_key + call.num_keys] = part
+        return whole
+
     def logsumexp(self) -> Tensor | None:
         """The log-sum-exp of all rows, [B, H, L], NaN where it is not known; None if it is known of no row."""
         some = next((call.logsumexp for call in self.calls if call.logsumexp is not None), None)
@@ -218,10 +232,12 @@ class Site:
         return torch.cat([nan if call.logsumexp is None else call.logsumexp for call, nan in parts], 2)
 
 
-def capture(call: AttentionCall, keep: Sequence[str], detach: bool, earlier: Tensor | None = None) -> Site:
+def capture(
+    call: AttentionCall, keep: Sequence[str], detach: bool, earlier: Tensor | None = None, dense: bool = False
+) -> Site:
     """A site of this one call, with the tensors to keep; tensors that may be written into later are copied.
 
-    ``earlier`` are the keys of the call before, if the site has one.
+    ``earlier`` are the keys of the call before, if the site has one; ``dense``: its map is computed and kept.
     """
     scores = at_own_positions(without_unused_slots(call, earlier))
     query, key = (_kept(tensor, detach) for tensor in (scores.query, scores.key))
@@ -244,6 +260,7 @@ def capture(call: AttentionCall, keep: Sequence[str], detach: bool, earlier: Ten
         output,
         call.logsumexp,
         _version(query),
+        AttentionMatrix._from_scores(scores, call.logsumexp)[:] if dense else None,
     )
     return Site(
         call.name,
@@ -306,7 +323,8 @@ def _shortened(call: CallRows, rows: int, cross: bool) -> CallRows:
     if isinstance(bias, Tensor):
         bias = bias[:, :, :rows] if bias.shape[2] > 1 else bias
         bias = bias[..., :keys] if bias.shape[3] > 1 else bias
-    output, logsumexp = (None if tensor is None else tensor[:, :, :rows] for tensor in (call.output, call.logsumexp))
+    kept = (call.output, call.logsumexp, call.weights)
+    output, logsumexp, weights = (None if tensor is None else tensor[:, :, :rows] for tensor in kept)
     return replace(
         call,
         query=call.query[:, :, :rows],
@@ -315,4 +333,5 @@ def _shortened(call: CallRows, rows: int, cross: bool) -> CallRows:
         bias=bias,
         output=output,
         logsumexp=logsumexp,
+        weights=None if weights is None else weights[..., :keys],
     )
