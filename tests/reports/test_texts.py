@@ -16,8 +16,9 @@ from tokenizers import models as token_models
 from transformers import PreTrainedTokenizerFast
 
 from headscope import models
-from headscope.errors import TextError
+from headscope.errors import TextError, TreebankError
 from headscope.heads import corpus
+from headscope.heads.relations.sentences.treebank import read_conllu
 from headscope.models import loading
 from headscope.models.characters import word_spans
 from headscope.models.loading import Loaded
@@ -364,3 +365,44 @@ def test_the_heading_says_which_start_token_it_was(
     link = ("--from", "b", "--to", "a")
     assert f"; {heading}:" in " ".join(command("forbid", "a b", *link, *options).stdout.split())
     assert f"--start-token {start}" in command("see", "a b", *options).stdout or start == "auto"
+
+
+def conllu(*forms: str, before: str = "") -> str:
+    """A sentence whose words all depend on the first."""
+    rows = [
+        f"{i}\t{form}\t_\tX\t_\t_\t{int(i > 1)}\t{'dep' if i > 1 else 'root'}\t_\t_" for i, form in enumerate(forms, 1)
+    ]
+    return before + "\n".join(rows) + "\n\n"
+
+
+@pytest.mark.parametrize("sentence", [("_",) * 4, ("___", "__", "_"), ("_", "_", "."), ("_", "_", "…", "_")])
+def test_a_treebank_without_its_text_is_refused(sentence: tuple[str, ...], tmp_path: Path) -> None:
+    """UD_English-ESL and others are published with _ in place of each word."""
+    path = tmp_path / "en_esl-ud-dev.conllu"
+    path.write_text(conllu(*sentence, before="# sent_id = 1\n") + conllu(*sentence) + conllu("_"))
+    with pytest.raises(
+        TreebankError, match=r"without the text of 2 sentences, the first in line 2.* Merge the text in"
+    ):
+        read_conllu(path)
+    notes: list[str] = []
+    path.write_text(conllu("Red", "owl") + conllu(*sentence) + conllu("a", "_", "b") + conllu("______"))
+    examples = read_conllu(path, on_note=notes.append)
+    assert [example.text for example in examples] == ["Red owl", "a _ b", "______"]  # a line, as in UD_English-EWT
+    assert [(pair.source, pair.target) for pair in examples[1].pairs] == [(2, 0)]
+    assert len(notes) == 1
+    assert "the text of 1 sentences, the first in line 4" in notes[0]
+
+
+@pytest.mark.parametrize("ending", ["\n", "\n\n", "\r\n"])
+def test_the_ten_standard_columns_are_plain_conllu(ending: str, tmp_path: Path) -> None:
+    """UD_French-GSD and UD_French-Sequoia name the standard columns in their first line."""
+    path = tmp_path / "fr_gsd-ud-dev.conllu"
+    names = "ID FORM LEMMA UPOS XPOS FEATS HEAD DEPREL DEPS MISC"
+    path.write_text(conllu("Le", "chat"), newline="")
+    wanted = [(example.text, example.pairs, example.language) for example in read_conllu(path)]
+    path.write_text(f"# global.columns = {names}{ending}# sent_id = a{ending}" + conllu("Le", "chat"), newline="")
+    assert [(example.text, example.pairs, example.language) for example in read_conllu(path)] == wanted
+    for other in (f"{names} PARSEME:MWE", names.replace("HEAD DEPREL", "DEPREL HEAD"), "ID FORM"):
+        path.write_text(f"# global.columns = {other}\n" + conllu("Le", "chat"))
+        with pytest.raises(TreebankError, match=":1: this is CoNLL-U Plus, whose columns differ"):
+            read_conllu(path)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -268,7 +269,9 @@ def _measure(options: _Options, plan: Plan) -> tuple[HeadAtlas, Sequence[corpus.
     files = [path for path in texts if path != Path("-")]
     documents = corpus.documents_of(files, text=piped) if texts else None
     corpus.check_different(documents or [])  # before the work
-    examples = _frames() | {str(path): read_conllu(path) for path in options.treebanks}
+    examples = _frames() | {
+        str(path): read_conllu(path, on_note=partial(terminal.print_line, error=True)) for path in options.treebanks
+    }
     _check_relation(options.by, examples)
     loaded = models.load(options.model)
     if options.head is not None:

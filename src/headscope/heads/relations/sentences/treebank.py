@@ -12,7 +12,7 @@ import io
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,26 +20,30 @@ from headscope.errors import TreebankError, optional_imports
 from headscope.heads.relations.sentences.pairs import Example, Pair
 
 _ID = re.compile(r"[1-9]\d*(?:-[1-9]\d*)?|\d+\.[1-9]\d*")
-_COLUMNS = 10
+_NAMES = ["ID", "FORM", "LEMMA", "UPOS", "XPOS", "FEATS", "HEAD", "DEPREL", "DEPS", "MISC"]
+_COLUMNS = len(_NAMES)
 _BLOCK = 10  # sentences in a cluster, where the file names no documents
 
 Span = tuple[int, int]
 
 
-def read_conllu(path: str | os.PathLike[str]) -> list[Example]:
+def read_conllu(path: str | os.PathLike[str], *, on_note: Callable[[str], None] | None = None) -> list[Example]:
     """The sentences of a treebank with their dependencies, dependent to head, named by the deprel.
 
     Subtypes are kept ("nsubj:pass"); roots and punctuation are left out. A document ("# newdoc") is a cluster, and a
     hash of its id chooses its half. A file without documents is cut into clusters of 10 sentences, whose names hold a
     hash of the file, because two treebanks may have one file name. The words of a multiword token share its surface if
     their forms make it up ("gonna": gon, na). Otherwise the surface is one word ("du": de, le), and dependencies inside
-    it are left out. Empty nodes are skipped. A word's class is its universal part of speech.
+    it are left out. Empty nodes are skipped. A word's class is its universal part of speech. Words that are only _
+    stand for text that was not published: their dependencies are left out, and so are sentences without other words.
 
     Args:
         path: The file, in UTF-8.
+        on_note: Called with a sentence if sentences were left out.
 
     Raises:
-        TreebankError: There is no such file, it is not UTF-8, it holds no sentence, or a line is not CoNLL-U.
+        TreebankError: There is no such file, it is not UTF-8, it holds no sentence, a line is not CoNLL-U, or all words
+            are _.
     """
     path = Path(path)
     language = re.match(r"([a-z]{2,3})_", path.name)
@@ -47,9 +51,19 @@ def read_conllu(path: str | os.PathLike[str]) -> list[Example]:
         with path.open("rb") as file:
             name = f"{path.name} ({_digest(file)})"
             file.seek(0)
-            examples = list(_examples(_Lines(file, path), name, language[1] if language else ""))
+            lines = _Lines(file, path)
+            examples = list(_examples(lines, name, language[1] if language else ""))
     except OSError as error:
         raise TreebankError(f"{path} cannot be read: {error.strerror or error}. Give a .conllu file.") from error
+    if lines.without_text:
+        left_out = (
+            f"{path} was published without the text of {len(lines.without_text)} sentences, the first in line "
+            f"{lines.without_text[0]}: their words are _. Merge the text in first, as the treebank's README says"
+        )
+        if not any(character.isalnum() for example in examples for character in example.text):
+            raise TreebankError(f"{left_out}.")
+        if on_note is not None:
+            on_note(f"{left_out}; now they are left out.")
     if not examples:
         raise TreebankError(f"{path} holds no sentence. Give a .conllu file with at least one.")
     return examples
@@ -71,6 +85,7 @@ class _Lines(io.TextIOBase):
         self.file, self.path = file, path
         self.number = 0
         self.words: list[int] = []  # the line of each word of the current sentence
+        self.without_text: list[int] = []  # the first line of each sentence whose words are all _
 
     def __iter__(self) -> Iterator[str]:  # type: ignore[override]  # typed as bytes there
         for raw in self.file:
@@ -85,8 +100,10 @@ class _Lines(io.TextIOBase):
 
     def _check(self, line: str) -> None:
         if line.startswith("#"):
-            if re.match(r"#\s*global\.columns\s*=", line):
-                raise self.error(self.number, "this is CoNLL-U Plus, whose columns differ; wanted plain CoNLL-U")
+            names = re.match(r"#\s*global\.columns\s*=(.*)", line)
+            if names and names[1].upper().split() != _NAMES:
+                wanted = f"wanted plain CoNLL-U, which has {' '.join(_NAMES)}"
+                raise self.error(self.number, f"this is CoNLL-U Plus, whose columns differ; {wanted}")
             return
         if not line.strip():
             return
@@ -113,8 +130,9 @@ def _examples(lines: _Lines, name: str, language: str) -> Iterator[Example]:
     with optional_imports("atlas", "Treebanks"):
         import conllu
         from conllu.exceptions import ParseException
+        from conllu.parser import DEFAULT_FIELDS
 
-    sentences = iter(conllu.parse_incr(lines))  # type: ignore[arg-type]
+    sentences = iter(conllu.parse_incr(lines, fields=DEFAULT_FIELDS))  # type: ignore[arg-type]
     document, documents, count = "", 0, 0
     while True:
         lines.words = []
@@ -129,6 +147,9 @@ def _examples(lines: _Lines, name: str, language: str) -> Iterator[Example]:
             documents += 1
             document = meta.get("newdoc id") or f"{name} document {documents}"
         if not len(sentence):
+            continue
+        if _without_text(sentence):
+            lines.without_text.append(lines.words[0])
             continue
         first = count // _BLOCK * _BLOCK + 1
         cluster = document or f"{name} sentences {first}-{first + _BLOCK - 1}"
@@ -167,11 +188,23 @@ def _example(sentence: Any, lines: _Lines, cluster: str, language: str) -> Examp
         if relation == "_":
             raise lines.error(number, f"word {token['id']} ({token['form']}) has a head and no relation to it")
         source, target = word_of[token["id"]], word_of[head]
-        if source != target:
+        without_text = any(_is_masked(text[slice(*words[index])]) for index in (source, target))
+        if source != target and not without_text:
             pairs.append(Pair(relation, source, target))
     _check_tree(sentence, lines)
     half = zlib.crc32(cluster.encode()) & 1
     return Example(text, tuple(words), tuple(dict.fromkeys(pairs)), cluster, half, language, tuple(classes))
+
+
+def _is_masked(form: str) -> bool:
+    """Whether a word was published without its text: it is only _, one or several."""
+    return not form.strip("_")
+
+
+def _without_text(sentence: Any) -> bool:
+    """Whether the words of a sentence are masked, all but its punctuation; a single one may be a line in the text."""
+    forms = [token["form"] for token in sentence]
+    return sum(map(_is_masked, forms)) > 1 and not any(character.isalnum() for form in forms for character in form)
 
 
 def _check_tree(sentence: Any, lines: _Lines) -> None:
