@@ -31,8 +31,6 @@ PADDED = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
 
 
 def gpt2(**options: Any) -> torch.nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=VOCABULARY, n_embd=24, n_layer=2, n_head=4, n_positions=32, initializer_range=0.5, **options

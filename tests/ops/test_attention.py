@@ -14,10 +14,9 @@ from torch.autograd import gradcheck
 from headscope import AttentionMatrix, attention, masks
 from headscope.ops.kernels import differentiable, fused
 from tests import reference
+from tests.ops.cases import SIZES, assert_is
 from tests.options import BIASES, MASKS, masked, one_thread, unchecked  # noqa: F401
 from tests.reference import operands
-
-SIZES = (2, 6, 7, 11)
 
 
 @pytest.fixture
@@ -27,11 +26,6 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(differentiable, "_AUTOGRAD", 2 * 6 * 11 * 2)
 
 
-def assert_near(result: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    assert result.shape == expected.shape
-    torch.testing.assert_close(result.double(), expected, atol=tolerance, rtol=tolerance)
-
-
 @pytest.mark.parametrize("bias_name", BIASES)
 @pytest.mark.parametrize("mask_name", MASKS)
 def test_attention_equals_its_definition(mask_name: str, bias_name: str, tiny: None) -> None:
@@ -39,9 +33,9 @@ def test_attention_equals_its_definition(mask_name: str, bias_name: str, tiny: N
     mask, visible = masked(mask_name, SIZES)
     bias = BIASES[bias_name](SIZES)
     expected = reference.attend(reference.weights(query, key, visible=visible, bias=bias), value)
-    assert_near(attention(query, key, value, mask=mask, bias=bias), expected)
+    assert_is(attention(query, key, value, mask=mask, bias=bias), expected)
     trained = None if bias is None else bias.clone().requires_grad_()
-    assert_near(attention(query, key, value, mask=mask, bias=trained).detach(), expected)
+    assert_is(attention(query, key, value, mask=mask, bias=trained).detach(), expected)
 
 
 @st.composite
@@ -69,7 +63,7 @@ def test_attention_equals_its_definition_for_any_shapes(
         out = attention(query, key, value, mask=mask, bias=bias, scale=scale)
     assert out.dtype == dtype
     p = reference.weights(query, key, visible=visible, bias=bias, scale=scale)
-    assert_near(out, reference.attend(p, value), 1e-5 if dtype == torch.float32 else 1e-11)
+    assert_is(out, reference.attend(p, value), 1e-5 if dtype == torch.float32 else 1e-11)
 
 
 @pytest.mark.parametrize("queries", [300, 700])
@@ -87,7 +81,7 @@ def test_attention_equals_its_definition_at_700_tokens(mask_name: str, queries: 
         "padding": (j < lengths[:, None, None])[:, None],
     }
     expected = reference.attend(reference.weights(query, key, visible=cells[mask_name]), value)
-    assert_near(attention(query, key, value, mask=mask), expected)
+    assert_is(attention(query, key, value, mask=mask), expected)
 
 
 # The softmax of 0 and ln n can be worked out by hand: 1 : n.
@@ -109,13 +103,13 @@ BY_HAND: dict[str, tuple[dict[str, Any], list[float]]] = {
 @pytest.mark.parametrize("name", BY_HAND)
 def test_attention_gives_the_values_worked_out_by_hand(name: str) -> None:
     options, expected = BY_HAND[name]
-    assert_near(attention(*HAND, **options), torch.tensor(expected, dtype=torch.float64).view(1, 1, 1, 3), 1e-6)
+    assert_is(attention(*HAND, **options), torch.tensor(expected, dtype=torch.float64).view(1, 1, 1, 3), 1e-6)
 
 
 def test_scale_defaults_to_one_over_the_root_of_the_head_size() -> None:
     query, key = torch.ones(1, 1, 1, 4), torch.tensor([[[[0.0] * 4, [1.0] * 4]]])
     out = attention(query, key, torch.eye(2)[None, None])
-    assert_near(
+    assert_is(
         out.flatten(), torch.tensor([1 / (1 + math.e**2), math.e**2 / (1 + math.e**2)], dtype=torch.float64), 1e-6
     )
 
@@ -123,14 +117,14 @@ def test_scale_defaults_to_one_over_the_root_of_the_head_size() -> None:
 def test_query_heads_share_keys_in_consecutive_groups() -> None:
     value = torch.arange(3.0).view(1, 3, 1, 1).expand(1, 3, 11, 1)
     out = attention(torch.randn(1, 6, 7, 5), torch.randn(1, 3, 11, 5), value)
-    assert_near(out[0, :, 0, 0], torch.tensor([0, 0, 1, 1, 2, 2], dtype=torch.float64), 1e-6)
+    assert_is(out[0, :, 0, 0], torch.tensor([0, 0, 1, 1, 2, 2], dtype=torch.float64), 1e-6)
 
 
 def test_causal_mask_aligns_queries_with_the_last_keys() -> None:
     query, key, value = operands(queries=11)
     whole = attention(query, key, value, mask=masks.causal())
     step = attention(query[:, :, -2:], key, value, mask=masks.causal())
-    assert_near(step, whole[:, :, -2:].double(), 1e-6)
+    assert_is(step, whole[:, :, -2:].double(), 1e-6)
 
 
 @pytest.mark.parametrize("bias_name", ["none", "key only", "[L, S]", "finfo.min"])
@@ -144,7 +138,7 @@ def test_attention_in_half_precision_equals_its_definition(
     bias = BIASES[bias_name](SIZES)
     out = attention(query, key, value, mask=mask, bias=bias)
     assert out.dtype == dtype
-    assert_near(out, reference.attend(reference.weights(query, key, visible=visible, bias=bias), value), tolerance)
+    assert_is(out, reference.attend(reference.weights(query, key, visible=visible, bias=bias), value), tolerance)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 1e-9])
@@ -156,7 +150,7 @@ def test_attention_under_autocast_equals_its_definition(bias_name: str, dropout_
     with torch.autocast("cpu", torch.bfloat16):
         out = attention(query, key, value, mask=mask, bias=bias, dropout_p=dropout_p)
     expected = reference.attend(reference.weights(query, key, visible=visible, bias=bias), value)
-    assert_near(out, expected, 3e-2)
+    assert_is(out, expected, 3e-2)
 
 
 def test_bias_may_have_another_dtype() -> None:
@@ -165,9 +159,9 @@ def test_bias_may_have_another_dtype() -> None:
         bias = BIASES[name](SIZES)
         assert bias is not None
         expected = reference.attend(reference.weights(query, key, bias=bias), value)
-        assert_near(attention(query, key, value, bias=bias.double()), expected)
+        assert_is(attention(query, key, value, bias=bias.double()), expected)
         half = reference.attend(reference.weights(query, key, bias=bias.half()), value)
-        assert_near(attention(query, key, value, bias=bias.half()), half)
+        assert_is(attention(query, key, value, bias=bias.half()), half)
 
 
 def hidden_rows() -> tuple[Tensor, Tensor]:
@@ -231,7 +225,7 @@ def test_gradients_are_the_same_if_masks_are_recomputed(tiny: None, monkeypatch:
     again = torch.autograd.grad(attention(*inputs, mask=mask, bias=bias).square().sum(), inputs)
     for one, other in zip(nonzero, again, strict=True):
         assert float(one.abs().max()) > 0.1
-        assert_near(other, one.double(), 1e-6)
+        assert_is(other, one.double(), 1e-6)
 
 
 def small(mask_name: str, bias_name: str) -> tuple[list[Tensor], Any, Tensor | None]:
@@ -275,7 +269,7 @@ def test_gradients_equal_those_of_the_definition(mask_name: str, tiny: None) -> 
     result = torch.autograd.grad(ours, (query, key, value), sent)
     defined = torch.autograd.grad(expected, (query, key, value), sent.double())
     for one, other in zip(result, defined, strict=True):
-        assert_near(one, other.double(), 2e-5)
+        assert_is(one, other.double(), 2e-5)
 
 
 def test_dropout_zeroes_its_share_and_scales_the_others(tiny: None) -> None:
@@ -285,7 +279,7 @@ def test_dropout_zeroes_its_share_and_scales_the_others(tiny: None) -> None:
     p = reference.weights(query, key, visible=visible)
     draws = torch.stack([attention(query, key, eye, mask=mask, dropout_p=0.3) for _ in range(60)]).double()
     nonzero = draws != 0
-    assert_near(draws[nonzero], (p / 0.7).expand_as(draws)[nonzero])
+    assert_is(draws[nonzero], (p / 0.7).expand_as(draws)[nonzero])
     assert not bool(nonzero[:, ~visible].any())
     visible = int(visible.sum()) * 60
     share = 1 - float(nonzero.sum()) / visible
@@ -308,7 +302,7 @@ def test_dropout_repeats_with_its_seed_and_in_the_backward_pass(tiny: None) -> N
     first.sum().backward()
     assert eye.grad is not None
     dropped = first.detach().sum(2).unflatten(1, (3, 2)).sum(2)  # column sums, by key/value head
-    assert_near(eye.grad, dropped.double().unsqueeze(-1).expand(-1, -1, -1, 11))
+    assert_is(eye.grad, dropped.double().unsqueeze(-1).expand(-1, -1, -1, 11))
 
 
 @pytest.mark.parametrize("mask_name", ["none", "causal", "padding"])
@@ -321,10 +315,10 @@ def test_attention_takes_inputs_that_are_not_contiguous(same: str, mask_name: st
         for n, t, x in zip(("query", "key", "value"), turned, (query, key, value), strict=True)
     ]
     mask, visible = masked(mask_name, (2, 6, 11, 11))
-    assert_near(attention(*given, mask=mask), reference.attend(reference.weights(query, key, visible=visible), value))
+    assert_is(attention(*given, mask=mask), reference.attend(reference.weights(query, key, visible=visible), value))
     projected = torch.randn(2, 11, 6 * 5)
     split = projected.unflatten(2, (6, 5)).transpose(1, 2)  # as it comes out of a projection
-    assert_near(
+    assert_is(
         attention(split, key, value, mask=mask), reference.attend(reference.weights(split, key, visible=visible), value)
     )
 

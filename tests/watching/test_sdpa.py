@@ -172,11 +172,6 @@ def test_autocast_weights_come_from_the_converted_operands() -> None:
     assert (got - weights(q, k)).abs().max() > 1e-5
 
 
-class Asked(nn.Module):
-    def forward(self, *operands: Tensor, mask: Tensor | None = None) -> Tensor:
-        return F.scaled_dot_product_attention(*operands, attn_mask=mask)
-
-
 @pytest.mark.parametrize("shape", [(6, 1), (2, 1, 6, 1), (1, 1), (2, 4, 1, 1)])
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
 def test_sdpa_reads_masks_broadcast_over_the_keys(shape: tuple[int, ...], kind: torch.dtype) -> None:
@@ -185,16 +180,16 @@ def test_sdpa_reads_masks_broadcast_over_the_keys(shape: tuple[int, ...], kind: 
     hidden = torch.zeros(shape, dtype=torch.bool)
     hidden.view(-1)[0] = True
     mask = ~hidden if kind == torch.bool else torch.zeros(shape).masked_fill(hidden, -torch.inf)
-    model = Asked()
+    model = Sdpa()
     with torch.no_grad(), record(model) as recording:
-        output = model(q, k, v, mask=mask)
-    assert torch.equal(output, model(q, k, v, mask=mask))
+        output = model(q, k, v, attn_mask=mask)
+    assert torch.equal(output, model(q, k, v, attn_mask=mask))
     sums = recording[0].dense().sum(-1)
     torch.testing.assert_close(sums, (~hidden).expand(2, 4, 6, 9)[..., 0].float())
 
 
 def test_sdpa_without_queries_is_not_recorded() -> None:
-    model = Asked()
+    model = Sdpa()
     k = torch.randn(2, 4, 9, 8)
     with torch.no_grad(), record(model) as recording:
         assert model(k[:, :, :0], k, k).shape == (2, 4, 0, 8)

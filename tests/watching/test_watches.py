@@ -188,27 +188,6 @@ def test_record_in_two_threads_gives_a_run_per_forward() -> None:
     assert_untouched(model)
 
 
-def test_records_in_two_threads_do_not_mix() -> None:
-    models = [Stack(), NanoGPT()]
-    counts: dict[int, list[int]] = {0: [], 1: []}
-    ready = threading.Barrier(2)
-
-    def run(index: int) -> None:
-        ready.wait()
-        for _ in range(5):
-            with record(models[index]) as recording:
-                models[index](torch.randn(B, L + index, E))
-            counts[index].append(len(recording))
-            assert recording[0].shape[2] == L + index
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in (0, 1)]
-    [t.start() for t in threads]
-    [t.join() for t in threads]
-    assert counts == {0: [2] * 5, 1: [1] * 5}
-    assert_untouched(models[0])
-    assert_untouched(models[1])
-
-
 def test_record_of_a_model_and_of_its_module_agree() -> None:
     model, x = Stack(), torch.randn(B, L, E)
     with record(model) as whole, record(model.blocks[1]) as part:

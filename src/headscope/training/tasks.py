@@ -120,15 +120,12 @@ class _Sequences(Task):
     sizes: ClassVar = {"embed_dim": 64, "num_heads": 4, "num_layers": 2, "ff_dim": 256, "dropout_p": 0.0}
 
     def batch(self, seed: int, step: int, size: int) -> TrainingBatch:
-        """The batch of a step."""
         return self._answered(self._draw(size, generator(seed, self.name, "batch", step), held_out=False))
 
     def held_out(self, size: int) -> TrainingBatch:
-        """Rows that no batch contains."""
         return self._answered(self._draw(size, generator(self.name, "held out"), held_out=True))
 
     def exact(self, model: Transformer, batch: TrainingBatch) -> Bool[Tensor, " B"] | None:
-        """Which sequences the model writes without a mistake."""
         start = torch.full_like(batch.targets[:, :1], self.symbols)
         written = model.generate(start, batch.source, max_new_tokens=self.length)
         return (written[:, 1:] == batch.targets).all(1)

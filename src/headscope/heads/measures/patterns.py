@@ -42,11 +42,9 @@ class Spread(Measure):
     )
 
     def reductions(self, batch: AttentionBatch) -> dict[str, Reduction]:
-        """The entropy of each row."""
         return {"entropy": Entropy()}
 
     def sums(self, batch: AttentionBatch) -> dict[str, Ratio]:
-        """Entropy per row, and over the largest entropy possible."""
         total = batch.over_rows(batch.results["entropy"])
         possible = batch.over_rows(batch.visibility.keys_per_query.clamp(min=1).log().unsqueeze(1)).expand_as(total)
         return {"entropy": Ratio(total, batch.row_count), "entropy_share": Ratio(total, possible)}
@@ -61,11 +59,9 @@ class Confidence(Measure):
     )
 
     def reductions(self, batch: AttentionBatch) -> dict[str, Reduction]:
-        """The largest weights on text and on all other keys."""
         return {"strongest": _strongest(batch), "mass": _mass(batch)}
 
     def sums(self, batch: AttentionBatch) -> dict[str, Ratio]:
-        """The largest weight on text over the weight on text; the largest of all over rows."""
         text, _, others, _ = batch.results["strongest"]
         raw = batch.over_rows(torch.maximum(text, others))
         return {
@@ -83,12 +79,10 @@ class MeanDistance(Measure):
     )
 
     def reductions(self, batch: AttentionBatch) -> dict[str, Reduction]:
-        """Mean distances to text and to sinks."""
         among = torch.stack([batch.text, batch.texts.sinks], -1)
         return {"distance": batch.visibility.cached("distance", lambda: Distance(among)), "mass": _mass(batch)}
 
     def sums(self, batch: AttentionBatch) -> dict[str, Ratio]:
-        """On text over the weight on text; on text and sinks over rows."""
         text, sinks = batch.over_rows(batch.results["distance"]).unbind(-1)
         return {"distance": Ratio(text, _on_text(batch)), "distance_raw": Ratio(text + sinks, batch.row_count)}
 
@@ -105,11 +99,9 @@ class OffsetMass(Measure):
     )
 
     def reductions(self, batch: AttentionBatch) -> dict[str, Reduction]:
-        """The weights on near keys, which the search for the strongest key gives."""
         return {"strongest": _strongest(batch), "mass": _mass(batch)}
 
     def sums(self, batch: AttentionBatch) -> dict[str, Ratio]:
-        """Each offset, without sinks and with them."""
         offsets, on_text = batch.results["strongest"].near, _on_text(batch)
         on_keys = batch.visibility.cached("text at offsets", lambda: _at_offsets(batch.text.to(offsets.dtype))[:, None])
         raw, text = batch.over_rows(offsets).unbind(-1), batch.over_rows(offsets * on_keys).unbind(-1)
@@ -128,11 +120,9 @@ class OffsetHits(Measure):
     )
 
     def reductions(self, batch: AttentionBatch) -> dict[str, Reduction]:
-        """The offset of the strongest text key, if it is near and no other key has its weight."""
         return {"strongest": _strongest(batch)}
 
     def sums(self, batch: AttentionBatch) -> dict[str, Ratio]:
-        """Count rows, not weights."""
         offsets = batch.results["strongest"].offsets
         hits = torch.zeros(*offsets.shape[:2], 2 * RADIUS + 2, dtype=torch.float64, device=offsets.device)  # last: far
         rows = batch.rows.double().unsqueeze(1).expand(offsets.shape)
@@ -152,11 +142,9 @@ class Sinks(Measure):
     )
 
     def reductions(self, batch: AttentionBatch) -> dict[str, Reduction]:
-        """The masses on these groups of keys."""
         return {"mass": _mass(batch)}
 
     def sums(self, batch: AttentionBatch) -> dict[str, Ratio]:
-        """Each mass over rows, that on delimiters also over the weight on text."""
         _, sink, first, delimiter = batch.over_rows(batch.results["mass"]).unbind(-1)
         return {
             "text": Ratio(_on_text(batch), batch.row_count),
@@ -180,7 +168,6 @@ class HeavyHitters(Measure):
     )
 
     def reductions(self, batch: AttentionBatch) -> dict[str, Reduction]:
-        """The weight that each key receives from the rows that count."""
         rows = batch.rows[:, None, :, None].float().expand(-1, batch.matrix.shape[1], -1, -1)
         return {"received": TransposedProduct(rows)}
 
@@ -218,7 +205,6 @@ class Norms(Measure):
     )
 
     def reductions(self, batch: AttentionBatch) -> dict[str, Reduction]:
-        """The masses on groups of keys, times the norms of the keys' values."""
         norms = _norms(batch)
         groups = torch.stack([batch.texts.valid, batch.texts.sinks, _first(batch), batch.texts.delimiters], -2)
         norms = norms.unsqueeze(-2) * groups.unsqueeze(1)  # [B, H, 4, S]
@@ -244,7 +230,6 @@ class Repeats(Measure):
     )
 
     def reads(self, texts: TextBatch) -> bool:
-        """Only repeated random tokens."""
         return all(piece.period for piece in texts.pieces)
 
     def reductions(self, batch: AttentionBatch) -> dict[str, Reduction]:

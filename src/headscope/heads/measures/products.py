@@ -41,19 +41,15 @@ class ProductReduction(Reduction):
         return torch.stack(sums, -1)
 
     def start(self, shape: Shape, like: Tensor) -> _ColumnSums:
-        """The state of a shared product of one."""
         return SharedProduct([self]).start(shape, like)
 
     def update(self, state: _ColumnSums, block: Block) -> None:
-        """Add P @ x of the block."""
         SharedProduct([self]).update(state, block)
 
     def rescale(self, state: _ColumnSums, at: Rows, by: Tensor, total: Tensor) -> None:
-        """Multiply the sums by their rows' factors."""
         SharedProduct([self]).rescale(state, at, by, total)
 
     def finish(self, state: _ColumnSums) -> Tensor:
-        """The result from the sums."""
         return SharedProduct([self]).finish(state)[0]
 
 
@@ -69,7 +65,6 @@ class SharedProduct(Reduction):
         self.parts = parts
 
     def start(self, shape: Shape, like: Tensor) -> _ColumnSums:
-        """Zeros for all columns that are not 0 everywhere."""
         every, keys = slice(None), slice(0, shape[3])
         used = torch.cat([(part.columns(every, every, keys, -1) != 0).flatten(0, 1).any(0) for part in self.parts])
         wide, narrow, span = _split(used)
@@ -88,12 +83,10 @@ class SharedProduct(Reduction):
             group.sums[block.at].add_(product)
 
     def rescale(self, state: _ColumnSums, at: Rows, by: Tensor, total: Tensor) -> None:
-        """Multiply the sums by their rows' factors."""
         for group in state.groups:
             group.sums[at].mul_(by.exp())
 
     def finish(self, state: _ColumnSums) -> list[Tensor]:
-        """The result of each reduction."""
         columns = {n: x for group in state.groups for n, x in zip(group.numbers, group.sums.unbind(-1), strict=True)}
         return [part.result([columns.get(number, state.zeros) for number in own]) for part, own in self._numbered()]
 
@@ -166,7 +159,6 @@ class Product(ProductReduction):
         self._columns, self.width = x.transpose(-1, -2).contiguous(), x.shape[-1]
 
     def columns(self, batch: slice, heads: slice, keys: slice, origin: int) -> Tensor:
-        """The columns of x."""
         return self._columns[batch, slice(None) if self._columns.shape[1] == 1 else heads, :, keys]
 
 

@@ -30,7 +30,6 @@ class MaxAmong(Max):
         self._among = among
 
     def update(self, state: tuple[Tensor, Tensor], block: Block) -> None:
-        """`Max` of a copy in which the other keys are hidden."""
         among = self._among[block.batch, None, None, block.keys]
         if bool(among.any()):
             super().update(state, replace(block, centered=block.centered.masked_fill(~among, LOWEST)))
@@ -61,7 +60,6 @@ class Strongest(Reduction):
         self.radius, self._choice = radius, _Choice(among)
 
     def start(self, shape: Shape, like: Tensor) -> _Maxima:
-        """All maxima are LOWEST."""
         far, others = (like.new_full(shape[:3], LOWEST) for _ in range(2))
         return _Maxima(far, like.new_full((*shape[:2], 2 * self.radius + 1, shape[2]), LOWEST), others)
 
@@ -87,7 +85,6 @@ class Strongest(Reduction):
                     _raise_to(state.far[block.at], columns, rows, block)
 
     def rescale(self, state: _Maxima, at: Rows, by: Tensor, total: Tensor) -> None:
-        """Log-weights grow by ``by``; which is the largest does not change."""
         state.far[at].add_(by.squeeze(-1))
         state.near.transpose(-1, -2)[at].add_(by)
         state.others[at].add_(by.squeeze(-1))

@@ -18,12 +18,10 @@ class Received(Reduction):
         self.mean = mean
 
     def start(self, shape: Shape, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Zeros for sums and for counts."""
         size = (shape[0], shape[1], shape[3])
         return like.new_zeros(size), like.new_zeros(size if self.mean else (0, 0, 0))
 
     def update(self, state: tuple[Tensor, Tensor], block: Block) -> None:
-        """Add up the columns."""
         at = (block.batch, block.heads, block.keys)
         state[0][at].add_(block.weights.sum(-2))
         if self.mean:
@@ -42,11 +40,9 @@ class TransposedProduct(Reduction):
         self.x = x
 
     def start(self, shape: Shape, like: Tensor) -> Tensor:
-        """Zeros, [B, H, S, N]."""
         return like.new_zeros((shape[0], shape[1], shape[3], self.x.shape[-1]))
 
     def update(self, state: Tensor, block: Block) -> None:
-        """Add the products of this block."""
         x = self.x[block.at].to(state.dtype).transpose(-1, -2).flatten(0, 1)  # few rows times a block is fast
         product = torch.bmm(x, block.weights.flatten(0, 1)).unflatten(0, block.weights.shape[:2])
         state[block.batch, block.heads, block.keys].add_(product.transpose(-1, -2))

@@ -41,7 +41,6 @@ class Groups(Reduction):
             part += block.product(chosen.transpose(-1, -2).unsqueeze(1))
 
     def rescale(self, state: Tensor, at: tuple[slice, slice, slice], log_factor: Tensor, total: Tensor) -> None:
-        """Multiply by each row's factor."""
         state[at] *= log_factor.exp()
 
 
@@ -92,7 +91,6 @@ class Pool(Reduction):
         torch.maximum(part, maxima.transpose(-1, -2), out=part)
 
     def finish(self, state: dict[str, Any]) -> Tensor:
-        """Divide by the number of cells that were combined."""
         out: Tensor = state["out"]
         if self.how == "max":
             return out

@@ -26,11 +26,9 @@ class Entropy(Reduction):
     online = True
 
     def start(self, shape: Shape, like: Tensor) -> Tensor:
-        """Zeros, [B, H, L]."""
         return like.new_zeros(shape[:3])
 
     def update(self, state: Tensor, block: Block) -> None:
-        """−Σ P·(centered + offset)."""
         if block.shifted:
             state[block.at].sub_(block.weights.sum(-1) * block.offset.squeeze(-1))
         state[block.at].sub_(block.expected_log())
@@ -50,15 +48,12 @@ class Mass(Reduction):
     online = True
 
     def start(self, shape: Shape, like: Tensor) -> Tensor:
-        """Zeros, [B, H, L]."""
         return like.new_zeros(shape[:3])
 
     def update(self, state: Tensor, block: Block) -> None:
-        """Add up the rows."""
         state[block.at].add_(block.weights.sum(-1))
 
     def rescale(self, state: Tensor, at: tuple[slice, slice, slice], log_factor: Tensor, total: Tensor) -> None:
-        """Multiply by each row's factor."""
         state[at] *= log_factor.exp().squeeze(-1)
 
 
@@ -81,7 +76,6 @@ class TopK(Reduction):
         return like.new_full(size, -torch.inf), empty
 
     def update(self, state: tuple[Tensor, Tensor], block: Block) -> None:
-        """Merge the k largest of this block with the k largest so far."""
         largest = block.centered.topk(min(self.k, block.centered.shape[-1]), -1)
         row_values, row_indices = state[0][block.at], state[1][block.at]
         values = torch.cat([row_values, largest.values + block.offset], -1)
@@ -93,11 +87,9 @@ class TopK(Reduction):
     def rescale(
         self, state: tuple[Tensor, Tensor], at: tuple[slice, slice, slice], log_factor: Tensor, total: Tensor
     ) -> None:
-        """Add to the logarithms; the keys stay."""
         state[0][at] += log_factor
 
     def finish(self, state: tuple[Tensor, Tensor]) -> WeightsAt:
-        """0 and −1 past the visible keys."""
         return _weights_at(*state)
 
 
@@ -107,12 +99,10 @@ class Max(Reduction):
     online = True
 
     def start(self, shape: Shape, like: Tensor) -> tuple[Tensor, Tensor]:
-        """−∞ and −1."""
         empty = torch.full(shape[:3], -1, dtype=torch.int64, device=like.device)
         return like.new_full(shape[:3], -torch.inf), empty
 
     def update(self, state: tuple[Tensor, Tensor], block: Block) -> None:
-        """The larger of the block's maximum and the maximum so far."""
         values, indices = self._largest(block.centered)
         values = values + block.offset.squeeze(-1)
         row_values, row_indices = state[0][block.at], state[1][block.at]
@@ -136,11 +126,9 @@ class Max(Reduction):
     def rescale(
         self, state: tuple[Tensor, Tensor], at: tuple[slice, slice, slice], log_factor: Tensor, total: Tensor
     ) -> None:
-        """Add to the logarithms; the keys stay."""
         state[0][at] += log_factor.squeeze(-1)
 
     def finish(self, state: tuple[Tensor, Tensor]) -> WeightsAt:
-        """0 and −1 for a row that sees nothing."""
         return _weights_at(*state)
 
 
@@ -161,15 +149,12 @@ class Offsets(Reduction):
         self.radius = radius
 
     def start(self, shape: Shape, like: Tensor) -> Tensor:
-        """Zeros, [B, H, L, 2·radius+1]."""
         return like.new_zeros((*shape[:3], 2 * self.radius + 1))
 
     def update(self, state: Tensor, block: Block) -> None:
-        """Add the diagonals that cross this block."""
         state = state[block.at]
         for rows, offsets, weights in block.band(block.weights, self.radius):
             state[..., rows, offsets].add_(weights)
 
     def rescale(self, state: Tensor, at: tuple[slice, slice, slice], log_factor: Tensor, total: Tensor) -> None:
-        """Multiply by each row's factor."""
         state[at] *= log_factor.exp()
