@@ -84,7 +84,7 @@ def test_ctrl_c_ends_in_one_line_and_exit_code_130(monkeypatch: pytest.MonkeyPat
     [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError("unable to mmap 9")],
 )
 def test_too_little_memory_is_one_message(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(name: str) -> None:
+    def fails(name: str, **options: object) -> None:
         raise error
 
     monkeypatch.setattr(models, "load", fails)
@@ -94,7 +94,7 @@ def test_too_little_memory_is_one_message(error: Exception, monkeypatch: pytest.
 
 
 def test_other_errors_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(name: str) -> None:
+    def fails(name: str, **options: object) -> None:
         raise RuntimeError("something of ours is wrong")
 
     monkeypatch.setattr(models, "load", fails)

@@ -207,7 +207,7 @@ def test_heads_measures_saves_shows_and_draws(
         (["--length", "32"], "and --length would measure"),
         (["--treebank", str(tiny_folder / "owl.txt")], "owl.txt:1"),
     ):
-        words = base[:-2] if "--treebank" in options else base  # --atlas measures nothing
+        words = base[:-2] if "--treebank" in options else [base[0], *base[3:]] if "--figure" in options else base
         failed = CliRunner().invoke(cli.app, [*words, *options])
         assert failed.exit_code == 1
         assert match in " ".join(failed.stderr.split())

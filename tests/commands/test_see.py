@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from headscope.commands import pipe, see
+from headscope.commands import pipe
+from headscope.commands.words import command_for
 from headscope.watching.recording import Recording
 from tests.commands.runner import command
 
@@ -148,4 +149,4 @@ def test_see_refuses_a_file_that_is_not_utf_8(tmp_path: Path) -> None:
     ],
 )
 def test_hints_are_whole_commands(text: str | None, file: Path | None, model: str, wanted: str) -> None:
-    assert see._command_for(text, file, model)("--head 3.8") == wanted
+    assert command_for("see", text, file, model)("--head 3.8") == wanted

@@ -1,5 +1,6 @@
 """Faults in what commands write, print and draw."""
 
+import json
 import os
 import stat
 import sys
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from headscope import HeadAtlas, models
+from headscope.commands import forbid, pipe
 from headscope.commands.outputs import Output, check_outputs
 from headscope.errors import HeadscopeError
 from headscope.models.loading import Loaded
@@ -220,3 +222,78 @@ def test_training_leaves_the_files_of_others(tmp_path: Path) -> None:
     (tmp_path / "one-or-many.md").write_text("# One head or many?\n\nA page of mine.\n")
     with pytest.raises(HeadscopeError, match="is not such a report"):
         head_counts.compare_head_counts(tmp_path, head_counts.QUICK)
+
+
+def test_forbid_reads_a_file_and_a_pipe(tiny_model: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, link = tmp_path / "text", ("--from", "It", "--to", "owl", "--json")
+    path.write_text("An owl. It")
+    by_argument = command("forbid", "An owl. It", *link).stdout
+    assert json.loads(by_argument)["text"] == "An owl. It"
+    assert command("forbid", "--file", str(path), *link).stdout == by_argument
+    monkeypatch.setattr(pipe, "is_piped", lambda: True)
+    monkeypatch.setattr(forbid, "is_piped", lambda: True)
+    assert command("forbid", *link, stdin="An owl. It").stdout == by_argument
+    assert command("forbid", "An owl.", "--file", str(path)).exit_code == 2
+    other_way = refusal("forbid", "--from", "owl", "--to", "It", stdin="An owl. It")
+    assert other_way.endswith("Try: headscope forbid --from It --to owl -")
+
+
+@pytest.mark.parametrize(
+    ("words", "pairs"),
+    [
+        ("--from It --to owl", "It → owl"),
+        ("--from It --to owl --head 1.2", "It → owl"),
+        ("--to Red --top 1", "→ Red"),
+        ("--from sat --from sat --head 0.1 --top 1", "sat → "),
+    ],
+)
+def test_a_figure_frames_the_links_that_were_named(words: str, pairs: str, tiny_model: Loaded, tmp_path: Path) -> None:
+    plain, framed = tmp_path / "plain.svg", tmp_path / "framed.svg"
+    head = words.split()[-4:-2] if "--head 0.1" in words else words.split()[-2:] if "--head" in words else []
+    assert command("see", TEXT, "--figure", str(plain), *head).exit_code == 0
+    assert command("see", TEXT, "--figure", str(framed), *words.split()).exit_code == 0
+    frame = f"stroke: {maps._FRAME}"
+    assert frame not in plain.read_text()
+    marks = framed.read_text().count(frame)
+    assert marks == len(json.loads(command("see", TEXT, "--json", *words.split()).stdout)["links"]) * (2 - bool(head))
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--by roles", "chooses what a figure shows: give --figure"),
+        ("--atlas a.parquet --length 512", "and --length would measure"),
+        ("--atlas a.parquet --pieces 1 --worth", "and --worth, --pieces would measure"),
+        ("--atlas a.parquet --again --no-worth", "and --no-worth, --again would measure"),
+        ("--atlas a.parquet --model smollm2", "give --head, too, or leave --model out"),
+    ],
+)
+def test_an_option_that_changes_nothing_is_refused_also_at_its_default(options: str, message: str) -> None:
+    assert message in refusal("heads", *options.split())
+
+
+def test_the_model_of_an_atlas_is_the_one_that_is_named(
+    tiny_atlas: HeadAtlas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+
+    def load(name: str) -> None:
+        loaded.append(name)
+        raise HeadscopeError("not here")
+
+    monkeypatch.setattr(models, "load", load)
+    path = tiny_atlas.save(tmp_path / "a.parquet")
+    for name in (["--model", "smollm2"], ["--model", "other"], []):
+        assert command("heads", "--atlas", str(path), "--head", "1.2", *name).exit_code == 0
+    assert loaded == ["smollm2", "other", tiny_atlas.name]
+
+
+def test_all_shows_every_measure_of_a_head(
+    tiny_atlas: HeadAtlas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tiny_atlas.save(tmp_path / "a.parquet"))
+    monkeypatch.setattr(models, "load", lambda name: (_ for _ in ()).throw(HeadscopeError("not here")))
+    few, every = (command("heads", "--atlas", path, "--head", "1.2", *extra).stdout for extra in ([], ["--all"]))
+    assert "offset_mass-5" not in few
+    assert "offset_mass-5" in every

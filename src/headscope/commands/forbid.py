@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import torch
 import typer
 
 from headscope.commands.models import DEFAULT_MODEL, pull_default
-from headscope.commands.pipe import text_of
-from headscope.commands.words import StartToken, load_with_words
+from headscope.commands.pipe import is_piped, text_of
+from headscope.commands.words import StartToken, command_for, load_with_words
 from headscope.errors import TextError
 from headscope.heads.effects import link_effects
 from headscope.views.data import effects_as_data, print_json
@@ -33,17 +35,20 @@ layer alone, and in each head alone, and the next token's probabilities are comp
 Examples:
   headscope forbid                                 "it" is stopped from looking at "animal"
   headscope forbid "The cup fell because it was" --from it --to cup
-  headscope forbid --from too --to animal --json
+  headscope forbid --file story.txt --from she --to girl
+  cat story.txt | headscope forbid - --from she --to girl --json
 """
 
 TextArgument = Annotated[
-    str | None, typer.Argument(help="The text, up to the token to predict.", show_default=DEFAULT_TEXT)
+    str | None,
+    typer.Argument(help="The text, up to the token to predict; - reads it from a pipe.", show_default=DEFAULT_TEXT),
 ]
 Model = Annotated[str, typer.Option("--model", metavar="NAME", help="smollm2, a folder, a .gguf file or a hub name.")]
 From = Annotated[
     str, typer.Option("--from", metavar="WORD", help="The word that is stopped from looking; it#2 is the second it.")
 ]
 To = Annotated[str, typer.Option("--to", metavar="WORD", help="The word that it cannot look at.")]
+File = Annotated[Path | None, typer.Option("--file", metavar="FILE", help="Read the text from a UTF-8 file.")]
 Top = Annotated[int, typer.Option("--top", metavar="N", min=1, help="How many tokens, layers and heads.")]
 AsJson = Annotated[bool, typer.Option("--json", help="The whole answer as JSON, on the standard output.")]
 
@@ -56,20 +61,26 @@ def forbid(
     from_: From = "it",
     to: To = "animal",
     top: Top = 5,
+    file: File = None,
     start_token: StartToken = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Stop a word from looking at another; the help text is above."""
-    text = text_of(text, None, DEFAULT_TEXT)
+    if text is not None and file is not None:
+        raise typer.BadParameter("give a text or --file, not both.")
+    argument = "-" if text is None and file is None and is_piped() else text
+    text = text_of(argument, file, DEFAULT_TEXT)
     pull_default(model)
     stages = terminal.Stages(shown=not as_json)
     with stages.stage("loading the model"):
         loaded, found = load_with_words(model, text, [from_, to], start_token)
     tokens, (source, target) = found.tokens, found.words
     if loaded.causal and target.tokens[0] > source.tokens[-1]:
+        other_way = f"--from {quote(label(tokens, target))} --to {quote(label(tokens, source))}"
         raise TextError(
             f"{label(tokens, target)!r} comes after {label(tokens, source)!r}, and {loaded.name} sees only "
-            f"what comes before: there is no link to stop. Try: headscope forbid --from {to} --to {from_}"
+            "what comes before: there is no link to stop. "
+            f"Try: {command_for('forbid', argument, file, model, start_token)(other_way)}"
         )
     ids = torch.tensor([tokens.ids], device=loaded.model.device)
     with stages.stage("stopping the link in each head"):

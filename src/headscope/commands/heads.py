@@ -20,7 +20,7 @@ from typer.core import TyperCommand
 
 from headscope import models
 from headscope.commands.models import DEFAULT_MODEL, pull_default
-from headscope.commands.outputs import Force, Output, check_outputs
+from headscope.commands.outputs import Force, Output, check_outputs, figure_output
 from headscope.commands.pipe import read_pipe
 from headscope.distributed import processes, rank
 from headscope.errors import AtlasError, HeadscopeError, MissingExtra, TextError, TreebankError
@@ -39,6 +39,7 @@ from headscope.views.terminal import console as terminal
 from headscope.views.terminal import heads as terminal_heads
 
 _BY = "roles"
+_MEASURING = ("--text", "--treebank", "--out", "--again", "--worth", "--no-worth", "--length", "--pieces")
 _WORTH = ("worth", "ablation_zero", "ablation_mean", "gradient")
 
 app = typer.Typer(rich_markup_mode=None)
@@ -69,7 +70,7 @@ Model = Annotated[
     typer.Option(
         "--model",
         metavar="NAME",
-        help="smollm2, minilm, a folder, a .gguf file or a hub name; of --atlas, where it is now.",
+        help="smollm2, minilm, a folder, a .gguf file or a hub name; with --atlas and --head, where it is now.",
     ),
 ]
 TextOption = Annotated[
@@ -96,7 +97,9 @@ By = Annotated[
 Worth = Annotated[bool, typer.Option("--worth/--no-worth", help="Whether to measure what heads are worth.")]
 Length = Annotated[int, typer.Option("--length", min=8, help="Tokens in a piece of text.")]
 Pieces = Annotated[int, typer.Option("--pieces", min=0, help="Pieces of each text, from its start; 0: all of it.")]
-All = Annotated[bool, typer.Option("--all", help="Every head of each role and by worth, not the first few.")]
+All = Annotated[
+    bool, typer.Option("--all", help="Every head, not the first few of each role; with --head every measure.")
+]
 Again = Annotated[bool, typer.Option("--again", help="Measure again what the package already has.")]
 
 
@@ -119,6 +122,7 @@ class _ManyFiles(TyperCommand):
 
 @app.command(name="heads", help=_HELP, cls=_ManyFiles)
 def heads(
+    context: typer.Context,
     model: Model = DEFAULT_MODEL,
     text: TextOption = None,
     treebank: Treebank = None,
@@ -135,22 +139,23 @@ def heads(
     force: Force = False,
 ) -> None:
     """Profile every head of a model; the help text is above."""
-    _check(atlas, head, figure, by, worth)
+    given = _given(context)
+    _check(given, head, by, worth)
     inputs = [atlas, *(text or []), *(treebank or []), Path(model)]
-    check_outputs(_outputs(out, figure), inputs, force=force)
-    measuring = {"--text": text, "--treebank": treebank, "--out": out, "--again": again, "--no-worth": not worth}
-    measuring |= {"--length": length != Plan.length, "--pieces": pieces != Plan.pieces}
+    check_outputs([Output("--out", out, atlas_file.KIND), *figure_output(figure)], inputs, force=force)
+    plan = Plan(length=length, pieces=pieces, worth=Plan.worth if worth else 0)
+    to_measure = bool(text or treebank or out or again) or plan != Plan()
     documents: Sequence[corpus.Document] = ()
-    profiled = _saved_atlas(model, atlas, [option for option, value in measuring.items() if value])
+    profiled = HeadAtlas.load(atlas) if atlas is not None else None if to_measure else _shipped_atlas(model)
     measured = profiled is None
     if profiled is None:
         pull_default(model)
-        plan = Plan(length=length, pieces=pieces, worth=Plan.worth if worth else 0)
         profiled, documents = _measure(_Options(model, text or [], treebank or [], out, head, by, force), plan)
     if rank():
         return
     if head is not None:
-        _one_head(profiled, head, profiled.name if atlas is None or model == DEFAULT_MODEL else model, documents)
+        model_here = model if "--model" in given else profiled.name
+        _one_head(profiled, head, model_here, documents, all_measures=all_heads)
     else:
         command = None if measured and out is None else _command_for(model, atlas or out)
         terminal_heads.print_atlas(profiled, all_heads=all_heads, command=command)
@@ -180,26 +185,39 @@ def _command_for(model: str, atlas: Path | None) -> str:
     return f"headscope heads{model_option}" + ("" if atlas is None else f" --atlas {quote(str(atlas))}")
 
 
-def _check(atlas: Path | None, head: str | None, figure: Path | None, by: str, worth: bool) -> None:
+def _given(context: typer.Context) -> list[str]:
+    """The options that stand in the command, also those that repeat a default."""
+    source = context.get_parameter_source
+    names = {
+        param.name: param.opts[0]
+        for param in context.command.params
+        if (where := source(param.name or "")) is not None and where.name == "COMMANDLINE"
+    }
+    if not context.params["worth"]:
+        names["worth"] = "--no-worth"
+    return list(names.values())
+
+
+def _check(given: Sequence[str], head: str | None, by: str, worth: bool) -> None:
     """Raise an error before anything is measured if the options cannot be met."""
     if head is not None:
         split_head(head)
-    if figure is None and by != _BY:
+    if "--by" in given and "--figure" not in given:
         raise AtlasError(f"--by {by} chooses what a figure shows: give --figure FILE, too.")
-    if figure is not None:
-        if atlas is None and not by.startswith("relation:") and by not in (columns := _drawable()):
-            raise AtlasError(f"There is no measure {by!r} to draw. There are: {', '.join(columns)}, relation:NAME.")
-        if not worth and by in _WORTH:
-            raise AtlasError(f"--by {by} draws what heads are worth, and --no-worth does not measure it.")
-
-
-def _outputs(out: Path | None, figure: Path | None) -> list[Output]:
-    outputs = [Output("--out", out, atlas_file.KIND)]
-    if figure is not None:
-        from headscope.views.figures.file import figure_kind
-
-        outputs.append(Output("--figure", figure, figure_kind(figure)))
-    return outputs
+    if "--atlas" in given:
+        if measuring := [option for option in given if option in _MEASURING]:
+            raise AtlasError(
+                f"--atlas shows what was measured, and {', '.join(measuring)} would measure: leave one of them out."
+            )
+        if "--model" in given and head is None:
+            raise AtlasError(
+                "--model says where the model of --atlas is, for the examples of one head: give --head, too, or leave "
+                "--model out."
+            )
+    elif not by.startswith("relation:") and by not in (columns := _drawable()):
+        raise AtlasError(f"There is no measure {by!r} to draw. There are: {', '.join(columns)}, relation:NAME.")
+    if not worth and by in _WORTH:
+        raise AtlasError(f"--by {by} draws what heads are worth, and --no-worth does not measure it.")
 
 
 def _drawable() -> tuple[str, ...]:
@@ -240,16 +258,8 @@ def _check_head(head: str, heads: Sequence[int], name: str) -> None:
         )
 
 
-def _saved_atlas(model: str, path: Path | None, measuring: list[str]) -> HeadAtlas | None:
-    """The atlas of a file, or the one in the package; None if there is none or an option asks to measure."""
-    if path is not None and measuring:
-        raise AtlasError(
-            f"--atlas shows what was measured, and {', '.join(measuring)} would measure: leave one of them out."
-        )
-    if path is not None:
-        return HeadAtlas.load(path)
-    if measuring:
-        return None
+def _shipped_atlas(model: str) -> HeadAtlas | None:
+    """The model's atlas in the package; None if there is none."""
     shipped = resources.files("headscope.heads.atlas") / "shipped" / f"{model}.parquet"
     if not re.fullmatch(r"[\w-]+", model) or not shipped.is_file():
         return None
@@ -314,7 +324,9 @@ def _remove(shards: Path, patience: float = 60.0) -> None:
     shutil.rmtree(shards, ignore_errors=True)
 
 
-def _one_head(atlas: HeadAtlas, head: str, model: str, documents: Sequence[corpus.Document]) -> None:
+def _one_head(
+    atlas: HeadAtlas, head: str, model: str, documents: Sequence[corpus.Document], *, all_measures: bool
+) -> None:
     """Everything about one head; its examples need the model, and are left out where it is not here.
 
     Args:
@@ -322,10 +334,11 @@ def _one_head(atlas: HeadAtlas, head: str, model: str, documents: Sequence[corpu
         head: The head, as 13.8.
         model: The model's name or folder.
         documents: The texts that were just measured; none for a saved atlas.
+        all_measures: Whether to show the measures of every offset, too.
     """
     _check_head(head, atlas.heads, atlas.name)
     layer, number = split_head(head)
-    terminal_heads.print_head(atlas, layer, number)
+    terminal_heads.print_head(atlas, layer, number, all_measures=all_measures)
     try:
         loaded = models.load(model)
     except HeadscopeError as error:

@@ -29,6 +29,19 @@ class Output(NamedTuple):
     kind: FileKind
 
 
+def figure_output(path: Path | None) -> list[Output]:
+    """The output of --figure, if there is one.
+
+    Raises:
+        ValueError: Its name has another extension.
+    """
+    if path is None:
+        return []
+    from headscope.views.figures.file import figure_kind
+
+    return [Output("--figure", path, figure_kind(path))]
+
+
 def check_outputs(outputs: Sequence[Output], inputs: Iterable[Path | None], *, force: bool) -> None:
     """Raise an error if an output cannot be written, is an input, or is another output.
 

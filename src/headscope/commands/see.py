@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from shlex import quote
 from typing import Annotated
 
 import typer
 
 from headscope import models
 from headscope.commands.models import DEFAULT_MODEL, pull_default
-from headscope.commands.outputs import Force, Output, check_outputs
-from headscope.commands.pipe import text_of
-from headscope.commands.words import StartToken, load_with_words
+from headscope.commands.outputs import Force, Output, check_outputs, figure_output
+from headscope.commands.pipe import is_piped, text_of
+from headscope.commands.words import StartToken, command_for, load_with_words
 from headscope.models.tokens import Tokens
 from headscope.views.data import links_as_data, print_json
 from headscope.views.links import TextLinks, find_links, head_of
@@ -102,8 +100,11 @@ def see(
     if text is not None and file is not None:
         raise typer.BadParameter("give a text or --file, not both.")
     stages = terminal.Stages(shown=not as_json)
-    check_outputs(_outputs(figure, save), [file, Path(model)], force=force)
-    argument, text = text, text_of(text, file, DEFAULT_TEXT)
+    check_outputs(
+        [Output("--save", save, recording_file.KIND), *figure_output(figure)], [file, Path(model)], force=force
+    )
+    argument = "-" if text is None and file is None and is_piped() else text
+    text = text_of(argument, file, DEFAULT_TEXT)
     pull_default(model, stages)
     with stages.stage("loading the model"):
         wanted = [*(from_ or []), *([] if to is None else [to])]
@@ -129,32 +130,14 @@ def see(
         print_json(links_as_data(view, model=loaded.name, source=loaded.source))
     else:
         print_links(
-            view, model=loaded.name, causal=loaded.causal, command=_command_for(argument, file, model, start_token)
+            view,
+            model=loaded.name,
+            causal=loaded.causal,
+            command=command_for("see", argument, file, model, start_token),
         )
-    _write(recording, tokens, view, loaded.name, figure, save, stages, force=force, quiet=as_json)
+    _write(recording, tokens, view, loaded.name, figure, save, stages, named=bool(wanted), force=force, quiet=as_json)
     if verbose:
         terminal.print_stages(stages, _facts(loaded, tokens))
-
-
-def _command_for(text: str | None, file: Path | None, model: str, start_token: str = "auto") -> Callable[[str], str]:
-    """A function that puts options into the command that shows the same text with the same model."""
-    model_option = "" if model == DEFAULT_MODEL else f" --model {quote(model)}"
-    model_option += "" if start_token == "auto" else f" --start-token {quote(start_token)}"
-    if file is not None:
-        return lambda options: f"headscope see{model_option} --file {quote(str(file))} {options}"
-    if text is None:
-        return lambda options: f"headscope see{model_option} {options}"
-    dashes = "-- " if text.startswith("-") and text != "-" else ""
-    return lambda options: f"headscope see{model_option} {options} {dashes}{quote(text)}"
-
-
-def _outputs(figure: Path | None, save: Path | None) -> list[Output]:
-    outputs = [Output("--save", save, recording_file.KIND)]
-    if figure is not None:
-        from headscope.views.figures.file import figure_kind
-
-        outputs.append(Output("--figure", figure, figure_kind(figure)))
-    return outputs
 
 
 def _write(
@@ -166,18 +149,25 @@ def _write(
     save: Path | None,
     stages: terminal.Stages,
     *,
+    named: bool,
     force: bool,
     quiet: bool,
 ) -> None:
-    """Write the figure and the recording; print their paths, on the error stream if the output is JSON."""
+    """Write the figure and the recording; print their paths, on the error stream if the output is JSON.
+
+    If words were ``named``, the figure marks their links.
+    """
     if figure is not None:
         from headscope.views.figures import maps as figures
 
         with stages.stage("drawing") as on_progress:
+            links = view.links if named else ()
             if view.head is None:
-                drawn = figures.thumbnails(recording, tokens, figure, model=model, force=force, on_progress=on_progress)
+                drawn = figures.thumbnails(
+                    recording, tokens, figure, links=links, model=model, force=force, on_progress=on_progress
+                )
             else:
-                drawn = figures.head_map(recording, tokens, view.head, figure, model=model, force=force)
+                drawn = figures.head_map(recording, tokens, view.head, figure, links=links, model=model, force=force)
         terminal.print_line(f"Figure: {figure}", error=quiet)
         if drawn.missing:
             terminal.print_line(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
 
 from headscope import models
+from headscope.commands.models import DEFAULT_MODEL
 from headscope.commands.pipe import argument_text
 from headscope.models.loading import Loaded
 from headscope.models.tokens import Tokens, Word, tokenize
@@ -57,3 +60,18 @@ def load_with_words(model: str, text: str, words: Sequence[str], start_token: st
 
     loaded = models.load(model, start_token=start_token, on_tokenizer=check)
     return loaded, find(loaded.tokenizer, loaded.start_token_id, loaded.context)
+
+
+def command_for(
+    command: str, text: str | None, file: Path | None, model: str, start_token: str = "auto"
+) -> Callable[[str], str]:
+    """A function that puts options into the command that reads the same text with the same model."""
+    start = f"headscope {command}"
+    start += "" if model == DEFAULT_MODEL else f" --model {quote(model)}"
+    start += "" if start_token == "auto" else f" --start-token {quote(start_token)}"
+    if file is not None:
+        return lambda options: f"{start} --file {quote(str(file))} {options}"
+    if text is None:
+        return lambda options: f"{start} {options}"
+    dashes = "-- " if text.startswith("-") and text != "-" else ""
+    return lambda options: f"{start} {options} {dashes}{quote(text)}"

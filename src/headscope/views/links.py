@@ -144,7 +144,7 @@ def find_links(
     if not sources and not every_source:
         short = head is not None and len(tokens.words) <= FEW_WORDS
         sources = tokens.words if short else default_words(tokens)
-    sources = tokens.words if every_source else tuple(sources)
+    sources = tokens.words if every_source else tuple(dict.fromkeys(sources))
     heads_per_pair = 1 if head else top or (10 if target and not every_source else 4)
     finder = _Finder(tokens, sources, target, heads_per_pair)
     layers = range(len(recording)) if head is None else [head.layer]

@@ -13,13 +13,14 @@ from matplotlib import font_manager
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from torch import Tensor
 
 from headscope.models.tokens import Tokens
 from headscope.ops.matrix import AttentionMatrix
 from headscope.views.figures.file import figure_kind, save_figure
-from headscope.views.links import Head
+from headscope.views.links import Head, Link
 from headscope.views.words import FEW_WORDS, percent, shown_name, word_map
 from headscope.watching.recording import Recording
 
@@ -29,6 +30,7 @@ _LABELLED = 60  # up to so many words stand on a map's axes, each
 _WORDS = LinearSegmentedColormap.from_list("words", ["#ffffff", "#c6dbef", "#4292c6", "#08519c", "#041f45"])
 _SPECIAL = LinearSegmentedColormap.from_list("special", ["#ffffff", "#bdbdbd", "#404040"])
 _HIDDEN = "#f3f0ea"  # what the mask hides
+_FRAME = "#d95f02"
 _TICKS = [0, 0.05, 0.25, 0.5, 1]
 _FALLBACKS = (
     "Noto Sans CJK SC",
@@ -69,6 +71,7 @@ def thumbnails(
     tokens: Tokens,
     path: str | Path,
     *,
+    links: Sequence[Link] = (),
     model: str = "",
     force: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
@@ -83,6 +86,7 @@ def thumbnails(
         recording: The model's run over the text.
         tokens: The text.
         path: Where to write it: .png, .svg or .pdf.
+        links: Links that are framed.
         model: The model's name, for the title.
         force: Whether a file of another kind may be overwritten.
         on_progress: Called after each layer with how many are done, and of how many.
@@ -94,26 +98,24 @@ def thumbnails(
     path = Path(path)
     figure_kind(path)
     layers, heads = len(recording), max(int(site.shape[1]) for site in recording.sites)
-    side = min(_BINS, len(tokens.words))
+    count = len(tokens.words)
+    side = min(_BINS, count)
     strip = max(1, round(side / 14))
     first = strip + max(1, round(side / 24))  # where the map begins, beside the strip
     gap = max(2, round(side / 6))
     tall, wide = side + gap, first + side + gap
-    mosaic = torch.full((layers * tall, heads * wide), torch.nan)
-    strips = mosaic.clone()
-    for layer in range(layers):
-        for head, (one, beside) in enumerate(zip(*_small_maps(recording[layer], tokens, _BINS), strict=True)):
-            y, x = layer * tall, head * wide
-            mosaic[y : y + side, x + first : x + first + side] = one
-            strips[y : y + side, x : x + strip] = beside[:, None]
-        if on_progress is not None:
-            on_progress(layer + 1, layers)
+    mosaic, strips = _mosaic(recording, tokens, (tall, wide), (strip, first), on_progress)
     fonts = _Fonts(tokens.text)
     broad, high = heads * _INCH * wide / tall, layers * _INCH
     title = _title(model, f"{layers} layers × {heads} heads")
-    lines = _caption(tokens, recording, fonts, side if len(tokens.words) > _BINS else 0)
+    lines = _caption(tokens, recording, fonts, side if count > _BINS else 0, links)
     figure, axes = _page((0.65, 0.45, broad, high), title, lines)
     image = _draw(axes, mosaic, strips)
+    index = {word.start: i * side // count for i, word in enumerate(tokens.words)}
+    for link in links:
+        y, x = link.layer * tall, link.head * wide
+        _frame(axes, x - 1, y - 1, first + side + 2, side + 2, 1.0)
+        _frame(axes, x + first + index[link.target.start], y + index[link.source.start], 1, 1, 0.5)
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.set_yticks([layer * tall + side / 2 - 0.5 for layer in range(layers)], [str(i) for i in range(layers)])
@@ -127,7 +129,14 @@ def thumbnails(
 
 
 def head_map(
-    recording: Recording, tokens: Tokens, head: Head, path: str | Path, *, model: str = "", force: bool = False
+    recording: Recording,
+    tokens: Tokens,
+    head: Head,
+    path: str | Path,
+    *,
+    links: Sequence[Link] = (),
+    model: str = "",
+    force: bool = False,
 ) -> Drawn:
     """One head's map, with the words on both axes if they are at most 60.
 
@@ -136,6 +145,7 @@ def head_map(
         tokens: The text.
         head: Which head.
         path: Where to write it: .png, .svg or .pdf.
+        links: Links that are framed.
         model: The model's name, for the title.
         force: Whether a file of another kind may be overwritten.
 
@@ -164,13 +174,38 @@ def head_map(
     room = 0.35 + 0.085 * min(24, max(map(_width, names))) if count <= _LABELLED else 0.35
     special = " ".join(dict.fromkeys(p for p, s in zip(tokens.pieces, tokens.special, strict=True) if s))
     above = 0.35 + max(room, 0.085 * len(special))
-    lines = _caption(tokens, recording, fonts, side if count > FEW_WORDS else 0)
+    lines = _caption(tokens, recording, fonts, side if count > FEW_WORDS else 0, links)
     broad = inch * (side + strip + gap) / side
     figure, axes = _page((room + 0.3, above, broad, inch), _title(model, f"head {head}"), lines)
     image = _draw(axes, whole, beside)
+    index = {word.start: i * side // count for i, word in enumerate(tokens.words)}
+    for link in links:
+        _frame(axes, strip + gap + index[link.target.start], index[link.source.start], 1, 1, 1.5)
     _name_axes(axes, names if count <= _LABELLED else [], side, strip, strip + gap, special)
     _bar(figure, axes, image)
     return Drawn(_write(figure, path, fonts, force), fonts.missing)
+
+
+def _mosaic(
+    recording: Recording,
+    tokens: Tokens,
+    cell: tuple[int, int],
+    offsets: tuple[int, int],
+    on_progress: Callable[[int, int], None] | None,
+) -> tuple[Tensor, Tensor]:
+    """All small maps beside each other, and their strips; ``cell``: rows and columns of each with its gap."""
+    layers, heads = len(recording), max(int(site.shape[1]) for site in recording.sites)
+    (tall, wide), (strip, first) = cell, offsets
+    mosaic = torch.full((layers * tall, heads * wide), torch.nan)
+    strips = mosaic.clone()
+    for layer in range(layers):
+        for head, (one, beside) in enumerate(zip(*_small_maps(recording[layer], tokens, _BINS), strict=True)):
+            y, x, side = layer * tall, head * wide, len(one)
+            mosaic[y : y + side, x + first : x + first + side] = one
+            strips[y : y + side, x : x + strip] = beside[:, None]
+        if on_progress is not None:
+            on_progress(layer + 1, layers)
+    return mosaic, strips
 
 
 def _small_maps(matrix: AttentionMatrix, tokens: Tokens, parts: int) -> tuple[Tensor, Tensor]:
@@ -212,6 +247,11 @@ def _within(inside: Tensor) -> Tensor:
     return inside.any(0, keepdim=True)
 
 
+def _frame(axes: Any, x: float, y: float, width: float, height: float, line: float) -> None:
+    """A frame around cells, from the one at (x, y)."""
+    axes.add_patch(Rectangle((x - 0.5, y - 0.5), width, height, fill=False, edgecolor=_FRAME, linewidth=line))
+
+
 def _name_axes(axes: Any, names: Sequence[str], side: int, strip: int, first: int, special: str) -> None:
     axes.set_ylabel("the word that looks", fontsize=9)
     axes.set_xlabel("the word that is looked at", fontsize=9)
@@ -233,7 +273,7 @@ def _title(model: str, what: str) -> str:
     return f"{model}: {what}" if model else what[0].upper() + what[1:]
 
 
-def _caption(tokens: Tokens, recording: Recording, fonts: _Fonts, parts: int) -> list[str]:
+def _caption(tokens: Tokens, recording: Recording, fonts: _Fonts, parts: int, links: Sequence[Link]) -> list[str]:
     text = " ".join(tokens.text.split())
     text = text if len(text) <= 160 else text[:159] + "…"
     quoted = f"“{text}”" if not fonts.missing else f"A text of {len(tokens.words)} words that no font here can draw."
@@ -242,6 +282,9 @@ def _caption(tokens: Tokens, recording: Recording, fonts: _Fonts, parts: int) ->
     if parts:
         read = f"The text is cut into {parts} equal parts, and a part drawn as if it were a word. " + read
     read += f"Grey strip: the weight on {special}." if special else ""
+    if links:
+        pairs = dict.fromkeys(f"{shown_name(tokens, k.source)} → {shown_name(tokens, k.target)}" for k in links)
+        read += f" Framed: {', '.join(list(pairs)[:8])}{' …' if len(pairs) > 8 else ''}, where they are strongest."
     if recording.proof is None:
         check = "Not checked: these weights × values could not be compared with the model's own attention output."
     else:

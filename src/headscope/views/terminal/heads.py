@@ -165,7 +165,7 @@ def _guesses(atlas: HeadAtlas) -> Text:
     return text
 
 
-def print_head(atlas: HeadAtlas, layer: int, head: int) -> None:
+def print_head(atlas: HeadAtlas, layer: int, head: int, *, all_measures: bool = False) -> None:
     """Everything that the atlas holds about one head: roles, measures beside null and rank, relations, worth."""
     roles = [row for row in atlas.roles() if (row.layer, row.head) == (layer, head)]
     print_renderable(Text.assemble((f"{atlas.name} {layer}.{head}", "bold"), ": ", _named(roles)))
@@ -185,7 +185,9 @@ def print_head(atlas: HeadAtlas, layer: int, head: int) -> None:
         more[name] = f"; 95 %: {low:+.3f} to {high:+.3f}"
     for name, values in columns.items():
         value = float(values[layer, head])
-        if math.isnan(value) or name.endswith(("_low", "_high")) or _far_offset(name):
+        if math.isnan(value) or name.endswith(("_low", "_high")):
+            continue
+        if _far_offset(name) and not all_measures:
             continue
         known = values[~values.isnan()]
         rank = int((known > value).sum()) + 1
