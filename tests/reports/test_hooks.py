@@ -1,6 +1,7 @@
 """Faults of watching running models that somebody reported, one test for each kind."""
 
 import copy
+import math
 import pickle
 import threading
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from headscope import HeadWarning, ablate, edit, monitor, record
 from headscope.errors import EditError, HeadscopeError, ProofError, UnsupportedAttention
 from tests.tiny import ids, llama
-from tests.watching.small_models import B, E, L, NanoGPT, Stack, assert_untouched
+from tests.watching.small_models import B, E, L, NanoGPT, Sdpa, Stack, assert_untouched
 
 # ---------------------------------------------------------------- two threads, one model
 
@@ -192,3 +193,94 @@ def test_continuous_batching_runs_to_its_end_and_is_refused_when_record_closes()
         watched = continuous(model)
     assert [len(tokens) for tokens in watched] == [4, 4]
     assert watched == alone
+
+
+# ---------------------------------------------------------------- the proof
+
+
+def altered(change: Any) -> Any:
+    """Torch's function behind a change of the query that record cannot see."""
+
+    class Altered(Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            with torch._C.DisableTorchFunctionSubclass():
+                if func is F.scaled_dot_product_attention:
+                    return func(change(args[0].as_subclass(Tensor)), *args[1:], **(kwargs or {}))
+                return func(*args, **(kwargs or {}))
+
+    return lambda q, *others, **options: F.scaled_dot_product_attention(q.as_subclass(Altered), *others, **options)
+
+
+def other_head(query: Tensor) -> Tensor:
+    query = query.clone()
+    query[:, 1] *= 1.5
+    return query
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("size", "queries"), [(1.0, 20), (3.0, 20), (1.0, 200)])
+def test_hidden_temperature_is_refused(dtype: torch.dtype, size: float, queries: int) -> None:
+    """In bfloat16 a temperature of 1.1 was proved, with weights that were off by .083."""
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(B, 3, queries, 16, dtype=torch.float32) * w for w in (size, size, 1.0))
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    with record(model := Sdpa()) as recording:
+        model(q, k, v)
+    assert recording.proof is not None
+    for change in (lambda q: q * 1.1, lambda q: q / 1.1):
+        with pytest.raises(ProofError, match="differs by"), record(model := Sdpa(altered(change))):
+            model(q, k, v)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("small", [1e-3, 1e-6])
+def test_head_with_small_outputs_is_proved_by_its_own_size(dtype: torch.dtype, small: float) -> None:
+    q, k, v = (torch.randn(B, 3, 20, 16) for _ in range(3))
+    v[:, 1] *= small
+    operands = [x.to(dtype) for x in (q, k, v)]
+    with record(model := Sdpa()):
+        model(*operands)
+    with pytest.raises(ProofError, match="differs by 0"), record(model := Sdpa(altered(other_head))):
+        model(*operands)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1, 6])
+def test_eager_attention_in_half_precision_is_proved_with_both_errors(dtype: torch.dtype, size: float) -> None:
+    """It rounds its scores: the applied map and the exact one differed by .06 at logits of 97."""
+    model, text = llama(), ids(2, 20)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data.mul_(size)
+    errors = {}
+    for implementation in ("eager", "sdpa"):
+        model.to(dtype).set_attn_implementation(implementation)
+        with torch.no_grad(), record(model) as recording:
+            model(text)
+        errors[implementation] = recording.proof, recording.rounded_proof
+    assert errors["eager"][1] < errors["eager"][0]
+    assert errors["sdpa"][0] < errors["sdpa"][1]
+    with torch.no_grad(), record(model.float()) as recording:
+        model(text)
+    assert recording.rounded_proof is None
+
+
+@pytest.mark.parametrize("offset", [-5e3, 5e3, 5e5])
+def test_soft_rows_with_a_common_offset_are_proved(offset: float) -> None:
+    q, k, v = (torch.randn(B, 3, 200, 16) for _ in range(3))
+    q[..., 0], k[..., 0] = offset / 25, 100
+    with record(model := Sdpa()) as recording:
+        model(q, k, v)
+    assert recording.proof is not None
+    assert recording.proof < 5e-6 * max(1, abs(offset) / 100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e6, 1e8, math.inf])
+def test_monitor_measures_the_step_whose_logits_explode(dtype: torch.dtype, size: float) -> None:
+    q, k, v = (torch.randn(B, 3, 20, 16).to(dtype) for _ in range(3))
+    q[:, 1] *= size
+    watch = monitor(model := Sdpa(), every=1)
+    with pytest.warns(HeadWarning, match=r"head 0\.1 .*(largest logit|NaN or infinite)"), watch:
+        model(q, k, v)
+    assert len(watch.history) == 1

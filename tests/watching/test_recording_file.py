@@ -53,7 +53,7 @@ def test_load_gives_what_was_saved(tmp_path: Path, make: Any) -> None:
     for old_call, new_call in zip(recording.calls, again.calls, strict=True):
         assert torch.equal(old_call.matrix().dense(), new_call.matrix().dense())
     for old_site, new_site in zip(recording.sites, again.sites, strict=True):
-        for name in ("name", "occurrence", "way", "proof", "shape", "edited"):
+        for name in ("name", "occurrence", "way", "proof", "rounded_proof", "shape", "edited"):
             assert getattr(old_site, name) == getattr(new_site, name)
         for one, other in ((old_site.value(), new_site.value()), (old_site.output(), new_site.output())):
             assert (one is None) == (other is None)
@@ -167,7 +167,7 @@ def test_load_refuses_truncated_files(tmp_path: Path) -> None:
 def test_load_refuses_another_version_and_another_format(tmp_path: Path) -> None:
     header, body = split(saved(tmp_path))
     header["__metadata__"]["version"] = "97"
-    with pytest.raises(RecordingError, match=r"version '97'.*reads version 3"):
+    with pytest.raises(RecordingError, match=r"version '97'.*reads version 4"):
         Recording.load(join(tmp_path / "newer", header, body))
     save_file({"query.0": torch.zeros(3)}, tmp_path / "other")
     with pytest.raises(RecordingError, match="not a recording"):

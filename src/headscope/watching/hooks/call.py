@@ -42,6 +42,7 @@ class AttentionCall:
     output: Output
     dropout_p: float = 0.0
     proof: float | None = None  # relative difference of the rebuilt P @ V from the returned; None: unproved
+    rounded_proof: float | None = None  # the same with scores rounded to half precision; None: they are not in half
     edited: bool = False
     is_cross: bool = False  # its keys are of another sequence than its queries
     logsumexp: Tensor | None = None  # [B, H, L], where the model's kernel gave it; NaN elsewhere

@@ -73,7 +73,7 @@ def report_call(
     first = pairs[0][1]
     with unwatched():
         if dropout_p:
-            reading = Proved(next(iter(candidates(first))), None, None)
+            reading = Proved(next(iter(candidates(first))), None, None, None)
         else:
             text = valid if valid is not None else first.valid
             reading = prove(names[0] or "the model", candidates(first), value, output, text, logsumexp)
@@ -86,6 +86,7 @@ def report_call(
         output,
         dropout_p,
         reading.difference,
+        reading.rounded_difference,
         is_cross=cross or _is_cross(module, first, reading.scores),
         logsumexp=reading.logsumexp,
     )

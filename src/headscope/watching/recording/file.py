@@ -25,7 +25,7 @@ from headscope.ops.scores import make_scores
 from headscope.watching.recording.site import CallRows, Site
 
 FORMAT = "headscope-recording"
-VERSION = 3
+VERSION = 4
 KIND = safetensors_kind("a recording", FORMAT)
 _HEADER_LIMIT = 100 * 1024 * 1024
 _TENSOR_NAME = re.compile(r"(query|key|value|output|logsumexp|mask|bias|sinks|valid)\.\d{1,9}")
@@ -117,6 +117,7 @@ class _Writer:
             "mask": encode(call.mask, lambda tensor: str(self.keep("mask", tensor))),
             "bias": self.bias(call.bias),
             "proof": call.proof if exact else None,
+            "rounded_proof": call.rounded_proof if exact else None,
             "output": self.keep("output", call.output),
             "logsumexp": self.keep("logsumexp", call.logsumexp if exact else None),
         }
@@ -260,9 +261,10 @@ class _Reader:
         part = query[:, :, first_row : first_row + rows], site.last_key[:, :, first_key : first_key + keys]
         mask = decode(data["mask"], lambda name: self.must("mask", name))
         scores = make_scores(*part, mask, self.bias(data["bias"]), site.scale, site.softcap, site.sinks)
-        proof = None if data["proof"] is None else float(data["proof"])
+        proof, rounded = (None if data[name] is None else float(data[name]) for name in ("proof", "rounded_proof"))
         output, logsumexp = self.get("output", data["output"]), self.get("logsumexp", data["logsumexp"])
-        return CallRows(scores.query, first_row, first_key, keys, scores.mask, scores.bias, proof, output, logsumexp)
+        place = (first_row, first_key, keys)
+        return CallRows(scores.query, *place, scores.mask, scores.bias, proof, rounded, output, logsumexp)
 
 
 def _check_kept(site: Site) -> None:

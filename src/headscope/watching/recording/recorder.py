@@ -74,9 +74,15 @@ class Recording:
     @property
     def proof(self) -> float | None:
         """The largest difference of a rebuilt output from the model's own; None: some call is unproved."""
-        proofs = [site.proof for run in self.runs for site in run.sites]
-        differences = [proof for proof in proofs if proof is not None]
-        return max(differences) if differences and len(differences) == len(proofs) else None
+        return _largest([site.proof for run in self.runs for site in run.sites])
+
+    @property
+    def rounded_proof(self) -> float | None:
+        """The same with scores rounded as eager attention rounds them; None: some call is not in half precision.
+
+        In half precision the smaller of the two says which the model did. The weights here are the exact ones.
+        """
+        return _largest([site.rounded_proof for run in self.runs for site in run.sites])
 
     @property
     def calls(self) -> list[Call]:
@@ -269,6 +275,11 @@ def _valid(forward: Forward, calls: list[Site]) -> Tensor | None:
     valid = torch.ones(forward.virtual.text_shape, dtype=torch.bool, device=calls[0].last_key.device)
     valid[:, : forward.virtual.number] = False
     return valid
+
+
+def _largest(differences: list[float | None]) -> float | None:
+    known = [difference for difference in differences if difference is not None]
+    return max(known) if known and len(known) == len(differences) else None
 
 
 def _related(name: str, called: str) -> bool:

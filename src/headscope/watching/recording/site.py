@@ -34,6 +34,7 @@ class CallRows:
     mask: Mask | None = None
     bias: Tensor | Alibi | None = None
     proof: float | None = None
+    rounded_proof: float | None = None
     output: Tensor | None = None
     logsumexp: Tensor | None = None  # [B, H, rows], NaN where it is not known
     query_version: int | None = None
@@ -86,6 +87,12 @@ class Site:
     def proof(self) -> float | None:
         """How far P @ V, rebuilt, was from what the model returned, at most; None: some call is unproved."""
         differences = [call.proof for call in self.calls if call.proof is not None]
+        return max(differences) if len(differences) == len(self.calls) else None
+
+    @property
+    def rounded_proof(self) -> float | None:
+        """The same with scores rounded to half precision, as eager attention has them; None: not in half precision."""
+        differences = [call.rounded_proof for call in self.calls if call.rounded_proof is not None]
         return max(differences) if len(differences) == len(self.calls) else None
 
     def __repr__(self) -> str:
@@ -257,6 +264,7 @@ def capture(
         scores.mask,
         bias,
         call.proof,
+        call.rounded_proof,
         output,
         call.logsumexp,
         _version(query),
