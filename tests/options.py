@@ -68,6 +68,11 @@ def _dense(sizes: Sizes) -> tuple[Mask | Tensor, Rule]:
     return visible, lambda b, h, i, j: bool(visible[b, h, i - first, j])
 
 
+def _keep(sizes: Sizes) -> tuple[Mask, Rule]:
+    is_text = torch.rand(sizes[0], sizes[3], generator=torch.Generator().manual_seed(6)) < 0.67
+    return masks.keep(is_text), lambda b, h, i, j: bool(is_text[b, j])
+
+
 def _packed(sizes: Sizes) -> tuple[Mask, Rule]:
     visible, first = _random(sizes)[:, :1], sizes[3] - sizes[2]
     return masks.packed(visible), lambda b, h, i, j: bool(visible[b, 0, i - first, j])
@@ -82,6 +87,7 @@ MASKS: dict[str, Callable[[Sizes], tuple[Mask | Tensor | None, Rule]]] = {
     "left padding": _left,
     "documents": _documents,
     "dense": _dense,
+    "keep": _keep,
     "packed": _packed,
     "function": lambda sizes: (
         masks.function(lambda b, h, i, j: (i + j + h) % 3 > 0),

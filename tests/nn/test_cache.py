@@ -1,5 +1,7 @@
 """Caches: chunks give one forward pass, windows drop positions, wrong use is refused."""
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -227,3 +229,29 @@ def test_sliding_window_cache_leaves_a_source_whole() -> None:
     cache = SlidingWindowCache(3)
     with torch.no_grad():
         torch.testing.assert_close(layer(x, source, cache=cache), layer(x, source))
+
+
+@pytest.mark.parametrize("copied", [lambda cache: pickle.loads(pickle.dumps(cache)), copy.deepcopy])
+@pytest.mark.parametrize("make", [lambda: KVCache(20), lambda: SlidingWindowCache(4)])
+def test_copy_of_a_cache_goes_on_as_the_cache_does(
+    make: Callable[[], KVCache], copied: Callable[[KVCache], KVCache]
+) -> None:
+    module, cache = module_of(E, H), make()
+    with torch.no_grad():
+        module(x_of(), mask=masks.causal(), cache=cache)
+        other = copied(cache)
+        assert (other.length, other.nbytes) == (cache.length, cache.nbytes)
+        outputs = [module(x_of(3, seed=5), mask=masks.causal(), cache=one) for one in (cache, other)]
+        assert torch.equal(*outputs)
+        with pytest.raises(ValueError, match="belongs to another attention module"):
+            module_of(E, H)(x_of(1), cache=other)
+
+
+def test_copy_of_a_source_cache_is_bound_by_its_first_call() -> None:
+    module, cache = module_of(E, H), KVCache(1)
+    with torch.no_grad():
+        first = module(x_of(), x_of(S), cache=cache)
+        other = pickle.loads(pickle.dumps(cache))
+        assert torch.equal(module(x_of(), x_of(S), cache=other), first)
+        with pytest.raises(ValueError, match="belongs to another attention module"):
+            module_of(E, H)(x_of(), x_of(S), cache=other)

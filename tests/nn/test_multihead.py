@@ -227,7 +227,9 @@ def test_alibi_adds_its_bias_to_the_scores() -> None:
     [
         (lambda: MultiHeadAttention(13, 3), "embed_dim 13 cannot be cut into 3 heads"),
         (lambda: MultiHeadAttention(12, 6, num_kv_heads=4), "6 query heads cannot share 4 key/value heads"),
-        (lambda: MultiHeadAttention(12, 0), "embed_dim 12 and num_heads 0 leave no head"),
+        (lambda: MultiHeadAttention(12, 0), "embed_dim 12, num_heads 0, head_dim 12: all are at least 1"),
+        (lambda: MultiHeadAttention(8, 512), r"embed_dim 8, num_heads 512, head_dim 0: .*MultiHeadAttention\(512, 8\)"),
+        (lambda: MultiHeadAttention(12, 3, head_dim=0), "num_heads 3, head_dim 0: all are at least 1"),
         (lambda: MultiHeadAttention(12, 3, dropout_p=1.0), "dropout_p is 1.0"),
         (lambda: MultiHeadAttention(9, 3, position=positions.rotary()), "head size is 3: it must be even"),
         (
@@ -250,7 +252,10 @@ def test_alibi_adds_its_bias_to_the_scores() -> None:
             "rotary positions are of one sequence",
         ),
         (lambda: MultiHeadAttention(12, 3)(torch.randn(7, 12)), r"query has shape \(7, 12\), wanted \[batch"),
-        (lambda: MultiHeadAttention(12, 3)(torch.randn(2, 0, 12)), r"query has shape \(2, 0, 12\): it is empty"),
+        (
+            lambda: MultiHeadAttention(12, 3)(torch.randn(2, 0, 12)),
+            r"query has shape \(2, 0, 12\): attention needs at least one position",
+        ),
         (lambda: MultiHeadAttention(12, 3)(torch.randn(2, 7, 11)), r"\(2, 7, 11\), wanted \[batch, length, 12\]"),
         (
             lambda: MultiHeadAttention(12, 3)(torch.randn(2, 7, 12), torch.randn(3, 7, 12)),
@@ -304,3 +309,59 @@ def test_exported_module_still_computes() -> None:
     layer, x = MultiHeadAttention(16, 4, position=positions.rotary()).eval(), torch.randn(2, 7, 16)
     torch.export.export(layer, (x,))
     assert type(layer(x).detach()) is Tensor
+
+
+@pytest.mark.parametrize("options", [{}, {"kdim": 5, "vdim": 4}, {"packed": False}], ids=str)
+def test_reset_parameters_initialises_everything_after_to_empty(options: dict[str, object]) -> None:
+    with torch.device("meta"):
+        module = MultiHeadAttention(E, H, qk_norm=True, **options)
+    module = module.to_empty(device="cpu")
+    for parameter in module.parameters():
+        nn.init.constant_(parameter, torch.nan)
+    module.reset_parameters()
+    assert all(bool(parameter.isfinite().all()) for parameter in module.parameters())
+    assert module.q_norm is not None
+    assert bool((module.q_norm.weight == 1).all())
+    assert module.out_proj.weight.std() > 0.1
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning", "ignore:Converting a tensor")
+@pytest.mark.parametrize("options", [{}, {"num_kv_heads": 1}, {"position": positions.rotary()}, {"qk_norm": True}])
+@pytest.mark.parametrize("mask", [None, masks.causal()], ids=str)
+def test_traced_module_gives_the_same_output_for_other_sizes(options: dict[str, object], mask: masks.Mask) -> None:
+    module = module_of(E, H, **options)
+    with unchecked():
+        traced = torch.jit.trace(Masked(module, mask), (x_of(),))
+    for x in (x_of(), x_of(L + 4), torch.cat((x_of(), x_of(seed=3)))):
+        torch.testing.assert_close(traced(x), module(x, mask=mask))
+
+
+class Masked(nn.Module):
+    """A module with a mask of its own, since only tensors are traced."""
+
+    def __init__(self, module: nn.Module, mask: masks.Mask | None) -> None:
+        super().__init__()
+        self.module, self.mask = module, mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x, mask=self.mask)
+
+
+EMPTY = torch.zeros(0, L, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "mask", [None, masks.causal(), masks.sliding_window(2), masks.keep(EMPTY), masks.padding([])], ids=str
+)
+@pytest.mark.parametrize("options", [{}, {"position": positions.alibi([0.5, 0.2, 0.1]), "dropout_p": 0.1}], ids=str)
+def test_batch_of_zero_gives_an_empty_output_as_in_torch(options: dict[str, object], mask: masks.Mask) -> None:
+    module, x = module_of(E, H, **options), torch.zeros(0, L, E, dtype=torch.float64, requires_grad=True)
+    out = module(x, mask=mask)
+    assert out.shape == nn.MultiheadAttention(E, H, batch_first=True).double()(x, x, x)[0].shape == (0, L, E)
+    out.sum().backward()
+    assert x.grad is not None
+    assert module.in_proj.weight.grad is not None
+    assert not bool(module.in_proj.weight.grad.any())
+    P = module.matrix(x.detach(), mask=mask)
+    shapes = [P.dense().shape, P.entropy().shape, P.topk(2).values.shape, P.received().shape, P[:, 0, 1].shape]
+    assert [tuple(shape) for shape in shapes] == [(0, H, L, L), (0, H, L), (0, H, L, 2), (0, H, L), (0, L)]

@@ -297,7 +297,7 @@ def test_edits_change_the_output() -> None:
         (lambda: model_of(kind="decoder", max_length=9).generate(tokens(L), max_new_tokens=3), "text has 10 tokens"),
         (
             lambda: model_of(kind="decoder").generate(tokens(L), max_new_tokens=2, lengths=torch.tensor([3, 8])),
-            r"lengths are \[3, 8\], tokens have shape \(2, 7\): give each of the 2 rows one, from 1 to 7",
+            r"lengths are \[3, 8\], tokens have shape \(2, 7\): give each of the 2 rows a whole number from 1 to 7",
         ),
         (lambda: model_of(kind="decoder").new_cache(0), "room for 0 positions"),
         (lambda: model_of(kind="decoder")(tokens(L), cache=model_of(kind="decoder").new_cache()[:1]), "of 1 layers"),
@@ -316,3 +316,21 @@ def test_sinusoidal_positions_are_those_of_the_paper() -> None:
             assert abs(float(table[position, 2 * i]) - float(angle.sin())) < 1e-6
             assert abs(float(table[position, 2 * i + 1]) - float(angle.cos())) < 1e-6
     torch.testing.assert_close(positions.sinusoidal(3, 6, first=40), table[40:43])
+
+
+def test_generate_takes_lengths_as_a_list() -> None:
+    model = Transformer(TransformerConfig(12, "decoder", 8, 2, num_layers=1, ff_dim=8)).eval()
+    tokens = torch.randint(12, (2, 4))
+    texts = [model.generate(tokens, max_new_tokens=3, lengths=n) for n in ([2, 4], (2, 4), torch.tensor([2, 4]))]
+    assert torch.equal(texts[0], texts[1])
+    assert torch.equal(texts[0], texts[2])
+    for wrong in ([2.5, 4.0], [2], 3, [0, 4]):
+        with unchecked(), pytest.raises(ValueError, match="give each of the 2 rows a whole number from 1 to 4"):
+            model.generate(tokens, max_new_tokens=3, lengths=wrong)
+
+
+def test_batch_of_zero_gives_empty_texts_and_logits() -> None:
+    model = Transformer(TransformerConfig(12, "decoder", 8, 2, num_layers=1, ff_dim=8)).eval()
+    tokens = torch.zeros(0, 4, dtype=torch.long)
+    assert model(tokens).shape == (0, 4, 12)
+    assert model.generate(tokens, max_new_tokens=3, temperature=1.0, stop_token=2).shape == (0, 7)

@@ -1,5 +1,7 @@
 """Weights of other libraries: read, written, and the same outputs as their modules."""
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -198,3 +200,18 @@ def test_first_layer_of_smollm2(smollm2: models.Loaded) -> None:
 def layer_theta(config: transformers.PretrainedConfig) -> float:
     """The base of its rotary positions."""
     return float(config.rope_parameters["rope_theta"])
+
+
+@pytest.mark.parametrize("widths", [{}, {"kdim": 5, "vdim": 4}], ids=str)
+@pytest.mark.parametrize("frozen", [r".*", r"out_proj.*", r".*bias", r"in_proj_weight|[qk]_proj_weight"])
+def test_frozen_parameters_stay_frozen(frozen: str, widths: dict[str, int]) -> None:
+    theirs = nn.MultiheadAttention(E, H, **widths)
+    for name, parameter in theirs.named_parameters():
+        parameter.requires_grad_(re.fullmatch(frozen, name) is None)
+    back = MultiHeadAttention.from_torch(theirs).to_torch()
+    expected = {name: parameter.requires_grad for name, parameter in theirs.named_parameters()}
+    assert {name: parameter.requires_grad for name, parameter in back.named_parameters()} == expected
+    ours = MultiHeadAttention.from_torch(theirs)
+    assert ours.out_proj.weight.requires_grad == theirs.out_proj.weight.requires_grad
+    if frozen == ".*":
+        assert not any(parameter.requires_grad for parameter in ours.parameters())

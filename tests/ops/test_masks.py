@@ -1,6 +1,7 @@
 """Masks against loops over all cells, alone and combined; classify and spans against the cells of blocks."""
 
 import json
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, cast
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headscope import masks
+from headscope import AttentionMatrix, MultiHeadAttention, attention, masks
 from headscope.ops.masks import Mask, shifted
 from headscope.ops.masks.codec import decode, encode
 from tests.options import one_thread, unchecked  # noqa: F401
@@ -279,7 +280,13 @@ ERRORS: dict[str, tuple[Callable[[], object], list[str]]] = {
     "window": (lambda: masks.sliding_window(-3, 2), ["left=-3", "right=2", "from 0 up"]),
     "prefix": (lambda: masks.prefix(-17), ["-17", "counts keys"]),
     "padding below zero": (lambda: masks.padding([4, -13]), ["[4, -13]", "one whole number"]),
-    "padding of no rows": (lambda: masks.padding([]), ["[]", "each batch row"]),
+    "padding of two axes": (lambda: masks.padding(torch.tensor([[4]])), ["[4]", "each batch row"]),
+    "padding of no rows": (lambda: masks.padding([]).tensor(7, 11, 2), ["0 lengths", "2 rows"]),
+    "keep of integers": (lambda: masks.keep(torch.ones(2, 11).long()), ["int64 (2, 11)", "attention_mask.bool()"]),
+    "keep of 3 axes": (lambda: masks.keep(torch.ones(2, 7, 11).bool()), ["(2, 7, 11)", "wanted a bool tensor [B, S]"]),
+    "keep of a list": (lambda: masks.keep([[True]]), ["got list", "bool tensor [B, S]"]),
+    "keep shape": (lambda: masks.keep(torch.ones(2, 12).bool()).tensor(7, 11, 2), ["(2, 1, 1, 12)", "axis S"]),
+    "keep rows": (lambda: masks.keep(torch.ones(3, 11).bool()).tensor(7, 11, 2), ["(3, 1, 1, 11)", "axis B"]),
     "padding side": (lambda: masks.padding([4], side="top"), ["'top'", "'left' or 'right'"]),
     "left padding of what": (lambda: masks.padding([4], side="left"), ["num_keys"]),
     "padding rows": (lambda: masks.padding([4, 5, 6]).tensor(7, 11, 2), ["3 lengths", "2 rows"]),
@@ -321,8 +328,44 @@ def test_mask_errors_say_what_came_and_what_was_wanted(name: str) -> None:
     assert [word for word in words if word not in str(caught.value)] == []
 
 
+@pytest.mark.parametrize(
+    ("queries", "words"), [(2, "may be [L, S] or [B, S]"), (5, "is [B, S] here"), (1, "is [B, S]")]
+)
+@pytest.mark.parametrize("way", ["attention", "matrix", "module"])
+def test_bool_tensor_that_may_be_of_texts_is_refused(way: str, queries: int, words: str) -> None:
+    """Batch 2 and 2 queries: which keys of each text, or which query sees which key?"""
+    is_text = torch.tensor([[True, True, True], [True, False, False]])
+    query, key = torch.randn(2, 4, queries, 8), torch.randn(2, 4, 3, 8)
+    layer, x, source = MultiHeadAttention(16, 4), torch.randn(2, queries, 16), torch.randn(2, 3, 16)
+    calls = {
+        "attention": lambda mask: attention(query, key, key, mask=mask),
+        "matrix": lambda mask: AttentionMatrix(query, key, mask=mask).dense(),
+        "module": lambda mask: layer(x, source, mask=mask),
+    }
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        calls[way](is_text)
+    assert "masks.keep(mask)" in str(caught.value)
+    assert "masks.dense(mask)" in str(caught.value)
+    kept = calls[way](masks.keep(is_text))
+    torch.testing.assert_close(kept, calls[way](is_text[:, None, None, :]))
+    torch.testing.assert_close(kept, calls[way](masks.padding([3, 1])))
+    if queries == 2:
+        torch.testing.assert_close(calls[way](masks.dense(is_text)), calls[way](is_text[None, None]))
+
+
+def test_bool_tensor_for_one_text_has_one_meaning() -> None:
+    query, visible = torch.randn(1, 2, 1, 8), torch.tensor([[True, False, True]])
+    P = AttentionMatrix(query, torch.randn(1, 2, 3, 8), mask=visible)
+    assert float(P.dense()[..., 1].max()) == 0
+
+
+def test_keep_of_one_axis_is_for_all_texts() -> None:
+    cells = masks.keep(torch.tensor([True, False, True])).tensor(2, 3, batch=2)
+    assert cells[:, 0].int().tolist() == [[[1, 0, 1]] * 2] * 2
+
+
 def test_mask_combines_with_masks_only() -> None:
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"masks\.keep\(tensor\) from \[B, S\]"):
         masks.causal() & VISIBLE
     with pytest.raises(TypeError):
         masks.causal() | True

@@ -1,9 +1,14 @@
 """Faults in the attention matrix and the attention modules."""
 
+import pickle
+
+import pytest
 import torch
+from torch import nn
 from torch.nn.utils import prune
 
-from headscope import AttentionMatrix, MultiHeadAttention
+from headscope import AttentionMatrix, KVCache, MultiHeadAttention, Transformer, TransformerConfig, masks
+from tests.options import unchecked
 
 
 def test_answer_that_depends_on_what_was_asked_before() -> None:
@@ -47,3 +52,64 @@ def test_weights_loaded_into_a_pruned_map() -> None:
     x = torch.randn(2, 5, 12)
     torch.testing.assert_close(layer(x), other(x))
     assert sorted(layer.weights_as("linears")) == sorted(other.weights_as("linears"))
+
+
+def test_module_of_norms_after_to_empty() -> None:
+    """reset_parameters() left the norms of queries and keys as to_empty() makes them."""
+    with torch.device("meta"):
+        layer = MultiHeadAttention(12, 3, qk_norm=True)
+    layer = layer.to_empty(device="cpu")
+    for norm in (layer.q_norm, layer.k_norm):
+        assert norm is not None
+        norm.weight.data.fill_(torch.nan)
+    layer.reset_parameters()
+    assert all(bool(parameter.isfinite().all()) for parameter in layer.parameters())
+
+
+def test_batch_of_zero() -> None:
+    """It was refused; torch gives an empty output."""
+    x = torch.zeros(0, 4, 12)
+    assert MultiHeadAttention(12, 3)(x, mask=masks.causal()).shape == x.shape
+
+
+def test_sizes_in_the_wrong_order() -> None:
+    """`MultiHeadAttention(8, 512)` said "both are at least 1"."""
+    with pytest.raises(ValueError, match=r"were they swapped\? MultiHeadAttention\(512, 8\)"):
+        MultiHeadAttention(8, 512)
+
+
+def test_lengths_as_a_list() -> None:
+    """`generate(lengths=[2, 4])`: list has no attribute shape."""
+    model = Transformer(TransformerConfig(9, "decoder", 8, 2, num_layers=1, ff_dim=8)).eval()
+    assert model.generate(torch.ones(2, 4, dtype=torch.long), max_new_tokens=1, lengths=[2, 4]).shape == (2, 5)
+
+
+def test_frozen_module_that_came_out_trainable() -> None:
+    """from_torch() of a frozen module gave one that is trained."""
+    theirs = nn.MultiheadAttention(12, 3).requires_grad_(False)
+    assert not any(parameter.requires_grad for parameter in MultiHeadAttention.from_torch(theirs).parameters())
+
+
+def test_cache_that_cannot_be_pickled() -> None:
+    """A cache held a weak reference."""
+    layer, cache, x = MultiHeadAttention(12, 3), KVCache(8), torch.randn(1, 4, 12)
+    with torch.no_grad():
+        layer(x, cache=cache)
+        assert torch.equal(layer(x, cache=pickle.loads(pickle.dumps(cache))), layer(x, cache=cache))
+
+
+def test_mask_of_texts_read_as_a_mask_of_queries() -> None:
+    """A [B, S] mask was read as [L, S] where the batch was as large as the text was long."""
+    layer, x, is_text = MultiHeadAttention(12, 3), torch.randn(4, 4, 12), torch.ones(4, 4, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match=r"masks\.keep\(mask\)"):
+        layer(x, mask=is_text)
+    torch.testing.assert_close(layer(x, mask=masks.keep(is_text)), layer(x, mask=masks.padding([1, 2, 3, 4])))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning", "ignore:Converting a tensor")
+def test_traced_module() -> None:
+    """torch.jit.trace ended in "enable_gqa must be bool"."""
+    layer, x = MultiHeadAttention(12, 3).eval(), torch.randn(2, 5, 12)
+    with unchecked():
+        traced = torch.jit.trace(layer, (x,))
+    torch.testing.assert_close(traced(x), layer(x))

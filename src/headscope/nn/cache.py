@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ class KVCache:
     B batch, G key/value heads, D head size. Pass it to :meth:`MultiHeadAttention.forward`, under
     ``torch.no_grad()``; the first call binds it to that module. In self-attention each call adds its positions. In
     cross-attention the first call stores the keys and values of the source, of any length, and later calls use them.
+    A copy, also one that was pickled, is bound by its own first call.
 
     Args:
         max_length: the number of positions that fit into it.
@@ -83,6 +85,7 @@ class KVCache:
                 f"the cache holds {content}, but the source has {source.shape[1]}, batch {source.shape[0]}: reset() "
                 "it or use another."
             )
+        self._owner = weakref.ref(owner)
         return self._store
 
     def store_source(self, owner: nn.Module, key: Tensor, value: Tensor) -> None:
@@ -101,9 +104,13 @@ class KVCache:
         """Drop all positions, the memory, and the bond to the module."""
         self.length, self.is_cross, self._owner, self._store = 0, False, None, None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the module that it is bound to, which may be copied or loaded with it."""
+        return {**self.__dict__, "_owner": None}
+
     def _allocated(self, owner: nn.Module, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        self._owner = weakref.ref(owner)
         if self._store is None:
-            self._owner = weakref.ref(owner)
             with torch.inference_mode(False):  # later calls may write outside of that mode
                 self._store = tuple(x.new_empty((*x.shape[:2], length, x.shape[3])) for x in (key, value))  # type: ignore
         assert self._store is not None

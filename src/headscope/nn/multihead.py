@@ -254,7 +254,7 @@ class MultiHeadAttention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """[B, L, n·D] as [B, n, L, D]."""
-        return x.view(x.shape[0], x.shape[1], -1, self.head_dim).transpose(1, 2)
+        return x.view(*x.shape[:2], x.shape[2] // self.head_dim, self.head_dim).transpose(1, 2)
 
     def _scores(self, q: Tensor, k: Tensor, visible: Mask | None) -> Scores:
         """Scores as in :func:`headscope.attention`, without its checks: the shapes fit."""
@@ -265,7 +265,9 @@ class MultiHeadAttention(nn.Module):
 def _check_sizes(module: MultiHeadAttention, divides: bool) -> None:
     m = module
     if m.embed_dim < 1 or m.num_heads < 1 or m.head_dim < 1:
-        raise ValueError(f"embed_dim {m.embed_dim} and num_heads {m.num_heads} leave no head: both are at least 1.")
+        swapped = f"MultiHeadAttention({m.num_heads}, {m.embed_dim})"
+        reason = f"were they swapped? {swapped}" if m.num_heads > m.embed_dim > 0 else "all are at least 1"
+        raise ValueError(f"embed_dim {m.embed_dim}, num_heads {m.num_heads}, head_dim {m.head_dim}: {reason}.")
     if divides and m.embed_dim % m.num_heads:
         raise ValueError(
             f"embed_dim {m.embed_dim} cannot be cut into {m.num_heads} heads: make it a multiple, or give head_dim."
@@ -298,10 +300,8 @@ def _check_inputs(
             continue
         if x.dim() != 3 or x.shape[-1] != width:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, wanted [batch, length, {width}].")
-        if 0 in x.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(x.shape)}: it is empty, and attention needs at least one of each."
-            )
+        if x.shape[1] == 0:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: attention needs at least one position.")
         if x.shape[0] != query.shape[0]:
             raise ValueError(f"{name} has batch {x.shape[0]}, query has {query.shape[0]}: give both the same.")
     if key is not None and module.position is not None:

@@ -9,7 +9,7 @@ gives the logits of the tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -180,7 +180,7 @@ class Transformer(nn.Module):
         source: Int[Tensor, "B S"] | None = None,
         *,
         max_new_tokens: int,
-        lengths: Int[Tensor, " B"] | None = None,
+        lengths: Int[Tensor, " B"] | Sequence[int] | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         stop_token: int | None = None,
@@ -245,10 +245,12 @@ class Transformer(nn.Module):
     def _check_tokens(self, tokens: Tensor, length: int) -> None:
         """Raise ValueError unless tokens are a batch from the vocabulary and ``length`` is at most max_length."""
         c = self.config
-        if tokens.dim() != 2 or 0 in tokens.shape:
-            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, wanted [batch, length], both above 0.")
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, wanted [batch, length], at least one token.")
         if length > c.max_length:
             raise ValueError(f"the text has {length} tokens, the model takes {c.max_length}: make max_length larger.")
+        if not len(tokens):
+            return
         low, high = (int(end) for end in tokens.aminmax())
         if low < 0 or high >= c.vocab_size:
             raise ValueError(f"tokens run from {low} to {high}; the vocabulary is 0 to {c.vocab_size - 1}.")
@@ -331,17 +333,20 @@ class LayerCache:
     cross_attention: KVCache
 
 
-def _prompt(tokens: Tensor, lengths: Tensor | None, more: int) -> tuple[Tensor, Tensor]:
+def _prompt(tokens: Tensor, lengths: Tensor | Sequence[int] | None, more: int) -> tuple[Tensor, Tensor]:
     """The prompts padded by ``more`` tokens, [B, P + more], and whether each token is one of the prompt."""
     if tokens.dim() != 2:
-        raise ValueError(f"tokens have shape {tuple(tokens.shape)}, wanted [batch, length], both above 0.")
+        raise ValueError(f"tokens have shape {tuple(tokens.shape)}, wanted [batch, length], at least one token.")
     batch, longest = tokens.shape
-    if lengths is None:
-        lengths = torch.full((batch,), longest)
-    if lengths.shape != (batch,) or not bool(((lengths >= 1) & (lengths <= longest)).all()):
+    lengths = torch.full((batch,), longest) if lengths is None else torch.as_tensor(lengths)
+    if (
+        lengths.shape != (batch,)
+        or lengths.is_floating_point()
+        or not bool(((lengths >= 1) & (lengths <= longest)).all())
+    ):
         raise ValueError(
             f"lengths are {lengths.tolist()}, tokens have shape {tuple(tokens.shape)}: give each of the {batch} rows "
-            f"one, from 1 to {longest}."
+            f"a whole number from 1 to {longest}."
         )
     is_prompt = torch.arange(longest + more, device=tokens.device) < lengths.to(tokens.device)[:, None]
     return F.pad(tokens, (0, more)).masked_fill(~is_prompt, 0), is_prompt

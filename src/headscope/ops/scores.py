@@ -283,12 +283,24 @@ def make_scores(
 def checked_mask(mask: Mask | Tensor | None, shape: tuple[int, int, int, int]) -> Mask | None:
     """The mask; a bool tensor becomes ``masks.dense``. Raises ValueError if it is neither, or does not fit."""
     if isinstance(mask, Tensor):
+        _check_unambiguous(mask, shape)
         mask = dense(mask)
     if mask is not None:
         if not isinstance(mask, Mask):
             raise ValueError(f"mask is a {type(mask).__name__}; wanted a headscope mask, a bool tensor or None.")
         mask.check(shape)
     return mask
+
+
+def _check_unambiguous(mask: Tensor, shape: tuple[int, int, int, int]) -> None:
+    """Raise ValueError for a tensor [B, S] that is not, or need not be, [L, S]."""
+    batch, _, queries, keys = shape
+    if mask.dim() == 2 and mask.shape == (batch, keys) and batch > 1:
+        reading = "may be [L, S] or [B, S]" if batch == queries else "is [B, S] here, but a 2-D mask is read as [L, S]"
+        raise ValueError(
+            f"a mask of shape {tuple(mask.shape)} {reading}, the attention is {shape} as (B, H, L, S): write "
+            "masks.keep(mask) for which keys of each text are kept, masks.dense(mask) for which query sees which key."
+        )
 
 
 def _check_operands(query: Tensor, key: Tensor) -> None:
@@ -300,9 +312,10 @@ def _check_operands(query: Tensor, key: Tensor) -> None:
             )
         if not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}, wanted floating point: convert it with .float().")
-    if 0 in query.shape or 0 in key.shape:
+    if 0 in query.shape[1:] or 0 in key.shape[1:]:
         raise ValueError(
-            f"query {tuple(query.shape)} or key {tuple(key.shape)} is empty: attention needs at least one of each."
+            f"query {tuple(query.shape)} or key {tuple(key.shape)} is empty: attention needs at least one of each "
+            "but the batch."
         )
     if query.dtype != key.dtype or query.device != key.device:
         raise ValueError(
@@ -346,6 +359,8 @@ def _slice_of(tensor: Tensor, *parts: slice) -> Tensor:
 
 def _largest_norms(tensor: Tensor) -> Tensor:
     """The largest norm of a row, per head, of queries or keys [B, H, L, D]."""
+    if not len(tensor):
+        return tensor.new_zeros(tensor.shape[1])
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     return torch.linalg.vector_norm(tensor.detach(), dim=-1, dtype=dtype).amax((0, 2))
 

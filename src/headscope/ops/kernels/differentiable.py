@@ -26,7 +26,7 @@ def by_rows(scores: Scores, function: Callable[..., Tensor], *values: Tensor | N
     span all keys: with fewer keys for some rows, freed memory would be too small for the next rows, and would add up.
     """
     batch, heads, queries, keys = scores.shape
-    rows = max(1, min(queries, _AUTOGRAD // (batch * heads * keys)))
+    rows = max(1, min(queries, _AUTOGRAD // (max(1, batch) * heads * keys)))
     if rows == queries:  # small enough to be kept
         yield _apply(scores, function, slice(0, queries), scores.query, scores.key, scores.bias, scores.sinks, *values)
         return

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -54,6 +55,8 @@ def product(scores: Scores, value: Tensor, dropout_p: float = 0.0) -> Tensor:
 
 def _product(scores: Scores, value: Tensor, dropout_p: float = 0.0) -> Tensor:
     dtype = value.dtype
+    if not scores.shape[0]:  # a batch of 0, in which a mask hides nothing
+        return fused_product(replace(scores, mask=None, bias=None), value)
     if is_emulated(value) and scores.shape[2] >= FEW_ROWS:
         scores, value = scores.at_least(torch.float32), value.float()
     if is_fused(scores, dropout_p):
@@ -242,7 +245,7 @@ def _kernel(
             mask = torch.zeros((), dtype=query.dtype).masked_fill(~mask, -torch.inf)
         out, lse = _flash_cpu(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
         return out, lse
-    grouped = query.shape[1] != key.shape[1]
+    grouped = bool(query.shape[1] != key.shape[1])  # torch.jit.trace makes it a tensor
     mask = None if mask is None else mask.detach()
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped

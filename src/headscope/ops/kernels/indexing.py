@@ -62,7 +62,7 @@ class PartReader:
         batch, heads, queries, _ = part.shape
         all_batch, all_heads = slice(0, batch), slice(0, heads)
         width = k.stop - k.start
-        rows = max(1, _CELLS // (batch * heads * width)) // steps[2].step * steps[2].step or steps[2].step
+        rows = max(1, _CELLS // (max(1, batch) * heads * width)) // steps[2].step * steps[2].step or steps[2].step
         pieces = []
         for start in range(0, queries, rows):
             span = slice(start, min(queries, start + rows))

@@ -7,7 +7,7 @@ from headscope.ops.masks.compacting import compact
 from headscope.ops.masks.mask import Mask
 from headscope.ops.masks.ranges import causal, documents, padding, prefix, sliding_window, window
 from headscope.ops.masks.sets import StackedStep, heads, keys, queries, shifted, stacked
-from headscope.ops.masks.tensors import dense, function, packed
+from headscope.ops.masks.tensors import dense, function, keep, packed
 
 __all__ = [
     "Mask",
@@ -18,6 +18,7 @@ __all__ = [
     "documents",
     "function",
     "heads",
+    "keep",
     "keys",
     "packed",
     "padding",

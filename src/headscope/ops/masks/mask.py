@@ -111,7 +111,7 @@ def _checked(other: object, sign: str) -> Mask:
         return other
     raise TypeError(
         f"mask {sign} {type(other).__name__}: wanted another mask; masks.dense(tensor) makes one from a bool tensor "
-        "(True: may attend)."
+        "[L, S] (True: may attend), masks.keep(tensor) from [B, S] (True: text)."
     )
 
 

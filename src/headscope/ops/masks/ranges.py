@@ -46,7 +46,7 @@ def padding(lengths: Sequence[int] | Tensor, side: str = "right", num_keys: int 
         ValueError: negative lengths, an unknown side, or left padding without ``num_keys``.
     """
     lengths = torch.as_tensor(lengths, dtype=torch.int64).cpu()
-    if lengths.dim() != 1 or lengths.numel() == 0 or int(lengths.min()) < 0:
+    if lengths.dim() != 1 or bool((lengths < 0).any()):
         raise ValueError(
             f"padding() got lengths {_short(lengths)}: wanted one whole number from 0 up for each batch row."
         )
@@ -147,7 +147,7 @@ class _Padding(Mask):
             raise ValueError(
                 f"padding() has {len(self.lengths)} lengths, but the batch has {shape[0]} rows: give one per row."
             )
-        if int(self.lengths.max()) > shape[3]:
+        if bool((self.lengths > shape[3]).any()):
             raise ValueError(f"padding() says {int(self.lengths.max())} keys are text, but there are only {shape[3]}.")
         if self.num_keys is not None and self.num_keys != shape[3]:
             raise ValueError(f"padding() was made for {self.num_keys} keys, but there are {shape[3]}.")

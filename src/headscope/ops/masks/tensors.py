@@ -16,6 +16,32 @@ def dense(visible: Tensor) -> Mask:
     return _Dense(visible[None, None] if visible.dim() == 2 else visible)
 
 
+def keep(is_text: Tensor) -> Mask:
+    """A mask from a bool tensor [B, S], or [S] for all texts: True for keys that are text, False for padding.
+
+    A tokenizer's ``attention_mask`` is ``masks.keep(attention_mask.bool())``. torch's ``key_padding_mask`` says the
+    opposite: ``masks.keep(~key_padding_mask)``.
+
+    Raises:
+        ValueError: not a bool tensor of one or two axes.
+
+    Example:
+        >>> import torch, headscope
+        >>> from headscope import masks
+        >>> layer, x = headscope.MultiHeadAttention(16, 4), torch.randn(2, 3, 16)
+        >>> is_text = torch.tensor([[True, True, True], [True, True, False]])
+        >>> P = layer.matrix(x, mask=masks.causal() & masks.keep(is_text))
+        >>> P[1, 0, 2, 2].item()  # padding is not seen
+        0.0
+    """
+    if not isinstance(is_text, Tensor) or is_text.dtype != torch.bool or is_text.dim() not in (1, 2):
+        got = f"{is_text.dtype} {tuple(is_text.shape)}" if isinstance(is_text, Tensor) else type(is_text).__name__
+        raise ValueError(
+            f"keep() got {got}: wanted a bool tensor [B, S], True for text; write masks.keep(attention_mask.bool())."
+        )
+    return _Dense((is_text if is_text.dim() == 2 else is_text[None])[:, None, None, :])
+
+
 def packed(visible: Tensor) -> Mask:
     """The same as :func:`dense` in an eighth of the memory; ``visible`` must have all S keys."""
     _check_dense(visible)
