@@ -1,6 +1,9 @@
 """Reports of what recordings and edits once got wrong, by kind: caches, drafts, virtual tokens, memory."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,11 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from headscope import record
 from headscope.errors import EditError
 from headscope.ops.reductions import Entropy
-from headscope.watching.edits import edit, knock_out, patch
+from headscope.watching.edits import edit, freeze, knock_out, patch
+from headscope.watching.hooks import AttentionCall, watch
 from headscope.watching.recording import Recording
 from tests.tiny import bart, ids, llama, mistral
 from tests.watching.zoo.reference import eager_maps
@@ -311,3 +316,88 @@ def test_dense_maps_of_a_generation_with_drafts_and_a_window_are_joined() -> Non
     torch.testing.assert_close(maps, tuple(wanted), atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="dense maps of 2 sites"):
         recording.to_attentions(limit=100)
+
+
+class Rounding(DynamicCache):
+    """Gives the exact keys of new tokens, and rounds those before them, again whenever ``often`` more have come."""
+
+    def __init__(self, levels: float, often: int) -> None:
+        super().__init__()
+        self.levels, self.often = levels, often
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        layer, count = self.layers[layer_idx], getattr(self.layers[layer_idx], "exact", 0) + key_states.shape[2]
+        layer.exact = count
+        if count >= self.often:
+            layer.keys, layer.exact = (keys * self.levels).round() / self.levels, 0
+        return keys, values
+
+
+@pytest.mark.parametrize("often", [1, 4])
+@pytest.mark.parametrize("levels", [1.0, 8.0])
+def test_steps_with_a_quantized_cache_are_one_run(levels: float, often: int) -> None:
+    """transformers cache_implementation="quantized": the first text is attended to exactly, later from rounded keys."""
+    model = llama()
+    with edit(model, knock_out(12, 3, layers=0)), record(model, layers=0) as recording, eager_steps(model) as steps:
+        tokens = model.generate(
+            ids(2, 9), past_key_values=Rounding(levels, often), max_new_tokens=8, do_sample=False, eos_token_id=None
+        )
+    assert len(recording.runs) == 1
+    assert recording[0].shape == (2, 6, 16, 16)
+    assert tokens.shape == (2, 17)
+    weights = recording[0].dense()
+    for call, wanted in zip(recording.calls, steps, strict=True):
+        rows = weights[:, :, call.rows.first_row : call.rows.first_row + call.rows.num_rows, : wanted.shape[3]]
+        if call.rows.first_row != 12:
+            torch.testing.assert_close(rows, wanted, atol=1e-5, rtol=0)
+            torch.testing.assert_close(call.matrix().dense(), wanted, atol=1e-5, rtol=0)
+    assert not weights[:, :, 12, 3].any()
+
+
+@torch.no_grad()
+def test_saved_recording_of_a_quantized_cache_is_the_same(tmp_path: Path) -> None:
+    model, cache = llama(), Rounding(2.0, 3)
+    with record(model) as recording:
+        for part in ids(2, 9).split([4, 1, 1, 3], 1):
+            model(part, past_key_values=cache)
+    recording.save(tmp_path / "rounded")
+    torch.testing.assert_close(Recording.load(tmp_path / "rounded")[1].dense(), recording[1].dense())
+
+
+@torch.no_grad()
+def test_patch_and_freeze_take_the_weights_of_a_quantized_cache() -> None:
+    model, cache, text = llama(), Rounding(2.0, 3), ids(2, 9)
+    with record(model) as recording:
+        for part in text.split([4, 1, 1, 3], 1):
+            model(part, past_key_values=cache)
+    for change in (patch(1, (2, 5), from_=recording), freeze(from_=recording)):
+        with edit(model, change), record(model) as edited:
+            model(text)
+        torch.testing.assert_close(edited[1].dense()[:, [2, 5]], recording[1].dense()[:, [2, 5]])
+
+
+@torch.no_grad()
+def test_another_text_after_as_many_tokens_is_no_rounded_one() -> None:
+    model = llama()
+    caches = [model(ids(2, 8, seed=seed), use_cache=True).past_key_values for seed in range(2)]
+    with record(model) as recording:
+        for number, cache in enumerate(caches):
+            model(ids(2, 1 + number), past_key_values=cache)
+    assert len(recording.runs) == 2
+
+
+@contextmanager
+def eager_steps(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The weights of each call of the first layer, from the queries and keys that it got."""
+    steps: list[Tensor] = []
+    attention = model.model.layers[0].self_attn
+
+    def see(call: AttentionCall, _: Any) -> None:
+        query, key = call.query.double(), call.key.double().repeat_interleave(3, 1)
+        visible = torch.ones(query.shape[2], key.shape[2]).tril(key.shape[2] - query.shape[2]).bool()
+        scores = (query @ key.mT * attention.scaling).masked_fill(~visible, -torch.inf)
+        steps.append(scores.softmax(-1).float())
+
+    with watch(attention, see):
+        yield steps

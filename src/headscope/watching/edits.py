@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from operator import index as as_index
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headscope.errors import EditError
@@ -331,10 +332,12 @@ def _per_head(value: Tensor, heads: int) -> Tensor:
 def _mixed(own: Scores, other: Scores, chosen: tuple[int, ...]) -> Scores:
     """Operands of which the chosen heads are those of ``other``."""
     heads = own.shape[1]
-    query, key = own.query.clone(), _per_head(own.key, heads).clone()
+    operands = (own.query, _per_head(own.key, heads), other.query, _per_head(other.key, heads))
+    size = max(x.shape[3] for x in operands)  # not equal where a cache had rounded recorded keys
+    query, key, *others = (F.pad(x, (0, size - x.shape[3])).clone() for x in operands)
     index = list(chosen)
-    query[:, index] = (other.query * (other.scale / own.scale))[:, index].to(query.dtype)
-    key[:, index] = _per_head(other.key, heads)[:, index].to(key.dtype)
+    query[:, index] = (others[0] * (other.scale / own.scale))[:, index].to(query.dtype)
+    key[:, index] = others[1][:, index].to(key.dtype)
     mask = _either(own.mask, other.mask, masks.heads(chosen))
     return make_scores(query, key, mask, _mixed_bias(own, other, index), own.scale, own.softcap, own.sinks)
 
@@ -371,9 +374,9 @@ def _check_heads(heads: tuple[int, ...], call: AttentionCall) -> None:
 def _check_known(edit: Edit, call: AttentionCall, position: Position) -> None:
     if not position.known:
         raise EditError(
-            f"{type(edit).__name__}: {call.name} attends as {tuple(call.shape)} (B, H, L, S), and nothing says which "
-            "positions of the text these queries have: open edit() before the text begins, with an empty cache and a "
-            "causal mask. A ring buffer cannot be edited by position, nor a batch with texts at different positions."
+            f"{type(edit).__name__}: nothing says which positions of the text the queries of {call.name} have, "
+            f"{tuple(call.shape)} (B, H, L, S): open edit() before the text begins, with an empty cache and a causal "
+            "mask. A ring buffer cannot be edited by position, nor a batch with texts at different positions."
         )
 
 

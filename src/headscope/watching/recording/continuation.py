@@ -17,12 +17,14 @@ class Continuation:
     """How the keys of a call continue those of the call before.
 
     In cross-attention they are the same keys. In self-attention a sliding cache may have dropped the first ``dropped``
-    of the earlier keys, which stay part of the text; the last ``rejected`` (drafts) are no longer part of it.
+    of the earlier keys, which stay part of the text; the last ``rejected`` (drafts) are no longer part of it. A
+    quantized cache has ``rounded`` the earlier keys.
     """
 
     is_cross: bool = False
     dropped: int = 0
     rejected: int = 0
+    rounded: bool = False
 
 
 def without_unused_slots(call: AttentionCall, earlier: Tensor | None = None) -> Scores:
@@ -120,7 +122,7 @@ def at_own_positions(scores: Scores) -> Scores:
 def continuation(earlier: Tensor, key: Tensor, rows: int) -> Continuation | None:
     """How the keys of a call of ``rows`` queries continue earlier ones, by equal content; None: they do not.
 
-    The new keys are the last ``rows``; those before them are found among the earlier keys.
+    The new keys are the last ``rows``; those before them are found among the earlier keys, or are these, rounded.
     """
     keys, size = key.shape[2], earlier.shape[2]
     if key.shape[:2] != earlier.shape[:2]:
@@ -135,13 +137,23 @@ def continuation(earlier: Tensor, key: Tensor, rows: int) -> Continuation | None
     for start in (size - shared, 0):  # where the same keys are there twice: all are there, or they are the first
         if start in starts:
             return Continuation(dropped=start, rejected=size - shared - start)
-    return Continuation(dropped=starts[0], rejected=size - shared - starts[0]) if len(starts) == 1 else None
+    if len(starts) == 1:
+        return Continuation(dropped=starts[0], rejected=size - shared - starts[0])
+    return Continuation(rounded=True) if shared == size and _is_rounded(earlier, old) else None
 
 
 def _starts(earlier: Tensor, old: Tensor) -> list[int]:
     """Where the first of the old keys is among the earlier ones."""
     equal = (earlier[:, :, : earlier.shape[2] - old.shape[2] + 1] == old[:, :, :1]).all(-1).all(1).all(0)
     return [int(start) for start in equal.nonzero()]
+
+
+def _is_rounded(earlier: Tensor, old: Tensor) -> bool:
+    """Whether each key is near the earlier one: by less than half the variance of the keys (2 bits give a quarter)."""
+    exact = earlier.float()
+    spread = exact - exact.mean(2, keepdim=True) if exact.shape[2] > 1 else exact
+    variance = spread.square().sum((1, 3)).mean(1, keepdim=True)  # of all heads together, [B, 1]
+    return bool(((exact - old).square().sum((1, 3)) <= variance / 2).all())
 
 
 def overwritten(earlier: Tensor, scores: Scores, rows: int) -> bool:

@@ -286,6 +286,21 @@ def _related(name: str, called: str) -> bool:
     return name == called or called.startswith(name + ".") or name.startswith(called + ".")
 
 
+def _checked(keep: Iterable[str], reduce: Any, dense: bool) -> tuple[tuple[str, ...], Any]:
+    """The names of what is kept, and the reductions as a tuple or a function. Raises ValueError."""
+    names = tuple(keep)
+    wrong = [name for name in names if name not in _KEEP]
+    if wrong or not {"query", "key"} <= set(names):
+        raise ValueError(f"keep got {names}: wanted 'query' and 'key', and optionally 'value', 'output'.")
+    reductions: Any = (reduce,) if isinstance(reduce, Reduction | str | type) else reduce
+    if reductions is not None and not callable(reductions):
+        reductions = tuple(reductions)
+        check_reductions(reductions)
+    if dense and reductions is not None:
+        raise ValueError("record(dense=True, reduce=…): reduce= keeps nothing but its answers; leave one out.")
+    return names, reductions
+
+
 @contextmanager
 def record(
     model: nn.Module,
@@ -334,19 +349,10 @@ def record(
         >>> recording[0].entropy().shape
         torch.Size([2, 4, 7])
     """
-    names = tuple(keep)
-    wrong = [name for name in names if name not in _KEEP]
-    if wrong or not {"query", "key"} <= set(names):
-        raise ValueError(f"keep got {names}: wanted 'query' and 'key', and optionally 'value', 'output'.")
-    reductions: Any = (reduce,) if isinstance(reduce, Reduction | str | type) else reduce
-    if reductions is not None and not callable(reductions):
-        reductions = tuple(reductions)
-        check_reductions(reductions)
+    names, reductions = _checked(keep, reduce, dense)
+    parse_bytes(limit)
     if not isinstance(model, nn.Module):
         raise TypeError(f"record() got {type(model).__name__}: wanted a torch module.")
-    if dense and reductions is not None:
-        raise ValueError("record(dense=True, reduce=…): reduce= keeps nothing but its answers; leave one out.")
-    parse_bytes(limit)
     recording = Recording(tokens=tokens)
     recorder = _Recorder(recording, layers_of(layers), names, reductions, detach, on_call, limit if dense else None)
     own_functions = recorder.call_back if on_call is not None or callable(reductions) else None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from headscope.errors import RecordingError
@@ -70,6 +71,7 @@ class Site:
     dropped_keys: list[Tensor] = field(default_factory=list)  # by a sliding cache, before the last call
     dropped_values: list[Tensor] = field(default_factory=list)
     versions: tuple[int | None, int | None] = (None, None)  # of the last key and value
+    exact_keys: list[tuple[int, Tensor]] = field(default_factory=list)  # before a cache rounded them; up to which row
 
     @property
     def shape(self) -> torch.Size:
@@ -120,6 +122,8 @@ class Site:
             self.dropped_keys.append(self.last_key[:, :, : how.dropped].clone())
             if self.last_value is not None:
                 self.dropped_values.append(self.last_value[:, :, : how.dropped].clone())
+        if how.rounded:
+            self.exact_keys.append((first_row, self.last_key.clone()))
         if not how.is_cross:
             self.last_key, self.last_value, self.versions = other.last_key, other.last_value, other.versions
         first_key = 0 if how.is_cross else self.num_dropped
@@ -148,8 +152,8 @@ class Site:
         call = self.calls[0]
         if len(self.calls) == 1 and call.num_keys == self.shape[3]:
             return self._scores(call.query, self.key(), call.mask, call.bias)
-        query = torch.cat([call.query for call in self.calls], 2)
-        return self._scores(query, self.key(), self._joined_mask(), self._joined_bias())
+        query = torch.cat([self._joined_query(call) for call in self.calls], 2)
+        return self._scores(query, self._joined_key(), self._joined_mask(), self._joined_bias())
 
     def matrix(self) -> AttentionMatrix:
         """All calls of the site as one matrix."""
@@ -158,12 +162,26 @@ class Site:
     def call_scores(self, call: CallRows) -> Scores:
         """The operands of one of its calls alone."""
         self.check_unchanged()
-        key = self.key()[:, :, call.first_key : call.first_key + call.num_keys]
+        exact = next((key for stop, key in self.exact_keys if call.first_row < stop), self.key())
+        key = exact[:, :, call.first_key : call.first_key + call.num_keys]
         return self._scores(call.query, key, call.mask, call.bias)
 
     def _scores(self, query: Tensor, key: Tensor, mask: Mask | None, bias: Tensor | Alibi | None) -> Scores:
         origin = (0, 0, key.shape[2] - query.shape[2])
         return Scores(query, key, mask, bias, self.scale, self.softcap, self.sinks, origin)
+
+    def _joined_key(self) -> Tensor:
+        """All keys; where a cache rounded them, the exact ones stand beside them, in features of their own."""
+        key = self.key()
+        exact = [F.pad(keys, (0, 0, 0, key.shape[2] - keys.shape[2])) for _, keys in self.exact_keys]
+        return torch.cat([key, *exact], 3) if exact else key
+
+    def _joined_query(self, call: CallRows) -> Tensor:
+        """The queries of a call, in the features of the keys that they attended to."""
+        stops = [stop for stop, _ in self.exact_keys]
+        number = next((i for i, stop in enumerate(stops, 1) if call.first_row < stop), 0)
+        width = call.query.shape[3]
+        return F.pad(call.query, (width * number, width * (len(stops) - number)))
 
     def _joined_mask(self) -> Mask | None:
         _, _, rows, keys = self.shape
