@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from html import escape
 from typing import Any, Literal
 
 import torch
@@ -205,17 +204,6 @@ class AttentionMatrix:
             f"AttentionMatrix(shape={tuple(self.shape)}, {', '.join(extras)}; {self._product_kernel()} kernel; "
             f"{format_bytes(self._num_bytes())} if dense)"
         )
-
-    def _repr_html_(self) -> str:
-        rows = {
-            "shape (B, H, L, S)": tuple(self.shape),
-            "mask": repr(self._scores.mask),
-            "kernel": f"P @ value: {self._product_kernel()}; other answers: blockwise",
-            "stored": f"query and key, {format_bytes(self._scores.query.nbytes + self._scores.key.nbytes)}",
-            "dense": format_bytes(self._num_bytes()),
-        }
-        cells = "".join(f"<tr><th>{k}</th><td>{escape(str(v))}</td></tr>" for k, v in rows.items())
-        return f"<table><caption>AttentionMatrix</caption>{cells}</table>"
 
     def _product_kernel(self) -> str:
         """The kernel of P @ value; a softcap, sinks or a trained bias need one with rows of weights."""

@@ -106,18 +106,16 @@ class Block:
             offsets = slice(left - first - row - low, right - first - row - low)
             yield slice(row, row + 1), offsets, tensor[..., row : row + 1, left:right]
 
-    def product(self, columns: Tensor, keys: slice | None = None) -> Tensor:
+    def product(self, columns: Tensor) -> Tensor:
         """P @ columnsᵀ for this block, columns [b|1, h|1, N, c]: [b, h, r, N].
 
-        ``keys``, counted from the block's first, restrict the sum. A narrow matrix product is four times as fast with
-        its columns as rows of memory; with few columns, a few rows at a time are twice as fast again.
+        A narrow matrix product is four times as fast with its columns as rows of memory; with few columns, a few rows
+        at a time are twice as fast again.
         """
-        weights = self.weights if keys is None else self.weights[..., keys]
+        weights = self.weights
         batch, heads, rows, width = weights.shape
-        if width == 1:
-            return weights * columns.to(weights.dtype).transpose(-1, -2)
         factors = columns.to(weights.dtype).expand(batch, heads, -1, -1)
-        if factors.shape[-2] > _NARROW or rows % _FEW or batch * heads > _HEADS or keys is not None:
+        if factors.shape[-2] > _NARROW or rows % _FEW or batch * heads > _HEADS:
             factors = factors.reshape(batch * heads, -1, width)
             return torch.bmm(weights.reshape(-1, rows, width), factors.transpose(1, 2)).view(batch, heads, rows, -1)
         few = weights.reshape(batch * heads, -1, _FEW, width)
