@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from tokenizers import models as token_models
 from transformers import PreTrainedTokenizerFast
 
 from headscope import models
-from headscope.errors import TextError, TreebankError
+from headscope.commands import heads
+from headscope.errors import AtlasError, TextError, TreebankError
 from headscope.heads import corpus
+from headscope.heads.atlas.atlas import HeadAtlas
+from headscope.heads.atlas.profiler import Plan, profile
 from headscope.heads.relations.sentences.treebank import read_conllu
 from headscope.models import loading
 from headscope.models.characters import word_spans
@@ -406,3 +410,28 @@ def test_the_ten_standard_columns_are_plain_conllu(ending: str, tmp_path: Path) 
         path.write_text(f"# global.columns = {other}\n" + conllu("Le", "chat"))
         with pytest.raises(TreebankError, match=":1: this is CoNLL-U Plus, whose columns differ"):
             read_conllu(path)
+
+
+def test_an_atlas_says_its_start_token_and_is_merged_with_its_like_only(
+    tmp_path: Path, tiny_decoder: Loaded, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(length=16, repeats=0, worth=0)
+    none = profile(replace(tiny_decoder, start_token_id=None), texts=["The owl sat still."], plan=plan)
+    own = profile(tiny_decoder, texts=["Waves came in, one by one."], plan=plan)
+    with pytest.raises(AtlasError, match="different start tokens cannot be merged"):
+        none.merge(own)
+    saved = none.save(tmp_path / "none.parquet")
+    assert "; no start token." in " ".join(command("heads", "--atlas", str(saved)).stdout.split())
+    shown = command("heads", "--atlas", str(saved), "--start-token", "0")
+    assert "--start-token would measure" in shown.stderr
+    started: list[int | None] = []
+
+    def measured(loaded: Loaded, **options: Any) -> HeadAtlas:
+        started.append(loaded.start_token_id)
+        return own
+
+    monkeypatch.setattr(heads, "profile", measured)
+    for written in ("none", "<s>", "4"):
+        done = command("heads", "--model", str(tiny_folder / "tiny"), "--start-token", written)
+        assert "; start token <s> (0)." in " ".join(done.stdout.split())
+    assert started == [None, 0, 4]

@@ -22,6 +22,7 @@ from headscope import models
 from headscope.commands.models import DEFAULT_MODEL, pull_default
 from headscope.commands.outputs import Force, Output, check_outputs, figure_output
 from headscope.commands.pipe import read_pipe
+from headscope.commands.words import StartToken
 from headscope.distributed import processes, rank
 from headscope.errors import AtlasError, HeadscopeError, MissingExtra, TextError, TreebankError
 from headscope.heads import corpus
@@ -39,7 +40,8 @@ from headscope.views.terminal import console as terminal
 from headscope.views.terminal import heads as terminal_heads
 
 _BY = "roles"
-_MEASURING = ("--text", "--treebank", "--out", "--again", "--worth", "--no-worth", "--length", "--pieces")
+_MEASURING = {"--text", "--treebank", "--out", "--again", "--worth", "--no-worth", "--length", "--pieces"}
+_MEASURING |= {"--start-token"}
 _WORTH = ("worth", "ablation_zero", "ablation_mean", "gradient")
 
 app = typer.Typer(rich_markup_mode=None)
@@ -136,6 +138,7 @@ def heads(
     pieces: Pieces = 1,
     all_heads: All = False,
     again: Again = False,
+    start_token: StartToken = "auto",
     force: Force = False,
 ) -> None:
     """Profile every head of a model; the help text is above."""
@@ -144,13 +147,14 @@ def heads(
     inputs = [atlas, *(text or []), *(treebank or []), Path(model)]
     check_outputs([Output("--out", out, atlas_file.KIND), *figure_output(figure)], inputs, force=force)
     plan = Plan(length=length, pieces=pieces, worth=Plan.worth if worth else 0)
-    to_measure = bool(text or treebank or out or again) or plan != Plan()
+    to_measure = bool(text or treebank or out or again) or plan != Plan() or start_token != "auto"
     documents: Sequence[corpus.Document] = ()
     profiled = HeadAtlas.load(atlas) if atlas is not None else None if to_measure else _shipped_atlas(model)
     measured = profiled is None
     if profiled is None:
         pull_default(model)
-        profiled, documents = _measure(_Options(model, text or [], treebank or [], out, head, by, force), plan)
+        options = _Options(model, text or [], treebank or [], out, head, by, force, start_token)
+        profiled, documents = _measure(options, plan)
     if rank():
         return
     if head is not None:
@@ -177,6 +181,7 @@ class _Options:
     head: str | None
     by: str
     force: bool
+    start_token: str
 
 
 def _command_for(model: str, atlas: Path | None) -> str:
@@ -222,8 +227,7 @@ def _check(given: Sequence[str], head: str | None, by: str, worth: bool) -> None
 
 def _drawable() -> tuple[str, ...]:
     """The values of `--by` for an atlas that is still to be measured."""
-    columns = (column.name for column in columns_of(standard()))
-    return _BY, *_WORTH, *columns
+    return _BY, *_WORTH, *(column.name for column in columns_of(standard()))
 
 
 def _check_relation(by: str, examples: dict[str, list[Example]]) -> None:
@@ -279,11 +283,10 @@ def _measure(options: _Options, plan: Plan) -> tuple[HeadAtlas, Sequence[corpus.
     files = [path for path in texts if path != Path("-")]
     documents = corpus.documents_of(files, text=piped) if texts else None
     corpus.check_different(documents or [])  # before the work
-    examples = _frames() | {
-        str(path): read_conllu(path, on_note=partial(terminal.print_line, error=True)) for path in options.treebanks
-    }
+    on_note = partial(terminal.print_line, error=True)
+    examples = _frames() | {str(path): read_conllu(path, on_note=on_note) for path in options.treebanks}
     _check_relation(options.by, examples)
-    loaded = models.load(options.model)
+    loaded = models.load(options.model, start_token=options.start_token)
     if options.head is not None:
         _check_head(options.head, head_counts(loaded), loaded.name)
     if options.by == "gradient" and not loaded.causal:
@@ -345,8 +348,8 @@ def _one_head(
         terminal.print_line(f"Its examples in words need the model: {error}", error=True)
         return
     if weights_hash(loaded.model) != atlas.info["model"]["weights"]:
-        reason = f"{model} has other weights than the model of the atlas."
-        terminal.print_line(f"Its examples in words are left out: {reason}", error=True)
+        left_out = f"Its examples in words are left out: {model} has other weights than the model of the atlas."
+        terminal.print_line(left_out, error=True)
         return
     _examples(atlas, loaded, layer, number, documents)
 

@@ -104,6 +104,15 @@ def surrounding(tokenizer: Any, start_token_id: int | None) -> tuple[list[int], 
     return encoding.ids[:first], encoding.ids[last:]
 
 
+def start_in_words(token_id: int | None, text: str = "") -> str:
+    """The token before a text as people read it.
+
+    >>> start_in_words(0, "<s>"), start_in_words(None)
+    ('start token <s> (0)', 'no start token')
+    """
+    return "no start token" if token_id is None else f"start token {text} ({token_id})"
+
+
 def token_id(written: int | str, tokenizer: Any) -> int:
     """The id of a token that is written as its id or as its text in the vocabulary.
 

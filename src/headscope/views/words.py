@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from headscope.errors import TextError
+from headscope.models.encoding import start_in_words
 from headscope.models.tokens import Tokens, Word
 from headscope.ops.matrix import AttentionMatrix
 
@@ -36,7 +37,7 @@ def shown_name(tokens: Tokens, word: Word) -> str:
 
 def start_token(tokens: Tokens) -> str:
     """The token before the text, as "start token <s> (1)", or that there is none."""
-    return f"start token {tokens.pieces[0]} ({tokens.ids[0]})" if tokens.special[0] else "no start token"
+    return start_in_words(tokens.ids[0], tokens.pieces[0]) if tokens.special[0] else start_in_words(None)
 
 
 def percent(share: float, digits: int = 0) -> str:

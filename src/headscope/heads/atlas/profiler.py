@@ -29,6 +29,7 @@ from headscope.heads.effects import head_effects
 from headscope.heads.measures import Measure, standard
 from headscope.heads.relations import Example, count_relations
 from headscope.heads.relations.collections import collections_of, notes_on, readable
+from headscope.models.encoding import start_in_words
 from headscope.models.loading import Loaded, reader
 from headscope.watching.texts import record_batch
 
@@ -309,6 +310,13 @@ def weights_hash(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _start_token(loaded: Loaded) -> str:
+    """The token before each text, in words."""
+    if loaded.start_token_id is None:
+        return start_in_words(None)
+    return start_in_words(loaded.start_token_id, loaded.tokenizer.convert_ids_to_tokens(loaded.start_token_id))
+
+
 def _info(work: _Work) -> dict[str, Any]:
     from importlib.metadata import version
 
@@ -321,6 +329,7 @@ def _info(work: _Work) -> dict[str, Any]:
             "weights": weights_hash(loaded.model),
             "heads": list(work.head_counts),
             "causal": loaded.causal,
+            "start_token": _start_token(loaded),
         },
         "columns": {c.name: {"about": c.about, "unit": c.unit, "source": c.source} for c in columns},
         "plan": vars(work.plan) | {},
