@@ -23,54 +23,12 @@ from headscope.files import read_text
 from headscope.models.encoding import encode, surrounding
 from headscope.models.loading import Loaded
 
-_MODULES = [
-    "argparse",
-    "ast",
-    "asyncio",
-    "bisect",
-    "calendar",
-    "collections",
-    "concurrent.futures",
-    "contextlib",
-    "csv",
-    "dataclasses",
-    "datetime",
-    "decimal",
-    "difflib",
-    "email.message",
-    "enum",
-    "fractions",
-    "functools",
-    "heapq",
-    "html.parser",
-    "http.client",
-    "inspect",
-    "itertools",
-    "json",
-    "logging",
-    "optparse",
-    "os",
-    "pathlib",
-    "pickle",
-    "random",
-    "re",
-    "shutil",
-    "socket",
-    "statistics",
-    "string",
-    "subprocess",
-    "tarfile",
-    "tempfile",
-    "textwrap",
-    "threading",
-    "turtle",
-    "typing",
-    "unittest",
-    "urllib.request",
-    "uuid",
-    "xml.etree.ElementTree",
-    "zipfile",
-]
+_MODULES = """
+    argparse ast asyncio bisect calendar collections concurrent.futures contextlib csv dataclasses datetime
+    decimal difflib email.message enum fractions functools heapq html.parser http.client inspect itertools json
+    logging optparse os pathlib pickle random re shutil socket statistics string subprocess tarfile tempfile
+    textwrap threading turtle typing unittest urllib.request uuid xml.etree.ElementTree zipfile
+"""
 Item = TypeVar("Item")
 _LICENSED = ("torch", "numpy", "safetensors", "transformers")
 
@@ -159,7 +117,7 @@ def default_documents(most: int = 24) -> list[Document]:
 
     They differ between versions of Python, so an atlas stores their hash.
     """
-    documents = [Document(f"python:{name}", _docstrings(name)) for name in _MODULES]
+    documents = [Document(f"python:{name}", _docstrings(name)) for name in _MODULES.split()]
     documents += [Document(f"licence:{name}", lambda name=name: _licence(name)) for name in _LICENSED]  # type: ignore[misc]
     step = max(1, len(documents) // most)
     return [document for document in documents[::step][:most] if document.read().strip()]
