@@ -26,6 +26,8 @@ def test_saved_atlas_is_the_same_when_loaded(tiny_atlas: HeadAtlas, tmp_path: Pa
     again = HeadAtlas.load(path)
     assert_same_atlas(again, tiny_atlas, 0)
     assert again.info == json.loads(json.dumps(tiny_atlas.info))
+    assert again.measurements.token_examples == tiny_atlas.measurements.token_examples
+    assert again.relations.pair_examples.pairs == tiny_atlas.relations.pair_examples.pairs
     plain = pyarrow.parquet.read_table(path)  # any reader of Parquet
     assert polars.read_parquet(path)["roles"].to_list() == plain.column("roles").to_pylist()
     assert plain.num_rows == 12

@@ -17,7 +17,7 @@ from headscope.heads.relations.hits import (
     class_ids,
     count_class_baseline,
     count_controls,
-    count_hits,
+    pair_weights,
     strongest_words,
 )
 from headscope.heads.relations.score import LEAD, LEVEL
@@ -126,7 +126,8 @@ def count_maps(
         return
     text, query, gold = torch.tensor([(i, p.query, p.gold) for i, p in pairs]).unbind(1)
     asks = query_sets[text, :, query][:, :, None]  # [N, A, 1]
-    hits = (count_hits(word_map, query, text, query, gold, present, causal=causal)[:, None] & asks).flatten(1).double()
+    gold_weight, other_weight, _ = pair_weights(word_map, query, text, query, gold, present, causal=causal)
+    hits = ((gold_weight > other_weight)[:, None] & asks).flatten(1).double()
     chosen = strongest_words(word_map, words, present, causal=causal)[:, None]  # [B, 1, H, W]
     chosen = chosen.where(query_sets[:, :, None] | (chosen == -2), -1).flatten(1, 2)
     controls = count_controls(chosen, words, text, query, gold, classes, causal=causal).double()

@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from headscope.errors import HeadscopeError
-from headscope.heads.corpus import Document
-from headscope.heads.examples import pair_examples, token_examples
+from headscope.heads.atlas.measuring import measure
+from headscope.heads.corpus import Document, cut
+from headscope.heads.examples import PairExamples
 from headscope.heads.relations import (
     Example,
     Pair,
@@ -31,7 +32,7 @@ from headscope.heads.relations import (
 )
 from headscope.heads.relations.counts import Tally
 from headscope.heads.relations.evaluate import directed_pairs, words_of_tokens
-from headscope.heads.relations.hits import count_controls, count_hits, strongest_words
+from headscope.heads.relations.hits import count_controls, pair_weights, strongest_words
 from headscope.heads.statistics import cluster_bootstrap
 from headscope.models.loading import Loaded
 from headscope.models.tokens import tokenize
@@ -56,7 +57,8 @@ def hits_by_hand(rows: list[list[float]], query: int, gold: int, causal: bool) -
     word_map = torch.tensor(rows)[None, :, None, :]
     where = [torch.tensor([n]) for n in (0, 0, query, gold)]
     present = torch.ones(1, len(rows[0]), dtype=torch.bool)
-    hits: list[bool] = count_hits(word_map, *where, present, causal=causal)[0].tolist()
+    gold_weight, other_weight, _ = pair_weights(word_map, *where, present, causal=causal)
+    hits: list[bool] = (gold_weight > other_weight)[0].tolist()
     return hits
 
 
@@ -79,7 +81,8 @@ def test_words_without_tokens_are_no_candidates() -> None:
     word_map = torch.tensor([[[[0.2, 0.5, 0.3, 0.0]]]])
     where = [torch.tensor([n]) for n in (0, 0, 3, 2)]
     present = torch.tensor([[True, False, True, True]])
-    assert count_hits(word_map, *where, present, causal=True).tolist() == [[True]]
+    gold_weight, other_weight, other_word = pair_weights(word_map, *where, present, causal=True)
+    assert (gold_weight.item(), other_weight.item(), other_word.item()) == (pytest.approx(0.3), pytest.approx(0.2), 0)
 
 
 def test_directed_pairs_have_tokens_and_two_candidates() -> None:
@@ -262,27 +265,40 @@ def test_sentences_that_the_tokenizer_drops_are_left_out_with_a_note(letters: Lo
     assert can_read(model, ["\u200b", "a b"]) == (True, "")
 
 
-def test_pair_examples_skip_sentences_that_the_model_cannot_read(letters: Loaded) -> None:
-    short, long = example("a b c d", (3, 0)), example("a b c d e f g", (6, 0))
-    shown = pair_examples(loaded(letters.model, letters.tokenizer, context=7), [long, short], "r", 0, 0)
-    assert [pair.text for pair in shown] == ["a b c d"]
+# Examples
 
 
 def test_token_examples_are_the_largest_and_smallest_weights_on_text(letters: Loaded) -> None:
     text = "The cat sat on the mat and the dog slept"
-    best, worst = token_examples(letters, [Document("a text", lambda: text)], 1, 4, most=100)
+    collected = measure(letters, cut(letters, Document("a text", lambda: text), 0), ()).token_examples
     tokens = tokenize(text, letters.tokenizer, start_token_id=0)
     with torch.no_grad(), record(letters.model) as recording:
         letters.model(torch.tensor([tokens.ids]))
-    weights = recording.to_attentions()[1][0, 4, :, 1:]  # the start token is a sink
-    largest = weights[2:].amax(-1).tolist()  # rows with two text keys
-    assert [example.weight for example in worst] == pytest.approx(sorted(largest), rel=1e-4)
-    assert best[0].weight == pytest.approx(max(largest), rel=1e-4)
-    assert len({(example.token, example.target) for example in best}) == len(best) < len(worst)
-    row = 2 + largest.index(max(largest))
-    key = 1 + int(weights[row].argmax())
     letter = [text[start:end] for start, end in tokens.offsets]
-    assert (best[0].token, best[0].target, best[0].distance) == (letter[row], letter[key], key - row)
+    for layer, head in ((0, 0), (1, 4)):
+        weights = recording.to_attentions()[layer][0, head, :, 1:]  # the start token is a sink
+        largest = weights[2:].max(-1)  # rows with two text keys
+        rows = sorted(range(len(largest.values)), key=lambda row: -float(largest.values[row]))
+        pairs = [(letter[row + 2], letter[1 + int(largest.indices[row])]) for row in rows]
+        best, worst = (side[layer, head] for side in (collected.largest, collected.smallest))
+        assert [(example.token, example.target) for example in best] == list(dict.fromkeys(pairs))[:4]
+        assert [(example.token, example.target) for example in worst] == list(dict.fromkeys(pairs[::-1]))[:4]
+        assert best[0].weight == pytest.approx(float(largest.values[rows[0]]), abs=1e-4)
+        assert worst[0].weight == pytest.approx(float(largest.values[rows[-1]]), abs=1e-4)
+        row, key = rows[0] + 2, 1 + int(largest.indices[rows[0]])
+        assert (best[0].distance, best[0].document) == (key - row, "a text")
+        assert text[: tokens.offsets[row][0]].rstrip().endswith(best[0].before)
+
+
+def test_token_examples_of_two_texts_are_those_of_the_batch(letters: Loaded) -> None:
+    texts = {"one": "The cat sat on the mat", "two": "A dog slept and slept and it was a good dog"}
+    pieces = [piece for name, text in texts.items() for piece in cut(letters, Document(name, lambda t=text: t), 0)]
+    together, first, second = (measure(letters, part, ()).token_examples for part in (pieces, pieces[:1], pieces[1:]))
+    first.merge(second)
+    for ours, theirs in ((first.largest, together.largest), (first.smallest, together.smallest)):
+        for head, examples in ours.items():
+            weights = [example.weight for example in examples]
+            assert weights == pytest.approx([example.weight for example in theirs[head]], abs=2e-4)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -291,13 +307,54 @@ def test_pair_examples_are_right_where_they_count_as_hits(letters: Loaded, rever
     halves = [example("ab cd ef gh ij", (3, 0), (2, 1), (4, 2)), example("ij ab gh k l", (1, 3), (0, 4))]
     odd = Example("abcd ef", ((0, 2), (2, 4), (5, 7)), (Pair("r", 2, 1), Pair("r", 2, 0)), "c", 1, "en")
     counts = count_relations(letters, [*halves, odd])
-    hits = counts.tally("r", "r (reverse)" if reverse else "r", 1).hits.sum(0)
+    direction = "r (reverse)" if reverse else "r"
+    hits = counts.tally("r", direction, 1).hits.sum(0)
     assert hits.any()
     for layer in range(hits.shape[0]):
         for head in range(hits.shape[1]):
-            shown = pair_examples(letters, [*halves, odd], "r", layer, head, reverse=reverse)
+            shown = counts.pair_examples.of_head(direction, layer, head)
+            assert len(shown) == counts.tally("r", direction, 1).pairs.sum()  # all, as there are few
             assert sum(pair.hit for pair in shown) == hits[layer, head]
-            assert all((pair.chosen == pair.gold) == pair.hit for pair in shown)
+            margins = [pair.weight - pair.other_weight for pair in shown]
+            assert margins == sorted(margins, reverse=True)
+
+
+def test_pair_examples_are_the_clearest_of_the_second_half(letters: Loaded) -> None:
+    rows = [" ".join(f"{a}{b}" for b in "abcdef") for a in "ghijklmn"]
+    sentences = [example(text, (5, 1), half=half) for text in rows for half in (0, 1)]
+    collected = count_relations(letters, sentences).pair_examples
+    one_by_one = [count_relations(letters, [e]).pair_examples for e in sentences[1::2]]
+    assert count_relations(letters, sentences[::2]).pair_examples.pairs == []
+    for head in range(6):
+        alone = sorted((part.of_head("r", 1, head)[0] for part in one_by_one), key=lambda e: e.other_weight - e.weight)
+        shown = collected.of_head("r", 1, head)
+        assert [e.text for e in shown] == [e.text for e in [*alone[:3], *alone[-3:]]]
+        assert [e.weight for e in shown] == pytest.approx([e.weight for e in [*alone[:3], *alone[-3:]]], abs=1e-5)
+        assert [e.other for e in shown] == [e.other for e in [*alone[:3], *alone[-3:]]]
+
+
+def test_pair_examples_survive_a_file(letters: Loaded) -> None:
+    odd = Example(" ab, cd ef", ((1, 3), (5, 7), (8, 10)), (Pair("r", 2, 1), Pair("r", 2, 0)), "c", 1, "en")
+    pairs = count_relations(letters, [odd, example("a b c d", (3, 0))]).pair_examples
+    tensors, data = pairs.to_state()
+    again = PairExamples.from_state(load(save(tensors)), json.loads(json.dumps(data)))
+    assert again.pairs == pairs.pairs
+    for ours, theirs in zip(pairs.of_head("r", 1, 2), again.of_head("r", 1, 2), strict=True):
+        assert replace(theirs, weight=ours.weight, other_weight=ours.other_weight) == ours
+        assert (theirs.weight, theirs.other_weight) == pytest.approx((ours.weight, ours.other_weight), abs=1e-3)
+    with pytest.raises(ValueError, match="do not fit their sentences"):
+        PairExamples.from_state(tensors, data | {"pairs": data["pairs"][:1]})
+    with pytest.raises(ValueError, match="of a sentence that is not there"):
+        PairExamples.from_state(tensors, data | {"sentences": data["sentences"][:1]})
+
+
+def test_counts_without_a_cluster_keep_the_pair_examples_of_other_directions(letters: Loaded) -> None:
+    one = example("a b c d", (3, 0), relation="one", cluster="first")
+    two = example("e f g h", (3, 1), relation="two", cluster="second")
+    counts = count_relations(letters, [one, two]).without({"first"})
+    assert [pair.text for pair in counts.pair_examples.pairs] == [two.text]
+    assert counts.pair_examples.of_head("one", 0, 0) == []
+    assert [e.gold for e in counts.pair_examples.of_head("two", 0, 0)] == ["f"]
 
 
 def test_attention_that_is_not_between_the_tokens_is_refused(letters: Loaded) -> None:
@@ -483,9 +540,10 @@ def test_a_hand_built_coreference_head_gets_its_role() -> None:
             rows[0, pair.gold] = 1
             rows[1, pair.query - 1] = 1
             where = [torch.tensor([n]) for n in (0, 0, pair.query, pair.gold)]
-            hit = count_hits(rows[None, :, None], *where, torch.ones(1, width, dtype=torch.bool), causal=True)
+            present = torch.ones(1, width, dtype=torch.bool)
+            gold_weight, other_weight, _ = pair_weights(rows[None, :, None], *where, present, causal=True)
             key = ("coreference", "coreference", e.half)
-            counts.add(key, e.cluster, hit.double(), pair.gold - pair.query)
+            counts.add(key, e.cluster, (gold_weight > other_weight).double(), pair.gold - pair.query)
     assert [row.role for row in scores(counts)] == [True, False]
 
 

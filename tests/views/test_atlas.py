@@ -32,7 +32,7 @@ def test_print_head_shows_value_null_and_rank(
     monkeypatch.setenv("COLUMNS", "80")
     with resources.as_file(resources.files("headscope.heads.atlas") / "shipped" / "minilm.parquet") as path:
         shipped = HeadAtlas.load(path)
-    print_head(shipped, 3, 1)
+    print_head(shipped, 3, 1, measures=True)
     shown = {line.split("  ")[0].strip(): line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
     (row,) = [r for r in shipped.relation_scores() if (r.direction, r.layer, r.head) == ("coreference", 3, 1)]
     better = sum(r.accuracy > row.accuracy for r in shipped.relation_scores() if r.direction == "coreference")

@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
-from itertools import islice
 from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any
@@ -24,16 +22,15 @@ from headscope.commands.outputs import Force, Output, check_outputs, figure_outp
 from headscope.commands.pipe import read_pipe
 from headscope.commands.words import StartToken
 from headscope.distributed import processes, rank
-from headscope.errors import AtlasError, HeadscopeError, MissingExtra, TextError, TreebankError
+from headscope.errors import AtlasError, TextError
 from headscope.heads import corpus
 from headscope.heads.atlas import file as atlas_file
 from headscope.heads.atlas.atlas import HeadAtlas
 from headscope.heads.atlas.measuring import columns_of
-from headscope.heads.atlas.profiler import Plan, head_counts, profile, weights_hash
-from headscope.heads.examples import pair_examples, token_examples
+from headscope.heads.atlas.profiler import Plan, head_counts, profile
 from headscope.heads.measures import standard
 from headscope.heads.relations import Example, chinese_sentences, english_sentences
-from headscope.heads.relations.counts import direction_of, with_arrow
+from headscope.heads.relations.counts import direction_of
 from headscope.heads.relations.sentences.treebank import read_conllu
 from headscope.views.links import split_head
 from headscope.views.terminal import console as terminal
@@ -41,7 +38,7 @@ from headscope.views.terminal import heads as terminal_heads
 
 _BY = "roles"
 _MEASURING = {"--text", "--treebank", "--out", "--again", "--worth", "--no-worth", "--length", "--pieces"}
-_MEASURING |= {"--start-token"}
+_MEASURING |= {"--start-token", "--model"}
 _WORTH = ("worth", "ablation_zero", "ablation_mean", "gradient")
 
 app = typer.Typer(rich_markup_mode=None)
@@ -58,7 +55,8 @@ For smollm2 and minilm the atlas is in the package and is shown at once. With a 
 \b
 Examples:
   headscope heads                                the default model's roles, and its most valuable heads
-  headscope heads --head 18.6                    everything about one head, with its best and worst examples
+  headscope heads --head 18.6                    one head: its roles, and its best and worst examples in words
+  headscope heads --head 18.6 --all              all its measures, too, each with its null and rank
   headscope heads --text *.txt --out mine.parquet
   headscope heads --treebank en.conllu           every dependency relation, in any language
   headscope heads --atlas mine.parquet --figure heads.png --by entropy
@@ -72,7 +70,7 @@ Model = Annotated[
     typer.Option(
         "--model",
         metavar="NAME",
-        help="smollm2, minilm, a folder, a .gguf file or a hub name; with --atlas and --head, where it is now.",
+        help="smollm2, minilm, a folder, a .gguf file or a hub name.",
     ),
 ]
 TextOption = Annotated[
@@ -88,7 +86,7 @@ AtlasOption = Annotated[
     Path | None, typer.Option("--atlas", metavar="FILE", help="Show a saved atlas instead of measuring.")
 ]
 HeadOption = Annotated[
-    str | None, typer.Option("--head", metavar="LAYER.HEAD", help="Everything about one head, with examples in words.")
+    str | None, typer.Option("--head", metavar="LAYER.HEAD", help="One head: its roles, with examples in words.")
 ]
 Figure = Annotated[
     Path | None, typer.Option("--figure", metavar="FILE", help="Draw all heads by a measure: .png, .svg or .pdf.")
@@ -148,20 +146,18 @@ def heads(
     check_outputs([Output("--out", out, atlas_file.KIND), *figure_output(figure)], inputs, force=force)
     plan = Plan(length=length, pieces=pieces, worth=Plan.worth if worth else 0)
     to_measure = bool(text or treebank or out or again) or plan != Plan() or start_token != "auto"
-    documents: Sequence[corpus.Document] = ()
     profiled = HeadAtlas.load(atlas) if atlas is not None else None if to_measure else _shipped_atlas(model)
     measured = profiled is None
     if profiled is None:
         pull_default(model)
-        options = _Options(model, text or [], treebank or [], out, head, by, force, start_token)
-        profiled, documents = _measure(options, plan)
+        profiled = _measure(_Options(model, text or [], treebank or [], out, head, by, force, start_token), plan)
     if rank():
         return
+    command = None if measured and out is None else _command_for(model, atlas or out)
     if head is not None:
-        model_here = model if "--model" in given else profiled.name
-        _one_head(profiled, head, model_here, documents, all_measures=all_heads)
+        _check_head(head, profiled.heads, profiled.name)
+        terminal_heads.print_head(profiled, *split_head(head), measures=all_heads, command=command)
     else:
-        command = None if measured and out is None else _command_for(model, atlas or out)
         terminal_heads.print_atlas(profiled, all_heads=all_heads, command=command)
     if figure is not None:
         from headscope.views.figures import atlas as atlas_figures
@@ -186,8 +182,9 @@ class _Options:
 
 def _command_for(model: str, atlas: Path | None) -> str:
     """The command that shows the same atlas again."""
-    model_option = "" if model == DEFAULT_MODEL else f" --model {quote(model)}"
-    return f"headscope heads{model_option}" + ("" if atlas is None else f" --atlas {quote(str(atlas))}")
+    if atlas is not None:
+        return f"headscope heads --atlas {quote(str(atlas))}"
+    return "headscope heads" if model == DEFAULT_MODEL else f"headscope heads --model {quote(model)}"
 
 
 def _given(context: typer.Context) -> list[str]:
@@ -213,11 +210,6 @@ def _check(given: Sequence[str], head: str | None, by: str, worth: bool) -> None
         if measuring := [option for option in given if option in _MEASURING]:
             raise AtlasError(
                 f"--atlas shows what was measured, and {', '.join(measuring)} would measure: leave one of them out."
-            )
-        if "--model" in given and head is None:
-            raise AtlasError(
-                "--model says where the model of --atlas is, for the examples of one head: give --head, too, or leave "
-                "--model out."
             )
     elif not by.startswith("relation:") and by not in (columns := _drawable()):
         raise AtlasError(f"There is no measure {by!r} to draw. There are: {', '.join(columns)}, relation:NAME.")
@@ -271,8 +263,8 @@ def _shipped_atlas(model: str) -> HeadAtlas | None:
         return HeadAtlas.load(shipped_path)
 
 
-def _measure(options: _Options, plan: Plan) -> tuple[HeadAtlas, Sequence[corpus.Document]]:
-    """The atlas, to which each of several processes measures its share, and the texts."""
+def _measure(options: _Options, plan: Plan) -> HeadAtlas:
+    """The atlas, to which each of several processes measures its share."""
     texts, out = options.texts, options.out
     _check_names([*texts, *options.treebanks])
     if Path("-") in texts and processes() > 1:
@@ -306,7 +298,7 @@ def _measure(options: _Options, plan: Plan) -> tuple[HeadAtlas, Sequence[corpus.
             terminal.print_line(f"Atlas: {out}")
         else:
             (shards / f"done-{rank()}").touch()
-    return atlas, documents or ()
+    return atlas
 
 
 def _forget_ended(shards: Path) -> None:
@@ -327,74 +319,6 @@ def _remove(shards: Path, patience: float = 60.0) -> None:
     shutil.rmtree(shards, ignore_errors=True)
 
 
-def _one_head(
-    atlas: HeadAtlas, head: str, model: str, documents: Sequence[corpus.Document], *, all_measures: bool
-) -> None:
-    """Everything about one head; its examples need the model, and are left out where it is not here.
-
-    Args:
-        atlas: The atlas.
-        head: The head, as 13.8.
-        model: The model's name or folder.
-        documents: The texts that were just measured; none for a saved atlas.
-        all_measures: Whether to show the measures of every offset, too.
-    """
-    _check_head(head, atlas.heads, atlas.name)
-    layer, number = split_head(head)
-    terminal_heads.print_head(atlas, layer, number, all_measures=all_measures)
-    try:
-        loaded = models.load(model)
-    except HeadscopeError as error:
-        terminal.print_line(f"Its examples in words need the model: {error}", error=True)
-        return
-    if weights_hash(loaded.model) != atlas.info["model"]["weights"]:
-        left_out = f"Its examples in words are left out: {model} has other weights than the model of the atlas."
-        terminal.print_line(left_out, error=True)
-        return
-    _examples(atlas, loaded, layer, number, documents)
-
-
 def _frames() -> dict[str, list[Example]]:
     """The sentences that come with the package."""
     return {"English frames": english_sentences(), "Chinese frames": chinese_sentences()}
-
-
-def _examples(
-    atlas: HeadAtlas, loaded: models.Loaded, layer: int, head: int, measured: Sequence[corpus.Document]
-) -> None:
-    """Print examples from the texts and sentences of the atlas, as far as they are still here."""
-    with terminal.running("reading examples") as _:
-        documents = list(islice(_texts_of(atlas, measured), 4))
-        if not documents:
-            terminal.print_line(
-                "The texts of the atlas are not here, or have changed: the examples are from texts of this machine."
-            )
-        best, worst = token_examples(loaded, documents or corpus.default_documents(), layer, head)
-    terminal_heads.print_examples(best, worst)
-    scored = [row for row in atlas.relation_scores() if (row.layer, row.head) == (layer, head) and not row.too_fixed]
-    for row in sorted(scored, key=lambda row: row.baseline - row.accuracy)[:1]:
-        held_out = [e for e in _sentences_of(atlas) if e.half == 1 and any(p.relation == row.relation for p in e.pairs)]
-        reverse = row.direction != row.relation
-        examples = pair_examples(loaded, held_out[::3][:24], row.relation, layer, head, reverse=reverse)
-        if examples:
-            terminal_heads.print_pairs(examples, with_arrow(row.direction))
-
-
-def _texts_of(atlas: HeadAtlas, measured: Sequence[corpus.Document]) -> Iterator[corpus.Document]:
-    """The texts of the atlas that can still be read and have not changed."""
-    documents = {document.name: document for document in (*corpus.default_documents(), *measured)}
-    for name, digest in atlas.info["texts"].items():
-        document = documents.get(name) or corpus.documents_of([Path(name)])[0]
-        with suppress(TextError):
-            if corpus.digest(document) == digest:
-                yield document
-
-
-def _sentences_of(atlas: HeadAtlas) -> list[Example]:
-    """The sentences of the atlas' collections; of treebanks, those whose files are still here."""
-    frames = _frames()
-    sentences: list[Example] = []
-    for name in atlas.info["examples"]:
-        with suppress(TreebankError, MissingExtra):
-            sentences += frames[name] if name in frames else read_conllu(name)
-    return sentences

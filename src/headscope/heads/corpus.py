@@ -52,7 +52,7 @@ class Piece:
         document: The document's name; pieces of one document are not independent.
         half: 0 or 1. Heads are picked on one half of the documents and reported on the other.
         offset: How many tokens of the document come before the piece.
-        texts: The text of each token.
+        texts: The text of each token, with what lies between it and the token before.
         period: For repeated random tokens, how many are repeated; 0 otherwise.
     """
 
@@ -203,8 +203,9 @@ def cut(loaded: Loaded, document: Document, half: int, *, length: int = 512, mos
         raise TextError(f"{length} tokens a piece leave no room beside {len(before) + len(after)} special tokens.")
     encoding = encode(text, loaded.tokenizer, add_special_tokens=False)
     ids, special = encoding.ids, encoding.special
-    texts = [text[start:end] for start, end in encoding.offsets]
-    delimiters = [is_delimiter(piece) for piece in texts]
+    delimiters = [is_delimiter(text[start:end]) for start, end in encoding.offsets]
+    ends = [0, *(end for _, end in encoding.offsets)]
+    texts = [text[min(last, start) : end] for last, (start, end) in zip(ends, encoding.offsets, strict=False)]
     pieces = []
     starts = range(0, len(ids), room)
     for start in starts if most is None else starts[:most]:

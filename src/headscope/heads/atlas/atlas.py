@@ -240,6 +240,7 @@ class HeadAtlas:
             sums.values = {name: value for name, value in theirs.values.items() if name not in REPEATED}
         new.sums.documents = {n: rows for n, rows in other.measurements.sums.documents.items() if n not in mine}
         new.notes, new.outputs = other.measurements.notes, other.measurements.outputs
+        new.token_examples = other.measurements.token_examples
         return new
 
     def _new_relations(self, other: HeadAtlas) -> RelationCounts:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from pyarrow import Table as Table
 
 FORMAT = 4  # of the file and of its shards
-_INFO, _STATE = b"headscope.atlas", b"headscope.sums"
+_INFO, _STATE, _EXAMPLES = b"headscope.atlas", b"headscope.sums", b"headscope.examples"
+_EXAMPLE_NAMES = ("token_examples", "pair_examples")  # data that goes into an entry of its own, compressed
 _LEVEL = 6  # of compression
 _MAX_SUMS = 1 << 32  # bytes of sums, before compression
 _MAX_TEXT = (1 << 31) - 1  # bytes of one entry in Parquet's metadata
@@ -76,13 +77,15 @@ def write(path: Path, shown: Table, tensors: dict[str, Tensor], data: dict[str, 
         from pyarrow import parquet
 
     size = sum(tensor.nbytes for tensor in tensors.values())
-    packed = base64.b64encode(zlib.compress(save_tensors(tensors), _LEVEL)) if size <= _MAX_SUMS else b""
+    packed = _packed(save_tensors(tensors)) if size <= _MAX_SUMS else b""
     if size > _MAX_SUMS or len(packed) > _MAX_TEXT:
         raise AtlasError(
             f"{path} would hold {size >> 20} MB of sums, more than such a file can: profile the treebanks one by one, "
             "each with an --out of its own."
         )
-    metadata = {_INFO: json.dumps(data, ensure_ascii=False).encode(), _STATE: packed}
+    info = {name: value for name, value in data.items() if name not in _EXAMPLE_NAMES}
+    examples = {name: data[name] for name in _EXAMPLE_NAMES if name in data}
+    metadata = {_INFO: _json(info), _STATE: packed, _EXAMPLES: _packed(_json(examples))}
     with (
         whole_file(path, KIND, force=force) as scratch,
         parquet.ParquetWriter(scratch, shown.schema, compression="zstd", store_schema=False) as writer,
@@ -107,18 +110,34 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = file.metadata.metadata or {}
     except (ArrowException, OSError) as error:
         raise AtlasError(f"{path} is no Parquet file, or is cut short: {str(error).splitlines()[0]}") from None
-    if _INFO not in metadata or _STATE not in metadata:
-        raise AtlasError(f"{path} is a Parquet file, but not an atlas of heads: it has no {_INFO.decode()!r}.")
+    for name in (_INFO, _STATE, _EXAMPLES):
+        if name not in metadata:
+            raise AtlasError(f"{path} is a Parquet file, but not an atlas of heads: it has no {name.decode()!r}.")
     try:
         data = json.loads(metadata[_INFO])
         check_format(data, path)
-        unfold = zlib.decompressobj()
-        packed = unfold.decompress(base64.b64decode(metadata[_STATE], validate=True), _MAX_SUMS + (1 << 20))
-        if unfold.unconsumed_tail:
-            raise AtlasError(f"{path} unfolds to more than {_MAX_SUMS >> 20} MB of sums: it is not one of ours.")
-        return load_tensors(packed), data
-    except (ValueError, zlib.error, safetensors.SafetensorError) as error:
+        examples = json.loads(_unpacked(path, metadata[_EXAMPLES]))
+        return load_tensors(_unpacked(path, metadata[_STATE])), data | examples
+    except (ValueError, TypeError, zlib.error, safetensors.SafetensorError) as error:
         raise AtlasError(f"{path} is damaged: {error}") from None
+
+
+def _json(data: Any) -> bytes:
+    return json.dumps(data, ensure_ascii=False).encode()
+
+
+def _packed(data: bytes) -> bytes:
+    """Compressed, and as text."""
+    return base64.b64encode(zlib.compress(data, _LEVEL))
+
+
+def _unpacked(path: Path, packed: bytes) -> bytes:
+    """What :func:`_packed` was given. Raises AtlasError when it is larger than anything that we write."""
+    unfold = zlib.decompressobj()
+    data = unfold.decompress(base64.b64decode(packed, validate=True), _MAX_SUMS + (1 << 20))
+    if unfold.unconsumed_tail:
+        raise AtlasError(f"{path} unfolds to more than {_MAX_SUMS >> 20} MB of sums: it is not one of ours.")
+    return data
 
 
 def check_format(data: object, where: object) -> None:

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from headscope.errors import is_out_of_memory
 from headscope.heads.corpus import Piece, TextBatch, batches
 from headscope.heads.effects import output_sum
+from headscope.heads.examples import TokenExamples
 from headscope.heads.measures import AttentionBatch, Column, Measure, Ratio, Visibility, take
+from headscope.heads.measures.strongest import MaxAmong
 from headscope.heads.measures.sums import MeasureSums, weights_of
 from headscope.models.loading import Loaded, reader
 from headscope.ops.masks import Mask
 from headscope.ops.masks.codec import encode
+from headscope.ops.reductions import Reduction
 from headscope.watching.hooks import AttentionCall
 from headscope.watching.texts import record_batch
 
@@ -47,14 +50,28 @@ class Measurements:
         self.null = MeasureSums()
         self.notes: list[str] = []
         self.outputs: dict[str, Tensor] = {}  # "sum" [layers, H, Dv] of head outputs, "count" of positions
+        self.token_examples = TokenExamples()
 
     def merge(self, other: Measurements) -> None:
         """Add the sums of other texts."""
         self.sums.merge(other.sums)
         self.null.merge(other.null)
+        self.token_examples.merge(other.token_examples)
         for name, value in other.outputs.items():
             self.outputs[name] = self.outputs[name] + value if name in self.outputs else value
         self.notes += [note for note in other.notes if note not in self.notes]
+
+
+class _LargestWeights(Measure):
+    """Each row's largest weight on text with its key, for examples; no column."""
+
+    def reductions(self, batch: AttentionBatch) -> dict[str, Reduction]:
+        """The largest weight."""
+        return {"largest weights": MaxAmong(batch.text)}
+
+    def sums(self, batch: AttentionBatch) -> dict[str, Ratio]:
+        """None."""
+        return {}
 
 
 def columns_of(measures: Iterable[Measure]) -> tuple[Column, ...]:
@@ -117,6 +134,7 @@ def _in_batches(pieces: Sequence[Piece], tokens: int, loaded: Loaded) -> list[Te
 
 def _measure_batch(loaded: Loaded, batch: TextBatch, measures: Sequence[Measure], layers: int) -> Measurements:
     measures = [measure for measure in measures if measure.reads(batch)]
+    for_examples = [measure for measure in (_LargestWeights(),) if measure.reads(batch)]
     modules = dict(reader(loaded.model)[0].named_modules())
     weights = weights_of((piece.document, piece.half) for piece in batch.pieces)
     visibilities: dict[tuple[object, int], Visibility] = {}  # by mask and number of heads, like the next two
@@ -138,7 +156,10 @@ def _measure_batch(loaded: Loaded, batch: TextBatch, measures: Sequence[Measure]
         layers_of[key].append(number)
         attention = AttentionBatch(call.matrix(), visibilities[key], call.value, output_weight(modules, call))
         outputs.append(output_sum(call, batch.valid))
-        ratios = take(measures, attention)
+        ratios = take([*measures, *for_examples], attention)
+        if for_examples:
+            largest = attention.results["largest weights"]
+            measurements.token_examples.add(batch, number, largest.values, largest.indices, attention.rows)
         with_replicates = {name: ratio for name, ratio in ratios.items() if name in evidence}
         others = {name: ratio for name, ratio in ratios.items() if name not in evidence}
         measurements.sums.add(with_replicates, number, count, weights)

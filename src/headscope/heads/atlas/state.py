@@ -8,6 +8,7 @@ from torch import Tensor
 
 from headscope.heads.atlas.measuring import Measurements
 from headscope.heads.atlas.worth import Worth
+from headscope.heads.examples import PairExamples, TokenExamples
 from headscope.heads.relations.counts import RelationCounts
 
 
@@ -20,12 +21,16 @@ def pack(
         tensors |= {f"{name}/{column}": value.contiguous() for column, value in sums.values.items()}
     counts, relation_data = relations.to_tensors()
     tensors |= {f"relations/{name}": value.contiguous() for name, value in counts.items()}
+    example_tensors, pair_examples = relations.pair_examples.to_state()
+    tensors |= {f"examples/{name}": value.contiguous() for name, value in example_tensors.items()}
     tensors |= {f"worth/{method}": value.contiguous() for method, value in worth.values.items()}
     tensors["worth_clean"] = worth.clean.contiguous()
     data = {
         "relations": relation_data,
         "rows": measurements.sums.documents,
         "notes": measurements.notes,
+        "token_examples": measurements.token_examples.to_data(),
+        "pair_examples": pair_examples,
         "worth": {"documents": worth.documents, "unit": worth.unit},
     }
     return tensors, data
@@ -38,7 +43,9 @@ def unpack(tensors: dict[str, Tensor], data: dict[str, Any]) -> tuple[Measuremen
         sums.values = with_prefix(tensors, f"{name}/")
     measurements.sums.documents = dict(data["rows"])
     measurements.notes = list(data["notes"])
+    measurements.token_examples = TokenExamples.from_data(data["token_examples"])
     relations = RelationCounts.from_tensors(with_prefix(tensors, "relations/"), data["relations"])
+    relations.pair_examples = PairExamples.from_state(with_prefix(tensors, "examples/"), data["pair_examples"])
     documents, unit = list(data["worth"]["documents"]), data["worth"]["unit"]
     return measurements, relations, Worth(with_prefix(tensors, "worth/"), tensors["worth_clean"], documents, unit)
 

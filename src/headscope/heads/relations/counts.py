@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headscope.heads.examples import PairExamples
+
 MAX_OFFSET = 30  # in words; a pair that is further apart agrees with no fixed offset
 
 Key = tuple[str, str, int]
@@ -74,6 +76,7 @@ class RelationCounts:
         examples: How many examples were run.
         skipped: How many were not, because the model cannot read so many tokens.
         empty: How many were not, because the tokenizer keeps nothing of them.
+        pair_examples: Pairs of the second half that heads get right and wrong most clearly.
     """
 
     def __init__(self, heads: Sequence[int] = ()) -> None:
@@ -81,6 +84,7 @@ class RelationCounts:
         self.examples = 0
         self.skipped = 0
         self.empty = 0
+        self.pair_examples = PairExamples()
         self._rows: dict[Key, dict[str, dict[str, Tensor]]] = {}
 
     @property
@@ -163,6 +167,7 @@ class RelationCounts:
         self.examples += other.examples
         self.skipped += other.skipped
         self.empty += other.empty
+        self.pair_examples.merge(other.pair_examples)
         for key, rows in other._rows.items():
             ours = self._rows.setdefault(key, {})
             for cluster, sums in rows.items():
@@ -170,8 +175,13 @@ class RelationCounts:
                 ours[cluster] = {name: x + row[name] if row else x.clone() for name, x in sums.items()}
 
     def without(self, clusters: Collection[str]) -> RelationCounts:
-        """The counts of all other clusters; how many examples these came from is not known, and 0."""
+        """The counts of all other clusters; how many examples these came from is not known, and 0.
+
+        Directions that lose a cluster lose their pair examples.
+        """
         others = RelationCounts(self.heads)
+        fewer = {direction for (_, direction, _), rows in self._rows.items() if not rows.keys().isdisjoint(clusters)}
+        others.pair_examples = self.pair_examples.without(fewer)
         for key, rows in self._rows.items():
             clusters_left = {
                 cluster: {name: x.clone() for name, x in sums.items()}

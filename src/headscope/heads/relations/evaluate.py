@@ -12,12 +12,13 @@ from torch import Tensor
 
 from headscope.errors import HeadscopeError, TextError, is_out_of_memory
 from headscope.heads.corpus import by_length
+from headscope.heads.examples import KnownPair
 from headscope.heads.relations.counts import RelationCounts, direction_of
 from headscope.heads.relations.hits import (
     class_ids,
     count_class_baseline,
     count_controls,
-    count_hits,
+    pair_weights,
     strongest_words,
 )
 from headscope.heads.relations.sentences import Example
@@ -203,36 +204,58 @@ def _count_batch(loaded: Loaded, batch: list[_Tokenized]) -> RelationCounts:
     chunks, pair_words = list(_chunks(batch, columns)), _pair_words(batch)
     total, causal = len(pair_words[0]), loaded.causal
 
-    def count(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def count(call: AttentionCall) -> tuple[Tensor, ...]:
         if tuple(call.shape[-2:]) != (length, length) or call.shape[0] != len(batch):
             raise HeadscopeError(
                 f"{loaded.name} has attention of shape {tuple(call.shape)}, but was given {len(batch)} texts of "
                 f"{length} tokens: its positions are not those of the text, so no words can be put on them."
             )
-        hits = torch.zeros(total, call.shape[1], dtype=torch.bool)
-        baseline, contested = torch.zeros(total, call.shape[1]), torch.zeros(total, 1, dtype=torch.bool)
+        gold, other, baseline = (torch.zeros(total, call.shape[1]) for _ in range(3))
+        other_word = torch.zeros(total, call.shape[1], dtype=torch.long)
+        contested = torch.zeros(total, 1, dtype=torch.bool)
         chosen = []
         for chunk in chunks:
             (pooled,) = call.matrix().reduce(Pool(chunk.pool_rows, columns, "mass"))
             word_map = pooled.cpu()
             chosen.append(strongest_words(word_map, chunk.words, present, causal=causal))
             rows = (word_map, chunk.row, chunk.text, chunk.query, chunk.gold, present)
-            hits[chunk.index] = count_hits(*rows, causal=causal)
+            gold[chunk.index], other[chunk.index], other_word[chunk.index] = pair_weights(*rows, causal=causal)
             baseline[chunk.index], contested[chunk.index, 0] = count_class_baseline(*rows, classes, causal=causal)
         every_row = torch.cat(chosen, -1), torch.cat([chunk.words for chunk in chunks], -1)
-        return hits, count_controls(*every_row, *pair_words, classes, causal=causal), baseline, contested
+        controls = count_controls(*every_row, *pair_words, classes, causal=causal)
+        return controls, baseline, gold, other, other_word, contested
 
     layers = [answer.values for answer in record_batch(loaded, ids, mask, reduce=count).answers]
     counts = RelationCounts([layer[0].shape[1] for layer in layers])
-    hits, controls, baseline = (_side_by_side([layer[which] for layer in layers]) for which in range(3))
-    contested = layers[0][3]
+    controls, baseline, *weights = (_side_by_side([layer[which] for layer in layers]) for which in range(5))
+    hits, contested = (weights[0] > weights[1]).double(), layers[0][-1]
     pairs = [(item.example, pair) for item in batch for pair in item.pairs]
     for number, (example, pair) in enumerate(pairs):
         key = (pair.relation, direction_of(pair.relation, pair.reverse), example.half)
         class_baseline = baseline[number] if contested[number] else None
         offset = pair.gold - pair.query
         counts.add(key, example.cluster, hits[number], offset, controls[number], class_baseline)
+    _add_examples(counts, pairs, weights)
     return counts
+
+
+def _add_examples(
+    counts: RelationCounts, pairs: Sequence[tuple[Example, DirectedPair]], weights: Sequence[Tensor]
+) -> None:
+    """Add the pairs of the second half as examples, by direction.
+
+    Args:
+        counts: The counts.
+        pairs: N pairs.
+        weights: What `pair_weights` gives, [N, layers, H] each.
+    """
+    numbers: dict[str, list[int]] = {}
+    for number, (example, pair) in enumerate(pairs):
+        if example.half == 1:
+            numbers.setdefault(direction_of(pair.relation, pair.reverse), []).append(number)
+    for direction, chosen in numbers.items():
+        known = [KnownPair(e.text, e.words, p.query, p.gold) for e, p in (pairs[number] for number in chosen)]
+        counts.pair_examples.add(direction, known, *(part[chosen] for part in weights))
 
 
 def _pair_words(batch: list[_Tokenized]) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,13 +14,14 @@ def class_ids(example: Example) -> Tensor:
     return torch.tensor([ids.get(name, -1) for name in example.classes or [""] * len(example.words)])
 
 
-def count_hits(
+def pair_weights(
     word_map: Tensor, row: Tensor, text: Tensor, query: Tensor, gold: Tensor, present: Tensor, *, causal: bool
-) -> Tensor:
-    """Whether each head's strongest weight on a candidate is on the gold word: [N, H] bool.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each head's weight on the gold word, its largest weight on another candidate, and that word: [N, H] each.
 
-    Candidates are all words but the query itself, and in a decoder only those before it. A tie with the gold word is
-    no hit, so a head that gives every word the same weight, or none any, never hits.
+    Candidates are all words but the query itself, and in a decoder only those before it. A head is right, a hit, if
+    the first is larger: a tie is no hit, so a head that gives every word the same weight, or none any, never hits.
+    A weight is −1 where there is no such candidate.
 
     Args:
         word_map: [B, H, R, W], the weights of some words' rows on all words.
@@ -32,7 +33,10 @@ def count_hits(
         causal: Whether a word sees only those before it.
     """
     right = torch.arange(word_map.shape[-1], device=word_map.device) == gold[:, None]
-    return _strongest_is_among(right, word_map[text, :, row], _candidates(text, query, present, causal))
+    weights, candidates = word_map[text, :, row], _candidates(text, query, present, causal)
+    gold_weight = weights.masked_fill(~(candidates & right)[:, None], -1.0).amax(-1)
+    other = weights.masked_fill(~(candidates & ~right)[:, None], -1.0).max(-1)
+    return gold_weight, other.values, other.indices
 
 
 def count_class_baseline(
@@ -52,7 +56,7 @@ def count_class_baseline(
     noun, whichever it is, is right for one pair in two where there are two.
 
     Args:
-        word_map: As in `count_hits`, and so are the arguments that follow it.
+        word_map: As in `pair_weights`, and so are the arguments that follow it.
         row: [N]
         text: [N]
         query: [N]
@@ -73,7 +77,7 @@ def strongest_words(word_map: Tensor, words: Tensor, present: Tensor, *, causal:
     """Which candidate each row attends to most, [B, H, R]; -1 for a tie, -2 where there are fewer than two candidates.
 
     Args:
-        word_map: [B, H, R, W], as in `count_hits`.
+        word_map: [B, H, R, W], as in `pair_weights`.
         words: [B, R], the word of each row, -1 for none.
         present: [B, W] bool, the words that have tokens.
         causal: Whether a word sees only those before it.

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from headscope.heads.atlas.atlas import HeadAtlas
-from headscope.heads.examples import PairExample, TokenExample
+from headscope.heads.examples import PairExample, TokenExamples
 from headscope.heads.relations.counts import with_arrow
 from headscope.heads.relations.score import RelationScore
 from headscope.heads.roles import ROLES, Evidence
@@ -167,12 +167,30 @@ def _guesses(atlas: HeadAtlas) -> Text:
     return text
 
 
-def print_head(atlas: HeadAtlas, layer: int, head: int, *, all_measures: bool = False) -> None:
-    """Everything that the atlas holds about one head: roles, measures beside null and rank, relations, worth."""
+def print_head(atlas: HeadAtlas, layer: int, head: int, *, measures: bool = False, command: str | None = None) -> None:
+    """One head: its roles with their evidence, and its examples in words.
+
+    Args:
+        atlas: The atlas.
+        layer: From 0.
+        head: From 0.
+        measures: Whether all measures are shown, too.
+        command: The command that shows this atlas again, for the hint; None if there is none.
+    """
     roles = [row for row in atlas.roles() if (row.layer, row.head) == (layer, head)]
     print_renderable(Text.assemble((f"{atlas.name} {layer}.{head}", "bold"), ": ", _named(roles)))
     if roles:
         print_renderable(_roles_table(roles, all_heads=True))
+    _print_token_examples(atlas.measurements.token_examples, layer, head)
+    _print_pair_examples(atlas, roles, layer, head)
+    if measures:
+        print_renderable(_measures_table(atlas, layer, head))
+    elif command is not None:
+        print_line(f"All its measures: {command} --head {layer}.{head} --all")
+
+
+def _measures_table(atlas: HeadAtlas, layer: int, head: int) -> Table:
+    """All measures of one head, beside their nulls and ranks: columns of text, relations, worth."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), expand=True)
     table.add_column("measure", no_wrap=True, width=20)
     for name in ("value", "null", "rank"):
@@ -189,8 +207,6 @@ def print_head(atlas: HeadAtlas, layer: int, head: int, *, all_measures: bool = 
         value = float(values[layer, head])
         if math.isnan(value) or name.endswith(("_low", "_high")):
             continue
-        if _far_offset(name) and not all_measures:
-            continue
         known = values[~values.isnan()]
         rank = int((known > value).sum()) + 1
         null = atlas.measurements.null.values.get(name)
@@ -205,7 +221,7 @@ def print_head(atlas: HeadAtlas, layer: int, head: int, *, all_measures: bool = 
             f"{rank}/{len(known)}",
             Text(description, style="dim"),
         )
-    print_renderable(table)
+    return table
 
 
 _ABOUT = {
@@ -221,42 +237,50 @@ def _among(row: RelationScore) -> str:
     return f": {row.pairs}; 95 %: {row.low:.3f} to {row.high:.3f}; p = {row.p_holm:.1g}"
 
 
-def _far_offset(name: str) -> bool:
-    if not name.startswith(("offset_mass", "offset_hits")):
-        return False
-    digits = name.removesuffix("_raw")[len("offset_mass") :]
-    return name.endswith("_raw") or abs(int(digits)) > 2
-
-
 def _named(roles: Sequence[Evidence]) -> str:
     about = {role.name: role.about for role in ROLES}
     named = [f"{row.role} ({about[row.role]})" if row.role in about else with_arrow(row.role) for row in roles]
     return "; ".join(named) or "no role."
 
 
-def print_examples(best: Sequence[TokenExample], worst: Sequence[TokenExample]) -> None:
-    """The tokens with the largest and the smallest maximum weight of a head."""
-    for title, examples in (("Looks hardest", best), ("Looks least", worst)):
-        print_renderable(Text(title, style="bold"))
-        for example in examples:
-            before = " ".join(example.before.split())[-50:]
-            text = Text(f"  {percent(example.weight):>6}  … {before} ")
+def _print_token_examples(examples: TokenExamples, layer: int, head: int) -> None:
+    """The tokens whose largest weight is largest, and those where it is smallest."""
+    if (layer, head) not in examples.largest:
+        print_renderable(Text("There are no examples from texts: none was measured.", style="dim"))
+    for title, by_head in (
+        ("Its largest weights", examples.largest),
+        ("Where its largest weight is smallest", examples.smallest),
+    ):
+        if by_head.get((layer, head)):
+            print_renderable(Text(title, style="bold"))
+        for example in by_head.get((layer, head), []):
+            text = Text(f"  {percent(example.weight):>6}  … {example.before} ")
             text.append(example.token or "␣", style="bold").append(" → ")
             text.append(example.target or "␣", style="bold cyan")
             print_renderable(text.append(f"  ({example.distance:+d} tokens; {example.document})", style="dim"))
 
 
-def print_pairs(examples: Sequence[PairExample], relation: str, limit: int = 4) -> None:
-    """Sentences in which the head puts most weight on the right word, and those in which it chose another."""
-    hits = [example for example in examples if example.hit]
-    misses = [example for example in examples if not example.hit]
-    print_renderable(Text(f"{relation}: {len(hits)} of {len(examples)} pairs are right", style="bold"))
-    for example in [*hits[:limit], *misses[:limit]]:
-        mark = Text("  ✓ " if example.hit else "  ✗ ", style="green" if example.hit else "red")
-        chose = "" if example.hit else f", not “{example.gold}” ({percent(example.weight)})"
-        share = f" {percent(example.weight)}" if example.hit else ""
+def _print_pair_examples(atlas: HeadAtlas, roles: Sequence[Evidence], layer: int, head: int) -> None:
+    """Pairs with the largest and the smallest margin: of the relations that are the head's roles, or of its best."""
+    rows = [row for row in atlas.relation_scores() if (row.layer, row.head) == (layer, head)]
+    rows = [row for row in rows if row.direction in atlas.relations.pair_examples.weights]
+    named = {row.role for row in roles}
+    best = sorted((row for row in rows if not row.too_fixed), key=lambda row: row.baseline - row.accuracy)[:1]
+    for row in [row for row in rows if row.direction in named] or best:
         print_renderable(
-            mark.append(f"{example.query} → {example.chosen}{share}{chose}", style="bold").append(
-                f"   {example.text}", style="not bold"
+            Text(
+                f"{with_arrow(row.direction)}: right in {percent(row.accuracy)} of {row.pairs} pairs "
+                f"(null: {percent(row.null)})",
+                style="bold",
             )
         )
+        for example in atlas.relations.pair_examples.of_head(row.direction, layer, head):
+            print_renderable(_pair_line(example))
+
+
+def _pair_line(example: PairExample) -> Text:
+    mark = Text("  ✓ ", style="green") if example.hit else Text("  ✗ ", style="red")
+    chosen = f"{example.gold} {percent(example.weight)}"
+    if not example.hit:
+        chosen = f"{example.other} {percent(example.other_weight)}, not {chosen}"
+    return mark.append(f"{example.query} → {chosen}", style="bold").append(f"   {example.text}", style="not bold")
