@@ -11,7 +11,7 @@ from measure import Timing, side_by_side, write
 from torch import Tensor
 
 from headscope import AttentionMatrix, masks
-from headscope.ops.reductions import Entropy, Max, Received, TopK
+from headscope.ops.reductions import Entropy, Max, Received, Reduction, TopK
 
 HEADS, GROUPS, SIZE = 9, 3, 64
 
@@ -25,7 +25,7 @@ def rows_for(length: int, rounds: int) -> list[list[str]]:
     def forward() -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
-    def ours(*questions: object) -> object:
+    def ours(*questions: Reduction) -> object:
         matrix = AttentionMatrix(query, key, mask=masks.causal())
         return matrix @ value, matrix.reduce(*questions)
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -255,3 +256,18 @@ def test_copy_of_a_source_cache_is_bound_by_its_first_call() -> None:
         assert torch.equal(module(x_of(), x_of(S), cache=other), first)
         with pytest.raises(ValueError, match="belongs to another attention module"):
             module_of(E, H)(x_of(), x_of(S), cache=other)
+
+
+@pytest.mark.parametrize("chunks", [[7], [1] * 7, [3, 1, 3]])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_cache_without_a_length_grows(chunks: list[int], mode: Callable[[], AbstractContextManager[None]]) -> None:
+    module, cache, x = module_of(E, H), KVCache(), x_of()
+    with mode():
+        outputs = [module(part, mask=masks.causal(), cache=cache) for part in x.split(chunks, 1)]
+        torch.testing.assert_close(torch.cat(outputs, 1), module(x, mask=masks.causal()))
+    assert cache.length == 7
+    assert cache.nbytes <= 2 * 2 * B * 7 * E * 8
+    with torch.no_grad():
+        cache.truncate(2)
+        again = module(x[:, 2:], mask=masks.causal(), cache=cache)
+    torch.testing.assert_close(again, torch.cat(outputs, 1)[:, 2:])

@@ -75,7 +75,7 @@ def test_rows_sum_to_one_after_a_product(mask_name: str, size: float) -> None:
     assert float(P.max().values.max()) <= 1 + 1e-6
 
 
-@pytest.mark.parametrize(("kind", "size"), [("spread", 1e5), ("offset", 500.0)])
+@pytest.mark.parametrize(("kind", "size"), [("spread", 1e5), ("offset", 500.0), ("offset", 1e6)])
 def test_recorded_weights_are_exact_for_large_scores(kind: str, size: float) -> None:
     query, key, value = operands(kind, size)
     key, value = (x.repeat_interleave(2, 1) for x in (key, value))

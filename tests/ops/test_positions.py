@@ -9,6 +9,7 @@ import torch
 
 from headscope import AttentionMatrix, attention, masks
 from headscope.ops.positions import alibi, alibi_slopes
+from tests.options import unchecked
 
 SLOPES = [0.5, 0.25, 0.3, 0.01, 0.7, 1.0]
 
@@ -65,6 +66,10 @@ def test_alibi_slopes_are_checked() -> None:
     for wrong in ([[1.0]], [], [0.5, math.nan]):
         with pytest.raises(ValueError, match="wanted one finite number"):
             alibi(torch.tensor(wrong))
+    with pytest.raises(ValueError, match=r"got no slopes.* write positions\.alibi\(positions\.alibi_slopes"):
+        alibi()
+    with unchecked(), pytest.raises(ValueError, match=r"slopes of shape \(\).* write positions\.alibi\(positions"):
+        alibi(8)
     with pytest.raises(ValueError, match="0 heads"):
         alibi_slopes(0)
     with pytest.raises(ValueError, match="6 slopes, but there are 4 heads"):

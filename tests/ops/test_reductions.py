@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from headscope import AttentionMatrix, masks, record, reductions
+from headscope import AttentionMatrix, MultiHeadAttention, masks, record, reductions
 from headscope.ops.kernels import tiles
 from headscope.ops.reductions import Block, Entropy, Groups, Mass, Max, Offsets, Pool, Received, Reduction, TopK
 from tests import reference
@@ -379,6 +379,30 @@ def test_reduce_refuses_what_is_not_a_reduction(reduction: Any, message: str) ->
         AttentionMatrix(query, query).reduce(reduction)
     with unchecked(), pytest.raises(TypeError, match=message), record(torch.nn.Identity(), reduce=reduction):
         pass
+
+
+def test_reduce_gives_results_under_the_names_of_a_mapping() -> None:
+    query = torch.randn(1, 2, 3, 4)
+    P = AttentionMatrix(query, query, mask=masks.causal())
+    named = P.reduce({"e": Entropy(), "best": Max()})
+    assert list(named) == ["e", "best"]
+    torch.testing.assert_close(named["e"], P.entropy())
+    assert torch.equal(named["best"].indices, P.max().indices)
+    with record(layer := MultiHeadAttention(8, 2)) as recording:
+        layer(torch.randn(1, 3, 8))
+    with record(layer, reduce={"e": Entropy()}) as answers:
+        layer(torch.randn(1, 3, 8))
+    assert list(answers.answers[0].values) == ["e"]
+    assert answers.answers[0].values["e"].shape == recording[0].entropy().shape
+    wrong: Any = {"e": "entropy"}
+    with unchecked(), pytest.raises(TypeError, match="'entropy' is not a reduction"):
+        P.reduce(wrong)
+    with unchecked(), pytest.raises(TypeError, match="'entropy' is not a reduction"), record(layer, reduce=wrong):
+        pass
+    with unchecked(), pytest.raises(TypeError, match="reductions by name go alone"):
+        P.reduce(Entropy(), wrong)
+    with pytest.raises(ValueError, match="got no reductions"):
+        P.reduce({})
 
 
 def test_mask_cells_are_shared_only_between_equal_heads(monkeypatch: pytest.MonkeyPatch) -> None:

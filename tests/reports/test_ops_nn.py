@@ -7,7 +7,17 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from headscope import AttentionMatrix, KVCache, MultiHeadAttention, Transformer, TransformerConfig, masks
+from headscope import (
+    AttentionMatrix,
+    KVCache,
+    MultiHeadAttention,
+    Transformer,
+    TransformerConfig,
+    masks,
+    positions,
+    record,
+    reductions,
+)
 from tests.options import unchecked
 
 
@@ -113,3 +123,22 @@ def test_traced_module() -> None:
     with unchecked():
         traced = torch.jit.trace(layer, (x,))
     torch.testing.assert_close(traced(x), layer(x))
+
+
+def test_first_guesses() -> None:
+    """`KVCache()`, `reduce={"e": Entropy()}` and `positions.alibi()` ended in a TypeError of Python."""
+    layer, x = MultiHeadAttention(12, 3), torch.randn(1, 4, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, cache=KVCache()), layer(x))
+        P = layer.matrix(x)
+        torch.testing.assert_close(P.reduce({"e": reductions.Entropy()})["e"], P.entropy())
+    with pytest.raises(ValueError, match=r"write positions\.alibi\(positions\.alibi_slopes\(num_heads\)\)"):
+        positions.alibi()
+
+
+def test_recorded_batch_of_zero() -> None:
+    """A batch of 0 under record() was a division by zero."""
+    layer, x = MultiHeadAttention(12, 3), torch.zeros(0, 4, 12)
+    with torch.no_grad(), record(layer) as recording:
+        layer(x)
+    assert recording[0].dense().shape == (0, 3, 4, 4)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class KVCache:
-    """The keys and values of one attention module, in memory that is allocated once; it belongs to the caller.
+    """The keys and values of one attention module; it belongs to the caller.
 
     B batch, G key/value heads, D head size. Pass it to :meth:`MultiHeadAttention.forward`, under
     ``torch.no_grad()``; the first call binds it to that module. In self-attention each call adds its positions. In
@@ -18,7 +18,8 @@ class KVCache:
     A copy, also one that was pickled, is bound by its own first call.
 
     Args:
-        max_length: the number of positions that fit into it.
+        max_length: the number of positions that fit into it; its memory is allocated once. None: any number; the
+            memory is doubled when it is full.
 
     Raises:
         ValueError: max_length below 1; on use: a full cache, another batch size, another module, gradients required.
@@ -36,8 +37,8 @@ class KVCache:
 
     window: int | None = None  # positions that a query may attend to, itself included; None: all
 
-    def __init__(self, max_length: int) -> None:
-        if max_length < 1:
+    def __init__(self, max_length: int | None = None) -> None:
+        if max_length is not None and max_length < 1:
             raise ValueError(f"{type(self).__name__} got room for {max_length} positions: at least 1.")
         self.max_length = max_length
         self.length = 0  # positions read so far
@@ -58,12 +59,12 @@ class KVCache:
         """
         self._check(owner, key, value, cross=False)
         added = key.shape[2]
-        if self.length + added > self.max_length:
+        if self.max_length is not None and self.length + added > self.max_length:
             raise ValueError(
                 f"the cache has room for {self.max_length} positions; {self.length} are used and {added} come: make "
                 "it larger, truncate() or reset() it, or use a SlidingWindowCache."
             )
-        keys, values = self._allocated(owner, key, value, self.max_length)
+        keys, values = self._allocated(owner, key, value, self.max_length or self.length + added)
         slots = slice(self.length, self.length + added)
         keys[:, :, slots], values[:, :, slots] = key, value
         self.length += added
@@ -110,9 +111,14 @@ class KVCache:
 
     def _allocated(self, owner: nn.Module, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:
         self._owner = weakref.ref(owner)
-        if self._store is None:
+        old = self._store
+        if old is None or old[0].shape[2] < length:
+            slots = length if old is None else max(length, 2 * old[0].shape[2])
             with torch.inference_mode(False):  # later calls may write outside of that mode
-                self._store = tuple(x.new_empty((*x.shape[:2], length, x.shape[3])) for x in (key, value))  # type: ignore
+                new_key, new_value = (x.new_empty((*x.shape[:2], slots, x.shape[3])) for x in (key, value))
+                self._store = new_key, new_value
+                for new, stored in zip(self._store, old or (), strict=False):
+                    new[:, :, : self.length] = stored[:, :, : self.length]
         assert self._store is not None
         return self._store
 
@@ -156,6 +162,9 @@ class SlidingWindowCache(KVCache):
         >>> cache.length, cache.nbytes
         (100, 2048)
     """
+
+    max_length: int
+    window: int
 
     def __init__(self, window: int) -> None:
         super().__init__(window)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -138,8 +139,20 @@ class AttentionMatrix:
         """Log Σ_j exp(s_ij) of each row, with the bias and the sink; −inf where nothing is visible."""
         return self._get_normalizer().logsumexp
 
-    def reduce(self, *reductions: Reduction) -> tuple[Any, ...]:
-        """The results of several reductions from one pass over the weights, in order; see headscope.reductions."""
+    @overload
+    def reduce(self, *reductions: Reduction) -> tuple[Any, ...]: ...
+
+    @overload
+    def reduce(self, reductions: Mapping[str, Reduction], /) -> dict[str, Any]: ...
+
+    def reduce(self, *reductions: Any) -> tuple[Any, ...] | dict[str, Any]:
+        """The results of several reductions from one pass over the weights; see headscope.reductions.
+
+        They come in order, or under the names of a mapping: ``P.reduce({"entropy": Entropy(), "max": Max()})``.
+        """
+        if len(reductions) == 1 and isinstance(reductions[0], Mapping):
+            named = reductions[0]
+            return dict(zip(named, self.reduce(*named.values()), strict=True))
         if not reductions:
             raise ValueError("reduce() got no reductions: pass some, such as Entropy(), Max().")
         check_reductions(reductions)

@@ -34,11 +34,11 @@ class Alibi:
         return replace(self, slopes=self.slopes[heads])
 
 
-def alibi(slopes: Sequence[float] | Tensor) -> Alibi:
+def alibi(slopes: Sequence[float] | Tensor | None = None) -> Alibi:
     """ALiBi from its slopes, one per head, as ``bias=``; see :func:`alibi_slopes` for the usual ones.
 
     Raises:
-        ValueError: slopes that are not a row of finite numbers.
+        ValueError: no slopes, or slopes that are not a row of finite numbers.
 
     Example:
         >>> import torch, headscope
@@ -47,9 +47,14 @@ def alibi(slopes: Sequence[float] | Tensor) -> Alibi:
         >>> headscope.attention(x, x, x, mask=headscope.masks.causal(), bias=bias).shape
         torch.Size([1, 4, 9, 8])
     """
+    write = "for the usual ones write positions.alibi(positions.alibi_slopes(num_heads))"
+    if slopes is None:
+        raise ValueError(f"alibi() got no slopes, wanted one for each head: {write}.")
     slopes = torch.as_tensor(slopes, dtype=torch.float32).detach()
     if slopes.dim() != 1 or not slopes.numel() or not bool(slopes.isfinite().all()):
-        raise ValueError(f"alibi() got slopes of shape {tuple(slopes.shape)}: wanted one finite number for each head.")
+        raise ValueError(
+            f"alibi() got slopes of shape {tuple(slopes.shape)}, wanted one finite number for each head: {write}."
+        )
     return Alibi(slopes)
 
 

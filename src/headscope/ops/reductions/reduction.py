@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,6 +165,8 @@ def check_reductions(reductions: Iterable[object]) -> None:
     for reduction in reductions:
         if isinstance(reduction, Reduction):
             continue
+        if isinstance(reduction, Mapping):
+            raise TypeError("reductions by name go alone: pass one mapping, {name: reduction, …}, or reductions.")
         if isinstance(reduction, type):
             raise TypeError(f"{reduction.__name__} is a class: pass an object, {reduction.__name__}(…).")
         raise TypeError(f"{reduction!r} is not a reduction: wanted reductions, such as Entropy() or Max().")

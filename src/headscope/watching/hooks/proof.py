@@ -230,8 +230,8 @@ def choose_rows(scores: Scores, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Up to four (batch row, query row) pairs that are text and have a visible key."""
     batch, _, queries, keys = scores.shape
     picked: list[tuple[int, int]] = []
-    rows_each = max(1, _ROWS // batch)
-    for b in sorted({0, batch - 1}) if batch < _ROWS else range(0, batch, math.ceil(batch / _ROWS)):
+    rows_each = max(1, _ROWS // max(1, batch))
+    for b in sorted({0, batch - 1}) if 0 < batch < _ROWS else range(0, batch, math.ceil(batch / _ROWS) or 1):
         rows = _valid_rows(valid, b, batch, queries, keys, scores.origin[2])
         if rows is None:
             rows = list(range(queries))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -292,10 +292,10 @@ def _checked(keep: Iterable[str], reduce: Any, dense: bool) -> tuple[tuple[str, 
     wrong = [name for name in names if name not in _KEEP]
     if wrong or not {"query", "key"} <= set(names):
         raise ValueError(f"keep got {names}: wanted 'query' and 'key', and optionally 'value', 'output'.")
-    reductions: Any = (reduce,) if isinstance(reduce, Reduction | str | type) else reduce
+    reductions: Any = (reduce,) if isinstance(reduce, Reduction | Mapping | str | type) else reduce
     if reductions is not None and not callable(reductions):
         reductions = tuple(reductions)
-        check_reductions(reductions)
+        check_reductions(reduce.values() if isinstance(reduce, Mapping) else reductions)
     if dense and reductions is not None:
         raise ValueError("record(dense=True, reduce=…): reduce= keeps nothing but its answers; leave one out.")
     return names, reductions
@@ -308,7 +308,7 @@ def record(
     tokens: Any = None,
     layers: Layers = None,
     keep: Iterable[str] = ("query", "key"),
-    reduce: Reduction | Iterable[Reduction] | Callable[[AttentionCall], Any] | None = None,
+    reduce: Reduction | Iterable[Reduction] | Mapping[str, Reduction] | Callable[[AttentionCall], Any] | None = None,
     detach: bool = True,
     on_call: Callable[[AttentionCall], None] | None = None,
     threads: Threads = "own",
@@ -323,7 +323,7 @@ def record(
         layers: only these sites, by number in the order of first calls or by module name; one or several.
         keep: "query" and "key", and if wanted "value" and "output" (P @ V).
         reduce: compute these reductions (or call this function) at each call and keep nothing else; the results
-            are in ``recording.answers``.
+            are in ``recording.answers``, under the names of a mapping such as ``{"entropy": Entropy()}``.
         detach: False keeps the graph: ``P @ value``, ``P.T @ x`` and ``P.entropy()`` can be differentiated, as always.
         on_call: called with each attention call after it ran.
         threads: "own": forwards of the thread that opened the block; "all": those of every thread, each a run of its
