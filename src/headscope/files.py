@@ -50,6 +50,26 @@ def decode_text(data: bytes, source: str) -> str:
         raise TextError(f"{source} is not UTF-8 text: byte {error.start} cannot be read. Save it as UTF-8.") from None
 
 
+def check_characters(text: str, source: str) -> None:
+    """Raise TextError if the text has characters that UTF-8 does not, and that no tokenizer can read.
+
+    Args:
+        text: The text.
+        source: Where it comes from, for the error message.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        what = f"half a character (the surrogate U+{code:04X} alone)"
+        if 0xDC80 <= code <= 0xDCFF:  # what Python makes of a byte that it cannot decode
+            what = f"the byte 0x{code - 0xDC00:02X}, which was read in another encoding than its own"
+        raise TextError(
+            f"{source}: character {error.start} is {what}, which no tokenizer can read. Remove it, or read the text "
+            "again with its right encoding."
+        ) from None
+
+
 def unix_lines(text: str) -> str:
     r"""The text with a line feed in place of each CR LF and each CR alone.
 

@@ -179,7 +179,8 @@ def test_joined_makes_one_word_of_a_phrase_wherever_it_is() -> None:
     [
         ("", "The text is blank: ''. Give at least one word."),
         (" \n\u3000", "The text is blank"),
-        ("ab\ud83d!", "Character 2 of the text is half a character (the surrogate U+D83D alone)"),
+        ("ab\ud83d!", "The text: character 2 is half a character (the surrogate U+D83D alone)"),
+        ("caf\udce9", "character 3 is the byte 0xE9, which was read in another encoding than its own"),
         ("\u200b", "The tokenizer keeps nothing of the text"),
     ],
 )

@@ -136,6 +136,16 @@ def test_characters_that_are_bytes_are_words_of_their_own(kind: str, text: str) 
     assert all(end - start == 1 for start, end in spans)
 
 
+@pytest.mark.parametrize("letter", ["Ġ", "G\u0307", "▁"])
+def test_a_letter_that_is_written_like_a_space_is_a_word(letter: str) -> None:
+    """Maltese has the letter that stands for a space in byte-level vocabularies."""
+    inner = Tokenizer(token_models.WordLevel({"<unk>": 0, "Ġ": 1, "▁": 2, "a": 3}, "<unk>"))
+    inner.normalizer = normalizers.NFC()
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens = tokenize(f"{letter} a", PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>"))
+    assert [word.text for word in tokens.words] == [letter, "a"]
+
+
 def test_a_prefix_is_no_text_of_a_corpus() -> None:
     loaded = Loaded("none", None, tokenizer_like("xlm-r"), None, None, True, "a test")
     (piece,) = corpus.cut(loaded, corpus.Document("text", lambda: "中国"), 0)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from headscope.errors import HeadscopeError, TextError
-from headscope.files import read_text
+from headscope.files import check_characters, read_text
 from headscope.models.encoding import encode, surrounding
 from headscope.models.loading import Loaded
 
@@ -101,14 +101,7 @@ def _read_file(path: Path) -> str:
 def _checked(name: str, text: str) -> str:
     if not text or text.isspace():
         raise TextError(f"{name} holds no text. Give a text with words in it, or leave it out.")
-    return _encodable(name, text)
-
-
-def _encodable(name: str, text: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise TextError(f"{name}: character {error.start} is half a character, which no tokenizer can read.") from None
+    check_characters(text, name)
     return text
 
 
@@ -196,7 +189,8 @@ def cut(loaded: Loaded, document: Document, half: int, *, length: int = 512, mos
     Raises:
         TextError: The special tokens leave no room for text, or the text cannot be read.
     """
-    text = _encodable(document.name, document.read())
+    text = document.read()
+    check_characters(text, document.name)
     before, after = surrounding(loaded.tokenizer, loaded.start_token_id)
     room = min(length, loaded.context or length) - len(before) - len(after)
     if room < 2:

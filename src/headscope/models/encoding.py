@@ -16,7 +16,6 @@ Span = tuple[int, int]
 StartToken = int | Literal["auto"] | None
 
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
-_SPACES = ("▁", "Ġ")  # a space in the vocabularies of sentencepiece and of byte-level tokenizers
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,8 @@ def encode(text: str, tokenizer: Any, *, add_special_tokens: bool = True) -> Enc
     )
     ids = list(encoded["input_ids"])
     names = list(tokenizer.convert_ids_to_tokens(ids))
-    offsets = _own_offsets(text, names, [(start, end) for start, end in encoded["offset_mapping"]])
+    offsets = [(start, end) for start, end in encoded["offset_mapping"]]
+    offsets = _own_offsets(text, names, offsets, _space_names(tokenizer, names))
     # A control token that is written in the text is marked like an added one, but has characters.
     flags = zip(encoded["special_tokens_mask"], offsets, strict=True)
     added = [bool(flag) and start == end for flag, (start, end) in flags]
@@ -133,7 +133,16 @@ def token_id(written: int | str, tokenizer: Any) -> int:
     )
 
 
-def _own_offsets(text: str, names: list[str], offsets: list[Span]) -> list[Span]:
+def _space_names(tokenizer: Any, names: list[str]) -> set[str]:
+    """Which of these names are spaces alone: ▁ for sentencepiece, Ġ in byte-level vocabularies, else a letter."""
+    letters = {name for name in set(names) if name and not name.strip("Ġ")}
+    decoded = {name: str(tokenizer.decode(tokenizer.convert_tokens_to_ids([name]))) for name in letters}
+    return {name for name in set(names) if name and not name.strip("▁")} | {
+        name for name, text in decoded.items() if text.isspace()
+    }
+
+
+def _own_offsets(text: str, names: list[str], offsets: list[Span], spaces: set[str]) -> list[Span]:
     """The offsets of the characters that each token stands for.
 
     A tokenizer gives a space that it put in front of a word the offsets of the character after it, and may give each
@@ -142,7 +151,7 @@ def _own_offsets(text: str, names: list[str], offsets: list[Span]) -> list[Span]
     own = list(offsets)
     run: list[int] = []  # tokens that are bytes and have the same offsets
     for i, (name, (start, end)) in enumerate(zip(names, offsets, strict=True)):
-        if name[:1] in _SPACES and name.count(name[0]) == len(name):
+        if name in spaces:
             characters = text[start:end]
             if characters and not characters.isspace() and name[0] not in characters:
                 own[i] = (start, start)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headscope.errors import TextError
+from headscope.files import check_characters
 from headscope.models.characters import word_spans
 from headscope.models.encoding import Span, StartToken, encode, pieces_of
 
@@ -53,8 +54,8 @@ class Tokens:
         pieces: What each token stands for, readable. Tokens that share a character, as the bytes of
             a rare one do, show it with their part: "她(1/2)", "她(2/2)". A control token, or one for text that the
             vocabulary lacks, has its name: "[SEP]", "[UNK]".
-        offsets: Start and end of each token in the text, in characters; (0, 0) for a special token
-            that the text does not hold.
+        offsets: Start and end of each token in the text, in characters; both are equal for a token
+            that the text does not hold, such as a start token or a space that the tokenizer adds.
         special: True for control tokens: the start token, [CLS], [SEP], a chat's turn marks.
         words: The words, in the order of the text. Every token with visible text that is not
             special is in exactly one of them; tokens of spaces and line ends alone are in none.
@@ -256,14 +257,7 @@ def tokenize(text: str, tokenizer: Any, *, start_token_id: StartToken = "auto", 
 def _check_text(text: str) -> None:
     if not text or text.isspace():
         raise TextError(f"The text is blank: {_shortened(text)!r}. Give at least one word.")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise TextError(
-            f"Character {error.start} of the text is half a character (the surrogate "
-            f"U+{ord(text[error.start]):04X} alone), which no tokenizer can read. Remove it, or "
-            "read the text again with its right encoding."
-        ) from None
+    check_characters(text, "The text")
 
 
 def _shortened(text: str, limit: int = 40) -> str:
