@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.optim.swa_utils import AveragedModel
 
 from headscope import HeadWarning, ablate, edit, monitor, record
 from headscope.errors import EditError, HeadscopeError, ProofError, UnsupportedAttention
 from tests.tiny import ids, llama
-from tests.watching.small_models import B, E, L, NanoGPT, Sdpa, Stack, assert_untouched
+from tests.watching.small_models import B, E, L, NanoGPT, Sdpa, Stack, assert_untouched, qkv
 
 # ---------------------------------------------------------------- two threads, one model
 
@@ -284,3 +285,115 @@ def test_monitor_measures_the_step_whose_logits_explode(dtype: torch.dtype, size
     with pytest.warns(HeadWarning, match=r"head 0\.1 .*(largest logit|NaN or infinite)"), watch:
         model(q, k, v)
     assert len(watch.history) == 1
+
+
+# ---------------------------------------------------------------- masks and inputs of other kinds
+
+
+class Subclass(Tensor):
+    """Means what its numbers say."""
+
+
+MASKS = {
+    "lower right": (lambda n, s: causal_lower_right(n, s), lambda n, s: torch.ones(n, s).tril(s - n).bool()),
+    "upper left": (lambda n, s: causal_upper_left(n, s), lambda n, s: torch.ones(n, s).tril().bool()),
+    "bool": (
+        lambda n, s: torch.ones(n, s).tril().bool().as_subclass(Subclass),
+        lambda n, s: torch.ones(n, s).tril().bool(),
+    ),
+    "bias": (lambda n, s: torch.zeros(n, s).as_subclass(Subclass), lambda n, s: torch.ones(n, s).bool()),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (4, 9)])
+def test_subclass_of_a_tensor_as_mask_is_read_by_what_it_means(kind: str, queries: int, keys: int) -> None:
+    """causal_lower_right: ProofError or a ValueError, from memory that nothing was written to (PyTorch PR 114823)."""
+    make, wanted = MASKS[kind]
+    q, k, v = qkv(queries=queries, keys=keys)
+    with record(model := Sdpa()) as recording:
+        model(q, k, v, attn_mask=make(queries, keys))
+    (call,) = recording.calls
+    assert call.rows.proof is not None
+    visible = wanted(queries, keys)
+    last = call.shape[3]  # without keys that no query may see
+    assert not visible[:, last:].any()
+    assert torch.equal(call.matrix().dense() > 0, visible[:, :last].expand(call.shape))
+
+
+def test_mask_whose_numbers_are_no_mask_is_refused() -> None:
+    class Opaque(Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            with torch._C.DisableTorchFunctionSubclass():
+                if func is F.scaled_dot_product_attention:
+                    return func(*args, is_causal=True)
+                return func(*args, **(kwargs or {}))
+
+    q, k, v = qkv(keys=L)
+    mask = torch.full((L, L), math.nan).as_subclass(Opaque)
+    with pytest.raises(UnsupportedAttention, match="got a Opaque as its mask"), record(model := Sdpa()):
+        model(q, k, v, attn_mask=mask)
+
+
+def test_calls_inside_torch_func_run_on() -> None:
+    model = Sdpa()
+    q, k, v = qkv(keys=L)
+    for transform in (torch.func.vmap(model), lambda *x: torch.func.grad(lambda q: model(q, *x[1:]).sum())(x[0])):
+        plain = transform(q, k, v)
+        try:
+            with record(model) as recording:
+                watched = transform(q, k, v)
+            assert recording.proof is not None
+        except UnsupportedAttention as error:
+            assert "inside torch.func" in str(error)  # noqa: PT017 – either is right: read, or left alone
+        assert torch.equal(plain, watched)
+
+
+@pytest.mark.parametrize("hides", [False, True])
+def test_finite_float_key_padding_mask_is_proved(hides: bool) -> None:
+    """No row was compared where every key has a bias."""
+    layers = [
+        nn.MultiheadAttention(E, 3, batch_first=True),
+        nn.TransformerEncoderLayer(E, 3, 20, dropout=0.0, batch_first=True),
+    ]
+    x, mask = torch.randn(B, L, E), torch.randn(B, L) - 3
+    if hides:
+        mask[:, -2:] = -1e9
+    calls = [
+        lambda: layers[0](x, x, x, key_padding_mask=mask),
+        lambda: layers[1](x, src_key_padding_mask=mask),
+    ]
+    for layer, call in zip(layers, calls, strict=True):
+        with record(layer) as recording:
+            call()
+        assert recording.proof is not None
+        assert recording[0].dense()[..., -2:].eq(0).all() == hides
+
+
+class TakesDict(nn.Module):
+    """As sentence-transformers' modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = llama()
+
+    def forward(self, features: Any) -> Any:
+        return self.model(input_ids=features["input_ids"], attention_mask=features["attention_mask"])
+
+
+@pytest.mark.parametrize("how", ["dict", "keyword", "nested"])
+def test_root_that_takes_one_dict_says_which_positions_are_text(how: str) -> None:
+    from transformers import BatchEncoding
+
+    model = TakesDict()
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    features = {"input_ids": ids(2, 5), "attention_mask": mask}
+    root = nn.Sequential(model) if how == "nested" else model
+    with torch.no_grad(), record(root) as recording:
+        if how == "keyword":
+            root(features=features)
+        else:
+            root(BatchEncoding(features) if how == "nested" else features)
+    assert recording.valid is not None
+    assert recording.valid.tolist() == mask.bool().tolist()

@@ -1,4 +1,4 @@
-"""Masks as libraries pass them (bool, additive, BlockMask), read as a rule, a bias, or both."""
+"""Masks as libraries pass them (bool, additive, BlockMask, CausalBias), read as a rule, a bias, or both."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from headscope.errors import UnsupportedAttention
-from headscope.ops.masks import Mask, compact
+from headscope.ops.masks import Mask, causal, compact, window
 
 Read = tuple[Mask | None, Tensor | None]
 
@@ -19,6 +20,13 @@ def read_mask(mask: Any, shape: tuple[int, int, int, int]) -> Read:
         return None, None
     if hasattr(mask, "mask_mod"):
         mask = _from_block_mask(mask, shape)
+    if hasattr(mask, "seq_len_kv"):
+        return _from_causal_bias(mask, shape), None
+    if isinstance(mask, Tensor) and type(mask) not in (Tensor, Parameter) and bool(mask.isnan().any()):
+        raise UnsupportedAttention(
+            f"an attention function got a {type(mask).__name__} as its mask, and the numbers in it are no mask: "
+            "pass a tensor."
+        )
     if not isinstance(mask, Tensor) or not 2 <= mask.dim() <= 4:
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise UnsupportedAttention(
@@ -48,6 +56,15 @@ def _from_additive(mask: Tensor, shape: tuple[int, int, int, int]) -> Read:
         return compact(visible, shape[0]), None
     bias = torch.where(uniform, torch.finfo(torch.float32).min, 0.0)
     return compact(visible | uniform, shape[0]), bias
+
+
+def _from_causal_bias(mask: Any, shape: tuple[int, int, int, int]) -> Mask:
+    """The rule that torch's causal_lower_right() and causal_upper_left() stand for: their memory is uninitialised."""
+    from torch.nn.attention.bias import CausalVariant
+
+    if mask.variant == CausalVariant.LOWER_RIGHT or shape[2] == shape[3]:
+        return causal()
+    return window(None, shape[2] - shape[3])
 
 
 def _from_block_mask(mask: Any, shape: tuple[int, int, int, int]) -> Tensor:

@@ -42,7 +42,8 @@ def report(result: Any, read: Callable[[], Any]) -> Any:
 def _as_ours(error: Exception) -> Exception:
     if isinstance(error, HeadscopeError) or is_out_of_memory(error):
         return error
-    text = f"an attention call cannot be read ({type(error).__name__}: {error}), so no weights are shown."
+    inside = "" if torch._C._functorch.maybe_current_level() is None else " inside torch.func (vmap, grad, jvp)"
+    text = f"an attention call{inside} cannot be read ({type(error).__name__}: {error}), so no weights are shown."
     ours = UnsupportedAttention(text)
     ours.__cause__ = error
     return ours

@@ -34,6 +34,7 @@ from headscope.watching.hooks.watches import (
 
 _ORIGINAL: list[tuple[Any, str, Any]] = []
 _local = threading.local()
+_HIDDEN = -1e4  # a number in an additive mask that hides, also in half precision
 _SLOW = inspect.signature(F.multi_head_attention_forward)
 
 
@@ -365,5 +366,5 @@ def _read(mask: Tensor | None, shape: tuple[int, int, int, int], extra: int) -> 
 def _valid(mask: Tensor | None, shape: tuple[int, int, int, int]) -> Tensor | None:
     if mask is None or mask.dim() != 2:
         return None
-    valid = ~mask if mask.dtype == torch.bool else mask == 0
+    valid = ~mask if mask.dtype == torch.bool else mask > _HIDDEN  # what is not hidden is a bias
     return valid if shape[2] == valid.shape[1] else None
