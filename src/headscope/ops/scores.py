@@ -207,7 +207,8 @@ class Scores:
                 if bool(bad.any()):
                     raise ValueError(_describe(name, added, bad))
         bound = float((query_norms.view(len(key_norms), -1) * key_norms[:, None]).amax()) * abs(self.scale)
-        return replace(self, wide=self.dtype == torch.float32 and not bound <= FLOAT32_BOUND)
+        has_float64 = self.query.device.type != "mps"
+        return replace(self, wide=self.dtype == torch.float32 and has_float64 and not bound <= FLOAT32_BOUND)
 
 
 @dataclass(frozen=True, eq=False)
