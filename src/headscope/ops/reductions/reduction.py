@@ -14,8 +14,6 @@ from headscope.ops.scores import Scores
 
 Shape = tuple[int, int, int, int]
 _FEW = 4  # rows in one small matrix product
-_NARROW = 8  # columns up to which a product is computed _FEW rows at a time
-_HEADS = 16  # batch rows × heads up to which each has a product of its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,20 +107,11 @@ class Block:
     def product(self, columns: Tensor) -> Tensor:
         """P @ columnsᵀ for this block, columns [b|1, h|1, N, c]: [b, h, r, N].
 
-        A narrow matrix product is four times as fast with its columns as rows of memory; with few columns, a few rows
-        at a time are twice as fast again.
+        A narrow matrix product is four times as fast with its columns as rows of memory.
         """
-        weights = self.weights
-        batch, heads, rows, width = weights.shape
-        factors = columns.to(weights.dtype).expand(batch, heads, -1, -1)
-        if factors.shape[-2] > _NARROW or rows % _FEW or batch * heads > _HEADS:
-            factors = factors.reshape(batch * heads, -1, width)
-            return torch.bmm(weights.reshape(-1, rows, width), factors.transpose(1, 2)).view(batch, heads, rows, -1)
-        few = weights.reshape(batch * heads, -1, _FEW, width)
-        products = weights.new_empty(*few.shape[:3], factors.shape[-2])
-        for part, own, out in zip(few, factors.flatten(0, 1), products, strict=True):
-            torch.bmm(part, own.t().expand(len(part), -1, -1), out=out)
-        return products.view(batch, heads, rows, -1)
+        batch, heads, rows, width = self.weights.shape
+        factors = columns.to(self.weights.dtype).expand(batch, heads, -1, -1).reshape(batch * heads, -1, width)
+        return torch.bmm(self.weights.reshape(-1, rows, width), factors.transpose(1, 2)).view(batch, heads, rows, -1)
 
 
 class Reduction(ABC):
