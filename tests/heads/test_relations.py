@@ -39,6 +39,7 @@ from headscope.models.tokens import tokenize
 from headscope.watching.recording import record
 from tests import tiny
 from tests.sentences import ENGLISH, one_per_frame, sentences_of
+from tests.tiny_atlas import tokenizer_of
 
 # Counting
 
@@ -104,19 +105,14 @@ def test_words_of_tokens_are_those_that_they_overlap_most() -> None:
 
 
 def word_level(words: list[str]) -> Any:
-    inner = Tokenizer(token_models.WordLevel({"<s>": 0, "?": 1} | {w: i + 2 for i, w in enumerate(words)}, "?"))
-    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?")
+    return tokenizer_of(words, pre_tokenizers.BertPreTokenizer())
 
 
 def letter_level() -> Any:
     """A tokenizer that cuts every word into its letters, in the vocabulary of the tiny models."""
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,-"
-    inner = Tokenizer(token_models.WordLevel({"<s>": 0, "?": 1} | {c: i + 2 for i, c in enumerate(letters)}, "?"))
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("", "isolated")]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?")
+    cut = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("", "isolated")]
+    return tokenizer_of(letters, pre_tokenizers.Sequence(cut))
 
 
 def loaded(model: torch.nn.Module, tokenizer: Any, context: int | None = None, causal: bool = True) -> Loaded:
