@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ def record_batch(
     attention_mask: Tensor | None = None,
     *,
     tokens: Tokens | None = None,
-    keep: Iterable[str] = ("query", "key"),
     reduce: Callable[[AttentionCall], Any] | None = None,
     on_call: Callable[[AttentionCall], None] | None = None,
 ) -> Recording:
@@ -34,14 +33,13 @@ def record_batch(
         ids: [B, T], token ids.
         attention_mask: [B, T], 1 for text and 0 for padding; None: the model gets no mask.
         tokens: As for :func:`record`, like all that follow.
-        keep: What is kept of each call.
-        reduce: What is computed of each call, if nothing is kept.
+        reduce: What is computed of each call; then nothing else is kept.
         on_call: Called with each call.
     """
     device = loaded.model.device
     entry, options = reader(loaded.model)
     mask = None if attention_mask is None else attention_mask.to(device)
-    with torch.no_grad(), record(entry, tokens=tokens, keep=keep, reduce=reduce, on_call=on_call) as recording:
+    with torch.no_grad(), record(entry, tokens=tokens, reduce=reduce, on_call=on_call) as recording:
         entry(input_ids=ids.to(device), attention_mask=mask, **options)
     return recording
 

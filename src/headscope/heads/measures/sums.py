@@ -91,8 +91,8 @@ class MeasureSums:
         part = sums[0] + sums[1] if half is None else sums[half]
         return part[0] / torch.where(part[1] == 0, torch.nan, part[1])
 
-    def interval(self, column: str, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """The bootstrap interval of the second half's value, over documents: low and high, [layers, H].
+    def interval(self, column: str) -> tuple[Tensor, Tensor]:
+        """The 95 % bootstrap interval of the second half's value, over documents: low and high, [layers, H].
 
         Raises:
             ValueError: No replicates are kept for this column.
@@ -101,10 +101,10 @@ class MeasureSums:
         if not len(replicates):
             raise ValueError(f"no replicates are kept for {column!r}, so there is no interval.")
         ratios = replicates[:, 0] / torch.where(replicates[:, 1] == 0, torch.nan, replicates[:, 1])
-        low, high = ratios.nanquantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), dim=0)
+        low, high = ratios.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
         return low, high
 
 
-def weights_of(documents: Iterable[tuple[str, int]], replicates: int = REPLICATES) -> Tensor:
+def weights_of(documents: Iterable[tuple[str, int]]) -> Tensor:
     """The weights of a batch's documents, given with their halves: [2 + replicates, B]."""
-    return torch.stack([document_weights(name, half, replicates) for name, half in documents], 1)
+    return torch.stack([document_weights(name, half) for name, half in documents], 1)
