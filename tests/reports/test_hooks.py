@@ -174,6 +174,17 @@ def test_monitor_warns_of_a_step_that_it_cannot_measure() -> None:
     assert [stats.step for stats in watch.history] == [0, 3]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("how", ["trace", "export"])
+def test_graph_made_inside_record_is_the_models(how: str) -> None:
+    model, x = Stack(), torch.randn(B, L, E)
+    with pytest.raises(UnsupportedAttention, match="was traced inside the block"), record(model):
+        graph = torch.jit.trace(model, x) if how == "trace" else torch.export.export(model, (x,)).module()
+    assert torch.equal(graph(x), model(x))
+    assert_untouched(model)
+
+
 def continuous(model: Any) -> list[list[int]]:
     from transformers import ContinuousBatchingConfig, GenerationConfig
 

@@ -116,6 +116,7 @@ class Watch:
             return False
         forward = Forward(None)
         try:
+            refuse_tracing()
             if self.edit is not None:
                 refuse_checkpointing(self.model)
             with without_modes():
@@ -297,6 +298,14 @@ def refuse_compiled(model: nn.Module) -> None:
                 "Watch the uncompiled module, which shares its weights: compiled._orig_mod, or the module before "
                 ".compile()."
             )
+
+
+def refuse_tracing() -> None:
+    """Raise UnsupportedAttention while a graph is made of the model: it would contain what watching computes."""
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
+        raise UnsupportedAttention(
+            "the model was traced inside the block (torch.jit.trace, torch.export): do that outside of it."
+        )
 
 
 def refuse_checkpointing(model: nn.Module) -> None:
