@@ -153,7 +153,7 @@ class HeadAtlas:
             info = data["info"]
             for name in ("model", "columns", "plan", "texts", "documents", "examples", "versions"):
                 _ = info[name]
-            for name in ("name", "type", "weights", "heads", "causal"):
+            for name in ("name", "type", "weights", "heads", "causal", "start_token"):
                 _ = info["model"][name]
             return cls(info, *unpack(tensors, data))
         except (KeyError, TypeError, ValueError) as error:
@@ -184,7 +184,7 @@ class HeadAtlas:
         for what, ours, theirs in (
             ("types", self.info["model"]["type"], other.info["model"]["type"]),
             ("weights", self.info["model"]["weights"], other.info["model"]["weights"]),
-            ("start tokens", *self._start_tokens(other)),
+            ("start tokens", self.info["model"]["start_token"], other.info["model"]["start_token"]),
             ("definitions", self.info["columns"], other.info["columns"]),
             *((_SAME_PLAN[name], self.info["plan"][name], other.info["plan"][name]) for name in _SAME_PLAN),
         ):
@@ -212,11 +212,6 @@ class HeadAtlas:
         merged.info["merged"] = [*self._sources(), *other._sources()]
         merged.worth = merged.worth.sorted()
         return merged
-
-    def _start_tokens(self, other: HeadAtlas) -> list[str]:
-        """The start tokens of both; equal if one does not say."""
-        starts = [str(atlas.info["model"].get("start_token", "")) for atlas in (self, other)]
-        return starts if all(starts) else ["", ""]
 
     @property
     def notes(self) -> list[str]:

@@ -65,10 +65,9 @@ def _heading(atlas: HeadAtlas, roles: Sequence[Evidence]) -> Text:
         f": {len(atlas.heads)} layers, {len(atlas)} heads; {with_role} have a role, {len(atlas) - with_role} have none."
     )
     sources = (
-        f" From {texts} texts, {atlas.relations.examples} sentences with known relations, and repeated random tokens"
+        f" From {texts} texts, {atlas.relations.examples} sentences with known relations, and repeated random tokens; "
+        f"{atlas.info['model']['start_token']}."
     )
-    start = atlas.info["model"].get("start_token", "")
-    sources += f"; {start}." if start else "."
     return Text.assemble((atlas.name, "bold"), counts, sources)
 
 
