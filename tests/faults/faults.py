@@ -68,6 +68,11 @@ def the_bias_is_added_twice(original: Any) -> Any:
     return lambda *args: 2 * original(*args)
 
 
+@fault("headscope.ops.scores:Scores.checked", "ops/test_order.py::test_large_scores_are_exact_with_every_option")
+def large_scores_are_rounded_to_float32(original: Any) -> Any:
+    return lambda scores: replace(original(scores), wide=False)
+
+
 @fault("headscope.ops.kernels.blockwise:stream", "ops/test_matrix.py::test_matrix_answers_equal_their_definitions")
 def rows_sum_to_one_in_spite_of_a_sink(original: Any) -> Any:
     return lambda scores, *args, **kwargs: original(replace(scores, sinks=None), *args, **kwargs)
