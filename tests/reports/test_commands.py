@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import sys
 from collections.abc import Callable, Iterator
@@ -266,34 +267,40 @@ def test_a_figure_frames_the_links_that_were_named(words: str, pairs: str, tiny_
         ("--atlas a.parquet --length 512", "and --length would measure"),
         ("--atlas a.parquet --pieces 1 --worth", "and --worth, --pieces would measure"),
         ("--atlas a.parquet --again --no-worth", "and --no-worth, --again would measure"),
-        ("--atlas a.parquet --model smollm2", "give --head, too, or leave --model out"),
+        ("--atlas a.parquet --model smollm2", "and --model would measure"),
     ],
 )
 def test_an_option_that_changes_nothing_is_refused_also_at_its_default(options: str, message: str) -> None:
     assert message in refusal("heads", *options.split())
 
 
-def test_the_model_of_an_atlas_is_the_one_that_is_named(
-    tiny_atlas: HeadAtlas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded = []
-
-    def load(name: str) -> None:
-        loaded.append(name)
-        raise HeadscopeError("not here")
-
-    monkeypatch.setattr(models, "load", load)
-    path = tiny_atlas.save(tmp_path / "a.parquet")
-    for name in (["--model", "smollm2"], ["--model", "other"], []):
-        assert command("heads", "--atlas", str(path), "--head", "1.2", *name).exit_code == 0
-    assert loaded == ["smollm2", "other", tiny_atlas.name]
+@pytest.mark.usefixtures("no_work")
+def test_all_shows_every_measure_of_a_head(tiny_atlas: HeadAtlas, tmp_path: Path) -> None:
+    path = str(tiny_atlas.save(tmp_path / "a.parquet"))
+    few, every = (command("heads", "--atlas", path, "--head", "1.2", *extra).stdout for extra in ([], ["--all"]))
+    assert "entropy_share" not in few
+    assert "entropy_share" in every
 
 
-def test_all_shows_every_measure_of_a_head(
-    tiny_atlas: HeadAtlas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("columns", ["0", "12", "40", "49", "60"])
+def test_every_number_is_printed_however_narrow_the_terminal(
+    columns: str, tiny_model: Loaded, tiny_atlas: HeadAtlas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = str(tiny_atlas.save(tmp_path / "a.parquet"))
-    monkeypatch.setattr(models, "load", lambda name: (_ for _ in ()).throw(HeadscopeError("not here")))
-    few, every = (command("heads", "--atlas", path, "--head", "1.2", *extra).stdout for extra in ([], ["--all"]))
-    assert "offset_mass-5" not in few
-    assert "offset_mass-5" in every
+    commands = [
+        ("see", TEXT, "--from", "It"),
+        ("see", TEXT, "--head", "1.2"),
+        ("forbid", TEXT, "--from", "sat", "--to", "owl"),
+        ("heads", "--atlas", path),
+        ("models",),
+    ]
+    monkeypatch.setenv("COLUMNS", "110")
+    wide = [command(*words).stdout for words in commands]
+    monkeypatch.setenv("COLUMNS", columns)
+    for words, wanted in zip(commands, wide, strict=True):
+        done = command(*words)
+        assert done.exit_code == 0
+        assert not re.search(r"\w…", done.stdout)  # nothing is cut
+        numbers = re.findall(r"\d+\.\d+", wanted)
+        assert numbers
+        assert set(numbers) <= set(re.findall(r"\d+\.\d+", done.stdout))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
+from headscope.views.terminal.tables import print_table
+
 _WIDEST = 110
+_NARROWEST = 20
 
 
 class _Console(Console):
@@ -29,7 +33,8 @@ def console_for(file: Any = None) -> Console:
     if hasattr(file, "reconfigure"):
         file.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     console = Console(file=file, highlight=False, soft_wrap=False)
-    return _Console(file=file, highlight=False, width=min(console.width, _WIDEST))
+    columns = console.width or shutil.get_terminal_size().columns  # COLUMNS=0, as in shells of Emacs, says nothing
+    return _Console(file=file, highlight=False, width=max(_NARROWEST, min(columns, _WIDEST)))
 
 
 def width() -> int:
@@ -37,9 +42,15 @@ def width() -> int:
     return console_for().width
 
 
-def print_renderable(what: Any) -> None:
-    """A table or a text, as wide as the terminal but no wider than can be read."""
-    console_for().print(what)
+def print_renderable(what: Any, unnamed: Collection[str] = ()) -> None:
+    """A table or a text, as wide as the terminal but no wider than can be read.
+
+    ``unnamed``: columns of a table whose name is left out where the table becomes lines.
+    """
+    if isinstance(what, Table):
+        print_table(console_for(), what, unnamed)
+    else:
+        console_for().print(what)
 
 
 def print_line(line: str, *, error: bool = False) -> None:

@@ -20,7 +20,7 @@ from headscope.views.words import percent
 
 _TITLES = {"ablation_zero": "without it", "ablation_mean": "its mean", "gradient": "gradient"}
 _MOST, _MOST_WORTH = 3, 8  # heads shown for a role, and by worth, unless all are wanted
-_EVIDENCE = ("head", "picked", "score, 95 %", "null", "p", "examples")
+_EVIDENCE = ("head", "picked", "score (95 %)", "null", "p", "examples")
 _NARROW = 70  # columns, below which what a head was picked by is left out
 _GUESSES = (
     ("reference", "what “it” stands for", "coreference"),
@@ -94,7 +94,7 @@ def _evidence_cells(row: Evidence) -> dict[str, Any]:
     return {
         "head": Text(f"{row.layer}.{row.head}", style="cyan"),
         "picked": percent(row.picked),
-        "score, 95 %": Text.assemble((percent(row.score), "bold"), f" {row.low * 100:3.0f}–{row.high * 100:<3.0f}"),
+        "score (95 %)": Text.assemble((percent(row.score), "bold"), f" {row.low * 100:3.0f}–{row.high * 100:<3.0f}"),
         "null": percent(row.null),
         "p": "" if math.isnan(row.p) else f"{row.p:.0e}",
         "examples": f"{row.examples}",
@@ -183,7 +183,7 @@ def print_head(atlas: HeadAtlas, layer: int, head: int, *, measures: bool = Fals
     _print_token_examples(atlas.measurements.token_examples, layer, head)
     _print_pair_examples(atlas, roles, layer, head)
     if measures:
-        print_renderable(_measures_table(atlas, layer, head))
+        print_renderable(_measures_table(atlas, layer, head), unnamed=("what it is",))
     elif command is not None:
         print_line(f"All its measures: {command} --head {layer}.{head} --all")
 

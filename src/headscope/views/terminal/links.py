@@ -13,7 +13,10 @@ from rich.text import Text
 
 from headscope.views.links import Link, TextLinks, Unlisted
 from headscope.views.terminal.console import console_for
+from headscope.views.terminal.tables import print_table
 from headscope.views.words import label, percent, shown_name, start_token
+
+_HEADS = "heads (layer.head) and their share"
 
 
 def print_links(
@@ -32,7 +35,7 @@ def print_links(
     for note in view.notes:
         console.print(Text(note, style="yellow"))
     if view.links:
-        console.print(_table(view, console.width))
+        print_table(console, _table(view, console.width), unnamed=("words away", "share", _HEADS))
     console.print()
     console.print(_how_to_read(view))
     console.print(_check_line(view))
@@ -62,7 +65,7 @@ def _table(view: TextLinks, width: int) -> Table:
     table.add_column("word", style="bold", overflow="ellipsis", no_wrap=True, max_width=max(8, width // 5))
     table.add_column("looks at", style="bold cyan", overflow="ellipsis", no_wrap=True, max_width=max(8, width // 5))
     table.add_column("words away", no_wrap=True)
-    table.add_column("share" if view.head else "heads (layer.head) and their share", ratio=None)
+    table.add_column("share" if view.head else _HEADS, ratio=None)
     if view.head is not None:
         table.add_column("special", justify="right")
         table.add_column("itself", justify="right")

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from headscope.models.loading import ModelEntry
 from headscope.views.terminal.console import console_for
+from headscope.views.terminal.tables import print_table
 
 
 def print_models(entries: Sequence[ModelEntry]) -> None:
@@ -22,7 +23,7 @@ def print_models(entries: Sequence[ModelEntry]) -> None:
         grid = f"{entry.layers} × {entry.heads}"
         table.add_row(entry.name, here, f"{entry.size / 1e6:.0f} MB", grid, entry.licence)
     console = console_for()
-    console.print(table)
+    print_table(console, table)
     for entry in entries:
         console.print(Text.assemble((entry.name, "bold"), f": {entry.description}."))
         console.print(Text(f"  from {entry.source}" + (f", in {entry.path}" if entry.path else "")), soft_wrap=True)

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from headscope.views.terminal.console import console_for
+from headscope.views.terminal.tables import print_table
 from headscope.views.words import percent
 from headscope.watching.monitoring import HeadStats
 
@@ -25,7 +26,7 @@ def print_head_stats(stats: HeadStats) -> None:
         rows = list(group)
         table.add_row(Text(rows[0]["site"]), *(Text(_head_state(row)) for row in rows))
     console = console_for()
-    console.print(table)
+    print_table(console, table)
     console.print(
         Text(
             f"Entropy, as a share of that of uniform attention: {percent(0)} is all on one position, {percent(1)} is "
