@@ -27,6 +27,7 @@ from headscope.models import loading
 from headscope.models.characters import word_spans
 from headscope.models.loading import Loaded
 from headscope.models.tokens import Tokens, tokenize
+from headscope.views import links
 from headscope.views.links import find_links
 from headscope.watching.texts import record_text
 from tests.commands.runner import command
@@ -305,6 +306,26 @@ def test_a_phrase_is_a_span_of_tokens(source: str, target: str, tiny_model: Load
         weights = plain_weights(tiny_model, tokens, link["layer"])[link["head"]]
         wanted = weights[spans["from"]][:, spans["to"]].sum(1).mean()
         assert link["weight"] == pytest.approx(float(wanted), abs=2e-5)
+
+
+def test_a_phrase_in_a_long_text_has_the_weights_of_a_short_one(
+    tiny_decoder: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = tokenize("The red owl sat on it, and on it", tiny_decoder.tokenizer, start_token_id=0)
+    tokens = tokens.joined(["red owl", "on it"])
+    recording = record_text(tiny_decoder, tokens)
+
+    def weights(**options: Any) -> dict[tuple[int, int, int, int], float]:
+        found = find_links(recording, tokens, top=12, **options).links
+        return {(link.layer, link.head, link.source.start, link.target.start): link.weight for link in found}
+
+    owl, on_it = tokens.find("red owl"), tokens.find("on it")
+    short = weights(sources=[on_it]), weights(target=owl), weights(sources=[on_it], target=owl)
+    monkeypatch.setattr(links, "FEW_WORDS", 3)
+    long = weights(sources=[on_it]), weights(target=owl), weights(sources=[on_it], target=owl)
+    assert len(short[0]) > 12
+    for one, other in zip(short, long, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
 
 
 def test_a_run_of_chinese_characters_is_a_span(tiny_decoder: Loaded) -> None:

@@ -45,9 +45,12 @@ TextArgument = Annotated[
 ]
 Model = Annotated[str, typer.Option("--model", metavar="NAME", help="smollm2, a folder, a .gguf file or a hub name.")]
 From = Annotated[
-    str, typer.Option("--from", metavar="WORD", help="The word that is stopped from looking; it#2 is the second it.")
+    str,
+    typer.Option(
+        "--from", metavar="WORD", help="The word or phrase that is stopped from looking; it#2 is the second it."
+    ),
 ]
-To = Annotated[str, typer.Option("--to", metavar="WORD", help="The word that it cannot look at.")]
+To = Annotated[str, typer.Option("--to", metavar="WORD", help="The word or phrase that it cannot look at.")]
 File = Annotated[Path | None, typer.Option("--file", metavar="FILE", help="Read the text from a UTF-8 file.")]
 Top = Annotated[int, typer.Option("--top", metavar="N", min=1, help="How many tokens, layers and heads.")]
 AsJson = Annotated[bool, typer.Option("--json", help="The whole answer as JSON, on the standard output.")]

@@ -53,11 +53,14 @@ Model = Annotated[
 From = Annotated[
     list[str] | None,
     typer.Option(
-        "--from", metavar="WORD", help="The word that looks; it#2 is the second it. May be given several times."
+        "--from",
+        metavar="WORD",
+        help="The word or phrase that looks; it#2 is the second it. May be given several times.",
     ),
 ]
 To = Annotated[
-    str | None, typer.Option("--to", metavar="WORD", help="Only links to this word: the heads that make them.")
+    str | None,
+    typer.Option("--to", metavar="WORD", help="Only links to this word or phrase: the heads that make them."),
 ]
 HeadOption = Annotated[
     str | None, typer.Option("--head", metavar="LAYER.HEAD", help="Only this head, as 13.8: where each word looks.")
