@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from headscope.errors import ModelNotFound, optional_imports
 from headscope.models import store as _store
 from headscope.models.encoding import token_id
+from headscope.models.inputs import check_main_input, check_reads_text
 from headscope.models.store import ModelEntry, available, cache_dir, remove
 
 __all__ = ["Loaded", "ModelEntry", "available", "cache_dir", "load", "pull", "reader", "remove"]
@@ -115,6 +116,7 @@ def load(
         ModelNotFound: No such model is here, and the hub does not have it or cannot be reached; or its files are
             damaged, or not those of a model.
         TextError: The vocabulary has no such start token.
+        HeadscopeError: The model reads images or sound, not text.
         MissingExtra: A package of ``headscope[models]`` is not installed.
     """
     name = os.fspath(name_or_path)
@@ -127,6 +129,8 @@ def load(
         try:
             if not Path(where).is_dir():
                 _ask_hub(where)
+            if gguf is None:
+                check_reads_text(where)
             tokenizer, config, decoder = _read_tokenizer(where, gguf)
             start_token_id = _start_token(start_token, where, tokenizer, decoder)
             if on_tokenizer is not None:
@@ -152,7 +156,11 @@ def reader(model: Any) -> tuple[Any, dict[str, Any]]:
     """The module that reads a text (the encoder, if there are two), and options that spare it other work.
 
     No cache, and logits of the last position only, where the model has these options.
+
+    Raises:
+        HeadscopeError: The model reads images or sound, not text.
     """
+    check_main_input(type(model).__name__, model)
     entry = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
     parameters = inspect.signature(entry.forward).parameters
     options = {"logits_to_keep": 1, "use_cache": False}
@@ -188,6 +196,9 @@ def _resolve(name: str) -> tuple[str, str | None]:
                 "Give the folder that has one, or a .gguf file."
             )
         if not _has_tokenizer(path):
+            _check_packages(None)
+            with contextlib.suppress(OSError, ValueError, KeyError):  # of a config that cannot be read
+                check_reads_text(str(path))
             raise ModelNotFound(
                 f"The folder {name} has a model and no tokenizer (tokenizer.json, vocab.txt …), so it can be given no "
                 "text. Save its tokenizer there, too: tokenizer.save_pretrained(folder)."

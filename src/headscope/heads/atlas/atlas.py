@@ -257,8 +257,9 @@ class HeadAtlas:
 
     @property
     def name(self) -> str:
-        """The model's name."""
-        return str(self.info["model"]["name"])
+        """The model's name, and which of its two sides was measured."""
+        name, side = self.info["model"]["name"], self.info["model"].get("side")
+        return f"{name} ({side})" if side else str(name)
 
     def __repr__(self) -> str:
         documents = len(self.info.get("documents", {}))

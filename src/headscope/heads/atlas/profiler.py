@@ -7,6 +7,7 @@ names: any number of processes, and a run that was killed and started again, giv
 from __future__ import annotations
 
 import hashlib
+import inspect
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from headscope.distributed import processes
-from headscope.errors import AtlasError
+from headscope.errors import AtlasError, HeadscopeError
 from headscope.heads import corpus
 from headscope.heads.atlas.atlas import HeadAtlas
 from headscope.heads.atlas.measuring import columns_of, measure
@@ -31,6 +32,7 @@ from headscope.heads.relations import Example, count_relations
 from headscope.heads.relations.collections import collections_of, notes_on, readable
 from headscope.models.encoding import start_in_words
 from headscope.models.loading import Loaded, reader
+from headscope.watching.recording import record
 from headscope.watching.texts import record_batch
 
 _DOCUMENTS, _EXAMPLES = 4, 200  # texts and sentences in a shard
@@ -224,6 +226,7 @@ def profile(
     measures = standard() if measures is None else measures
     work = _Work(loaded, documents, collections, measures, plan or Plan(), head_counts(loaded))
     atlas = _run(work, shards, on_progress)
+    notes += _left_out(loaded, work.head_counts)
     notes += notes_on(atlas.info["examples"], collections)
     atlas.measurements.notes = list(dict.fromkeys(atlas.measurements.notes + notes))
     return atlas
@@ -294,9 +297,34 @@ def _means(outputs: dict[str, Tensor]) -> Tensor | None:
 
 
 def head_counts(loaded: Loaded) -> tuple[int, ...]:
-    """Heads of each attention site, found by running two tokens."""
-    recording = record_batch(loaded, torch.tensor([[1, 2]]), reduce=lambda call: call.shape[1])
+    """Heads of each attention site, found by running two tokens.
+
+    Raises:
+        HeadscopeError: The model cannot be run on a text alone.
+    """
+    try:
+        recording = record_batch(loaded, torch.tensor([[1, 2]]), reduce=lambda call: call.shape[1])
+    except (TypeError, ValueError, AttributeError) as error:
+        raise HeadscopeError(
+            f"{loaded.name} ({type(loaded.model).__name__}) cannot be run on a text alone ({error}). Give a model "
+            "that reads text and nothing else, such as the text model inside this one."
+        ) from error
     return tuple(answer.values for answer in recording.answers)
+
+
+def _left_out(loaded: Loaded, measured: Sequence[int]) -> list[str]:
+    """A sentence about the heads that are not measured: those of a decoder beside an encoder."""
+    if "decoder_input_ids" not in inspect.signature(loaded.model.forward).parameters:
+        return []
+    ids = torch.tensor([[1, 2]], device=loaded.model.device)
+    with torch.no_grad(), record(loaded.model, reduce=lambda call: call.shape[1]) as recording:
+        loaded.model(input_ids=ids, decoder_input_ids=ids)
+    total = sum(answer.values for answer in recording.answers)
+    return [
+        f"Of {total} heads the {sum(measured)} of the encoder are measured. The other {total - sum(measured)} are the "
+        "decoder's, which attend from the text that it writes, to that text or (cross) to the encoder's. A corpus has "
+        "no such text, so they are left out; record(model) shows them for two texts of your own."
+    ]
 
 
 def weights_hash(model: torch.nn.Module) -> str:
@@ -329,6 +357,7 @@ def _info(work: _Work) -> dict[str, Any]:
             "weights": weights_hash(loaded.model),
             "heads": list(work.head_counts),
             "causal": loaded.causal,
+            "side": "" if reader(loaded.model)[0] is loaded.model else "encoder",
             "start_token": _start_token(loaded),
         },
         "columns": {c.name: {"about": c.about, "unit": c.unit, "source": c.source} for c in columns},
