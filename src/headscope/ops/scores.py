@@ -207,8 +207,8 @@ class Scores:
                 if bool(bad.any()):
                     raise ValueError(_describe(name, added, bad))
         bound = float((query_norms.view(len(key_norms), -1) * key_norms[:, None]).amax()) * abs(self.scale)
-        has_float64 = self.query.device.type != "mps"
-        return replace(self, wide=self.dtype == torch.float32 and has_float64 and not bound <= FLOAT32_BOUND)
+        may_be_wide = self.dtype == torch.float32 and self.query.device.type != "mps"  # which has no float64
+        return replace(self, wide=may_be_wide and not bound <= FLOAT32_BOUND)
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,10 +262,9 @@ def make_scores(
     batch, heads, queries, width = query.shape
     shape = (batch, heads, queries, key.shape[2])
     mask = checked_mask(mask, shape)
-    if isinstance(bias, Alibi):
-        if len(bias.slopes) != heads:
-            raise ValueError(f"alibi has {len(bias.slopes)} slopes, but there are {heads} heads: give one per head.")
-    elif bias is not None:
+    if isinstance(bias, Alibi) and len(bias.slopes) != heads:
+        raise ValueError(f"alibi has {len(bias.slopes)} slopes, but there are {heads} heads: give one per head.")
+    if isinstance(bias, Tensor):
         bias = _check_bias(bias, shape)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}: it must be above 0, or None for no cap.")
@@ -277,8 +276,7 @@ def make_scores(
         scale = 1 / math.sqrt(width)
     if not math.isfinite(scale):
         raise ValueError(f"scale is {scale}: it must be a finite number; 1/√D is {1 / math.sqrt(width):.4g} here.")
-    origin = (0, 0, shape[3] - shape[2])
-    return Scores(query, key, mask, bias, float(scale), softcap, sinks, origin)
+    return Scores(query, key, mask, bias, float(scale), softcap, sinks, (0, 0, shape[3] - queries))
 
 
 def checked_mask(mask: Mask | Tensor | None, shape: tuple[int, int, int, int]) -> Mask | None:
@@ -363,7 +361,9 @@ def _largest_norms(tensor: Tensor) -> Tensor:
     if not len(tensor):
         return tensor.new_zeros(tensor.shape[1])
     dtype = torch.promote_types(tensor.dtype, torch.float32)
-    return torch.linalg.vector_norm(tensor.detach(), dim=-1, dtype=dtype).amax((0, 2))
+    heads = 2 if tensor.stride(1) < tensor.stride(2) else 1  # rows in the order of memory: 7 times as fast
+    rows = tensor.detach().transpose(1, heads)
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=dtype).amax((0, 3 - heads))
 
 
 def _describe(name: str, tensor: Tensor, bad: Tensor) -> str:
