@@ -204,6 +204,28 @@ class TunedByPeft(Tuned):
             inputs = {"input_ids": step, "attention_mask": mask, "past_key_values": output.past_key_values}
 
 
+def test_knock_out_with_beams_is_refused_once_a_sliding_cache_has_dropped_keys() -> None:
+    options: dict[str, Any] = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "eos_token_id": None}
+    model = mistral(6)
+    with pytest.raises(EditError, match="nothing says which positions"), edit(model, knock_out(9, 8, layers=0)):
+        model.generate(ids(1, 5), pad_token_id=0, **options)
+    with edit(model := llama(), knock_out(9, 8, layers=0)), record(model) as recording:
+        model.generate(ids(1, 5), pad_token_id=0, **options)
+    steps = [call.matrix().dense() for call in recording.calls if call.name.endswith("0.self_attn")]
+    assert [not step[..., -1, 8].any() for step in steps if step.shape[3] > 8] == [False, True, False, False]
+
+
+@torch.no_grad()
+def test_edits_hit_the_same_position_when_a_text_is_run_again_after_one_prefix() -> None:
+    model, text = llama(), ids(2, 9)
+    cache = model(text[:, :5], use_cache=True).past_key_values
+    with edit(model, knock_out(7, 2, layers=0)), record(model) as recording:
+        for _ in range(2):
+            model(text[:, 5:], past_key_values=copy.deepcopy(cache))
+    for run in recording.runs:
+        assert not run[0].dense()[:, :, 2, 2].any()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("make", [Tuned, TunedByPeft])
 @pytest.mark.parametrize("prefix", [True, False], ids=["prefix", "prompt"])

@@ -156,15 +156,6 @@ def _is_rounded(earlier: Tensor, old: Tensor) -> bool:
     return bool(((exact - old).square().sum((1, 3)) <= variance / 2).all())
 
 
-def overwritten(earlier: Tensor, scores: Scores, rows: int) -> bool:
-    """Whether a cache of the same size was written to elsewhere than at its end: its slots are no positions then."""
-    key = scores.key
-    if earlier.shape != key.shape or rows >= key.shape[2]:
-        return False
-    changed = (earlier != key).any(-1).any(1).any(0)
-    return 0 < int(changed.sum()) <= rows and not bool(changed[-rows:].all())
-
-
 def same(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors are equal in shape and content."""
     return first.shape == second.shape and torch.equal(first, second)

@@ -13,7 +13,6 @@ from headscope.watching.hooks import AttentionCall, Forward, unwatched
 from headscope.watching.recording.continuation import (
     continuation,
     first_position,
-    overwritten,
     without_unused_slots,
 )
 
@@ -65,7 +64,8 @@ class Tracker:
             how = None if earlier is None else continuation(earlier, scores.key, rows)
             if last is None or how is None or (how.is_cross and forward not in self._continuing):
                 self._rejected.pop(site, None)
-                position = _position(call, forward, scores, earlier)
+                again = last is not None and how is not None and not call.is_cross and rows == last.rows
+                position = last.position if last is not None and again else _position(call, forward, scores, last)
             elif how.is_cross:
                 rejected = max((n for (thread, *_), n in self._rejected.items() if thread == site[0]), default=0)
                 first_row = last.position.first_row + last.rows - (rejected - self._rejected.get(site, 0))
@@ -81,12 +81,12 @@ class Tracker:
         return position
 
 
-def _position(call: AttentionCall, forward: Forward, scores: Scores, earlier: Tensor | None) -> Position:
+def _position(call: AttentionCall, forward: Forward, scores: Scores, last: _LastCall | None) -> Position:
     """The position of a call that continues none, with its used keys.
 
-    It is not known where torch's function has more keys than queries and no mask: they may be a text that was begun
-    before, or another one. Nor where a full cache is written to again from its start, nor where there are virtual
-    tokens and the keys are not those and the text.
+    It is not known in three cases. Torch's function has more keys than queries and no mask: they may be a text that was
+    begun before, or another one. The site had other keys before, of which a sliding cache may have dropped some, a ring
+    buffer written over some, or a beam search reordered some. There are virtual tokens, and keys besides the text's.
     """
     _, _, rows, keys = scores.shape
     virtual = forward.virtual.number
@@ -94,8 +94,8 @@ def _position(call: AttentionCall, forward: Forward, scores: Scores, earlier: Te
         return Position(0, 0, virtual == 0)
     first_row = max(0, keys - rows) if call.way == "headscope" else first_position(scores)
     unclear = call.way == "sdpa" and scores.mask is None and rows < keys
-    overwriting = earlier is not None and overwritten(earlier, scores, rows)
-    if virtual is None or first_row is None or unclear or overwriting:
+    lost = last is not None and rows < keys and (last.position.first_key > 0 or keys < last.key.shape[2] + rows)
+    if virtual is None or first_row is None or unclear or lost:
         return Position(keys - rows, 0, known=False)
     known = not virtual or (forward.virtual.text_shape is not None and keys == forward.virtual.text_shape[1])
     return Position(first_row - virtual, -virtual, known, virtual)
