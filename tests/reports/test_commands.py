@@ -6,10 +6,13 @@ import re
 import stat
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from safetensors.torch import save_file
 
 from headscope import HeadAtlas, models
@@ -304,3 +307,24 @@ def test_every_number_is_printed_however_narrow_the_terminal(
         numbers = re.findall(r"\d+\.\d+", wanted)
         assert numbers
         assert set(numbers) <= set(re.findall(r"\d+\.\d+", done.stdout))
+
+
+@pytest.mark.parametrize("text", ["苹果" * 70, "W" * 160, f"她{chr(0x12000)}ok " * 30])
+@pytest.mark.parametrize("one_head", [True, False])
+def test_a_caption_stays_inside_its_figure_and_keeps_what_can_be_drawn(
+    text: str, one_head: bool, tiny_decoder: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(maps, "save_figure", lambda figure, path, force: figures.append(figure) or path)
+    recording, _ = recorded(tiny_decoder)
+    tokens = replace(recorded(tiny_decoder)[1], text=text)
+    if one_head:
+        maps.head_map(recording, tokens, Head(0, 1), tmp_path / "a.png", model="M" * 90)
+    else:
+        maps.thumbnails(recording, tokens, tmp_path / "a.png", model="M" * 90)
+    figure = figures[0]
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = [shown.get_window_extent(renderer) for shown in figure.texts]
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height for box in boxes)
+    assert boxes[0].y0 >= boxes[1].y1 - 2  # the title, and below it the caption
+    assert "ok" not in text or "ok" in figure.texts[1].get_text()

@@ -10,6 +10,7 @@ from headscope import models
 from headscope.errors import HeadscopeError
 from headscope.models.tokens import Tokens, tokenize
 from headscope.views.figures import maps as figures
+from headscope.views.figures.fonts import Fonts
 from headscope.views.links import Head
 from headscope.watching.recording import Recording
 from headscope.watching.texts import record_text
@@ -77,8 +78,9 @@ def test_head_map_names_characters_that_no_font_has(minilm: models.Loaded, tmp_p
     tokens = tokenize("ok \U00012000", minilm.tokenizer)  # a cuneiform sign
     drawn = figures.head_map(record_text(minilm, tokens), tokens, Head(0, 0), tmp_path / "a.svg")
     assert drawn.missing == "\U00012000"
-    fonts = figures._Fonts(tokens.text)
+    fonts = Fonts(tokens.text)
     assert [fonts.shown(word.text, i) for i, word in enumerate(tokens.words)] == ["ok", "(1)"]
+    assert fonts.drawable("a\U00012000b") == "a□b"
 
 
 @pytest.mark.parametrize("name", ["heads.jpg", "heads"])

@@ -175,7 +175,7 @@ def _write(
         if drawn.missing:
             terminal.print_line(
                 f"No installed font has {len(drawn.missing)} of the text's characters ({drawn.missing[:20]}), so the "
-                "figure shows numbers for their words. Install one that has them, for Chinese Noto Sans CJK.",
+                "figure shows boxes for them. Install one that has them, for Chinese Noto Sans CJK.",
                 error=True,
             )
     if save is not None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib import font_manager
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from torch import Tensor
@@ -20,6 +17,7 @@ from torch import Tensor
 from headscope.models.tokens import Tokens
 from headscope.ops.matrix import AttentionMatrix
 from headscope.views.figures.file import figure_kind, save_figure
+from headscope.views.figures.fonts import Fonts
 from headscope.views.links import Head, Link
 from headscope.views.words import FEW_WORDS, percent, shown_name, word_map
 from headscope.watching.recording import Recording
@@ -32,25 +30,6 @@ _SPECIAL = LinearSegmentedColormap.from_list("special", ["#ffffff", "#bdbdbd", "
 _HIDDEN = "#f3f0ea"  # what the mask hides
 _FRAME = "#d95f02"
 _TICKS = [0, 0.05, 0.25, 0.5, 1]
-_FALLBACKS = (
-    "Noto Sans CJK SC",
-    "Noto Sans SC",
-    "Source Han Sans SC",
-    "Source Han Sans CN",
-    "WenQuanYi Micro Hei",
-    "WenQuanYi Zen Hei",
-    "PingFang SC",
-    "Hiragino Sans GB",
-    "Heiti SC",
-    "Microsoft YaHei",
-    "SimHei",
-    "Droid Sans Fallback",
-    "Arial Unicode MS",
-    "Noto Sans",
-    "Noto Sans Devanagari",
-    "Noto Sans Thai",
-    "Noto Emoji",
-)
 
 
 @dataclass(frozen=True)
@@ -59,7 +38,7 @@ class Drawn:
 
     Attributes:
         path: Where it is.
-        missing: Characters of the text that no installed font has; numbers stand for their words.
+        missing: Characters of the text that no installed font has; boxes stand for them.
     """
 
     path: Path
@@ -105,11 +84,11 @@ def thumbnails(
     gap = max(2, round(side / 6))
     tall, wide = side + gap, first + side + gap
     mosaic, strips = _mosaic(recording, tokens, (tall, wide), (strip, first), on_progress)
-    fonts = _Fonts(tokens.text)
+    fonts = Fonts(tokens.text)
     broad, high = heads * _INCH * wide / tall, layers * _INCH
     title = _title(model, f"{layers} layers × {heads} heads")
     lines = _caption(tokens, recording, fonts, side if count > _BINS else 0, links)
-    figure, axes = _page((0.65, 0.45, broad, high), title, lines)
+    figure, axes = _page((0.65, 0.45, broad, high), title, lines, fonts)
     image = _draw(axes, mosaic, strips)
     index = {word.start: i * side // count for i, word in enumerate(tokens.words)}
     for link in links:
@@ -156,7 +135,7 @@ def head_map(
     path = Path(path)
     figure_kind(path)
     count = len(tokens.words)
-    fonts = _Fonts(tokens.text)
+    fonts = Fonts(tokens.text)
     if count <= FEW_WORDS:
         full = word_map(recording[head.layer], tokens, head.head)
         main, on_special = _hidden_blank(full[:, :count], recording[head.layer]), full[:, count]
@@ -171,12 +150,12 @@ def head_map(
     beside[:, :strip] = on_special[:, None]
     inch = min(8.0, max(4.0, 0.24 * side))
     names = [fonts.shown(shown_name(tokens, word), i) for i, word in enumerate(tokens.words)]
-    room = 0.35 + 0.085 * min(24, max(map(_width, names))) if count <= _LABELLED else 0.35
+    room = 0.35 + (max(fonts.inches(name, 8) for name in names) if count <= _LABELLED else 0)
     special = " ".join(dict.fromkeys(p for p, s in zip(tokens.pieces, tokens.special, strict=True) if s))
-    above = 0.35 + max(room, 0.085 * len(special))
+    above = 0.35 + max(room, fonts.inches(special, 8))
     lines = _caption(tokens, recording, fonts, side if count > FEW_WORDS else 0, links)
     broad = inch * (side + strip + gap) / side
-    figure, axes = _page((room + 0.3, above, broad, inch), _title(model, f"head {head}"), lines)
+    figure, axes = _page((room + 0.3, above, broad, inch), _title(model, f"head {head}"), lines, fonts)
     image = _draw(axes, whole, beside)
     index = {word.start: i * side // count for i, word in enumerate(tokens.words)}
     for link in links:
@@ -249,7 +228,9 @@ def _within(inside: Tensor) -> Tensor:
 
 def _frame(axes: Any, x: float, y: float, width: float, height: float, line: float) -> None:
     """A frame around cells, from the one at (x, y)."""
-    axes.add_patch(Rectangle((x - 0.5, y - 0.5), width, height, fill=False, edgecolor=_FRAME, linewidth=line))
+    axes.add_patch(
+        Rectangle((x - 0.5, y - 0.5), width, height, fill=False, edgecolor=_FRAME, linewidth=line, clip_on=False)
+    )
 
 
 def _name_axes(axes: Any, names: Sequence[str], side: int, strip: int, first: int, special: str) -> None:
@@ -273,10 +254,10 @@ def _title(model: str, what: str) -> str:
     return f"{model}: {what}" if model else what[0].upper() + what[1:]
 
 
-def _caption(tokens: Tokens, recording: Recording, fonts: _Fonts, parts: int, links: Sequence[Link]) -> list[str]:
+def _caption(tokens: Tokens, recording: Recording, fonts: Fonts, parts: int, links: Sequence[Link]) -> list[str]:
     text = " ".join(tokens.text.split())
     text = text if len(text) <= 160 else text[:159] + "…"
-    quoted = f"“{text}”" if not fonts.missing else f"A text of {len(tokens.words)} words that no font here can draw."
+    quoted = f"“{fonts.drawable(text)}”"
     special = " and ".join(dict.fromkeys(p for p, s in zip(tokens.pieces, tokens.special, strict=True) if s))
     read = "Rows: words that look, from the top. Columns: words looked at, from the left. "
     if parts:
@@ -292,17 +273,22 @@ def _caption(tokens: Tokens, recording: Recording, fonts: _Fonts, parts: int, li
     return [quoted, read, check]
 
 
-def _page(room: tuple[float, float, float, float], title: str, lines: Sequence[str]) -> tuple[Figure, Any]:
+def _page(
+    room: tuple[float, float, float, float], title: str, lines: Sequence[str], fonts: Fonts
+) -> tuple[Figure, Any]:
     """A figure with its title and lines at the top; axes with some room left and above, so wide and high (inches)."""
     left, above, broad, high = room
     width = max(6.0, left + broad + 1.0)
-    wrapped = [part for line in lines for part in textwrap.wrap(line, int((width - 0.4) * 15.5))]
-    top = 0.6 + 0.165 * len(wrapped) + above
+    titles = fonts.wrapped(title, width - 0.5, 12, "bold")
+    wrapped = [part for line in lines for part in fonts.wrapped(line, width - 0.5, 7.5)]
+    below = 0.35 + 0.2 * len(titles)
+    top = below + 0.05 + 0.165 * len(wrapped) + above
     height = top + high + 0.3
     figure = Figure(figsize=(width, height), dpi=150)
-    figure.text(0.25 / width, 1 - 0.3 / height, title, fontsize=12, fontweight="bold", va="center")
+    heading: dict[str, Any] = {"fontsize": 12, "fontweight": "bold", "va": "top"}
+    figure.text(0.25 / width, 1 - 0.21 / height, "\n".join(titles), **heading)
     style: dict[str, Any] = {"fontsize": 7.5, "va": "top", "linespacing": 1.5, "color": "#333333"}
-    figure.text(0.25 / width, 1 - 0.55 / height, "\n".join(wrapped), **style)
+    figure.text(0.25 / width, 1 - below / height, "\n".join(wrapped), **style)
     return figure, figure.add_axes((left / width, 0.3 / height, broad / width, high / height))
 
 
@@ -316,36 +302,7 @@ def _bar(figure: Figure, axes: Any, image: Any) -> None:
     bar.ax.set_title("share", fontsize=8)
 
 
-class _Fonts:
-    """The installed fonts that draw a text, and the characters that none of them has."""
-
-    def __init__(self, text: str) -> None:
-        installed = {entry.name: entry.fname for entry in font_manager.fontManager.ttflist}
-        wanted = {character for character in text if character.isprintable() and not character.isspace()}
-        self.families = ["DejaVu Sans"]
-        left = wanted - _characters(installed["DejaVu Sans"])
-        for name in _FALLBACKS:
-            if left and name in installed and (has := left & _characters(installed[name])):
-                self.families.append(name)
-                left -= has
-        self.missing = "".join(sorted(left))
-
-    def shown(self, name: str, index: int) -> str:
-        """A word for an axis: itself, or its number if no font has its characters."""
-        if set(name) & set(self.missing):
-            return f"({index})"
-        return name if len(name) <= 24 else name[:23] + "…"
-
-
-def _characters(file: str) -> set[str]:
-    return {chr(code) for code in FT2Font(file).get_charmap()}
-
-
-def _width(name: str) -> int:
-    return sum(2 if ord(c) > 0x2E80 else 1 for c in name)
-
-
-def _write(figure: Figure, path: Path, fonts: _Fonts, force: bool) -> Path:
+def _write(figure: Figure, path: Path, fonts: Fonts, force: bool) -> Path:
     for text in figure.findobj(Text):
         text.set_fontfamily(fonts.families)
         text.set_parse_math(False)
