@@ -34,6 +34,11 @@ def test_merge_of_two_corpora_is_the_profile_of_both(tiny_decoder: Loaded, tiny_
         torch.testing.assert_close(both.measurements.sums.values[name], sums, atol=1e-9, rtol=1e-9)
     assert both.measurements.sums.documents == whole.measurements.sums.documents
     assert both.info["documents"] == whole.info["documents"]
+    assert both.relations.pair_examples.pairs == whole.relations.pair_examples.pairs  # of shared sentences, once
+    ours, theirs = both.measurements.token_examples.largest, whole.measurements.token_examples.largest
+    for head, examples in theirs.items():
+        assert [e.weight for e in ours[head]] == pytest.approx([e.weight for e in examples], abs=2e-4)
+    assert {e.document for examples in ours.values() for e in examples} > set(names[:2])
     assert first.relations.examples == both.relations.examples > 0
     with pytest.raises(AtlasError, match="both atlases hold 'owl'"):
         tiny_atlas.merge(first)
