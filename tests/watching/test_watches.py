@@ -162,6 +162,18 @@ def test_compiled_model_is_refused_with_what_to_do() -> None:
     assert_untouched(model)
 
 
+def test_another_model_is_compiled_and_runs_inside_record() -> None:
+    model, other, x = Stack(), Stack(), torch.randn(B, L, E)
+    compiled = torch.compile(other, backend="eager")
+    with torch.no_grad(), record(model) as recording:
+        assert torch.allclose(compiled(x), other(x))
+        model(x)
+    with torch.no_grad():
+        assert torch.allclose(compiled(x), other(x))
+    assert len(recording.calls) == 2
+    assert_untouched(other)
+
+
 def test_record_in_two_threads_gives_a_run_per_forward() -> None:
     model = llama()[0]
     texts = [torch.randint(3, 90, (1, n)) for n in (5, 8)]
