@@ -52,7 +52,15 @@ From = Annotated[
 ]
 To = Annotated[str, typer.Option("--to", metavar="WORD", help="The word or phrase that it cannot look at.")]
 File = Annotated[Path | None, typer.Option("--file", metavar="FILE", help="Read the text from a UTF-8 file.")]
-Top = Annotated[int, typer.Option("--top", metavar="N", min=1, help="How many tokens, layers and heads.")]
+Top = Annotated[
+    int,
+    typer.Option(
+        "--top",
+        metavar="N",
+        min=1,
+        help="How many next tokens, layers and heads to show, those that change most first.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="The whole answer as JSON, on the standard output.")]
 
 

@@ -92,11 +92,18 @@ Figure = Annotated[
     Path | None, typer.Option("--figure", metavar="FILE", help="Draw all heads by a measure: .png, .svg or .pdf.")
 ]
 By = Annotated[
-    str, typer.Option("--by", metavar="COLUMN", help="The measure to draw; roles and worth are figures of their own.")
+    str,
+    typer.Option(
+        "--by",
+        metavar="COLUMN",
+        help="What to draw: roles, worth, a measure such as entropy, or a relation such as relation:coreference.",
+    ),
 ]
 Worth = Annotated[bool, typer.Option("--worth/--no-worth", help="Whether to measure what heads are worth.")]
-Length = Annotated[int, typer.Option("--length", min=8, help="Tokens in a piece of text.")]
-Pieces = Annotated[int, typer.Option("--pieces", min=0, help="Pieces of each text, from its start; 0: all of it.")]
+Length = Annotated[int, typer.Option("--length", metavar="N", min=8, help="Tokens in a piece of text.")]
+Pieces = Annotated[
+    int, typer.Option("--pieces", metavar="N", min=0, help="Pieces of each text, from its start; 0: all of it.")
+]
 All = Annotated[
     bool, typer.Option("--all", help="Every head, not the first few of each role; with --head every measure.")
 ]

@@ -63,11 +63,21 @@ To = Annotated[
     typer.Option("--to", metavar="WORD", help="Only links to this word or phrase: the heads that make them."),
 ]
 HeadOption = Annotated[
-    str | None, typer.Option("--head", metavar="LAYER.HEAD", help="Only this head, as 13.8: where each word looks.")
+    str | None,
+    typer.Option(
+        "--head",
+        metavar="LAYER.HEAD",
+        help="Only this head, as 13.8 (layer 13, head 8, from 0): where each word looks.",
+    ),
 ]
 Top = Annotated[
     int | None,
-    typer.Option("--top", metavar="N", min=1, help="How many words for each word, and how many heads for each pair."),
+    typer.Option(
+        "--top",
+        metavar="N",
+        min=1,
+        help="How many words for each word, and how many heads for each pair; 5 and 4 if every head is shown.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="The whole answer as JSON, on the standard output.")]
 FigureOption = Annotated[
@@ -78,9 +88,17 @@ FigureOption = Annotated[
 ]
 File = Annotated[Path | None, typer.Option("--file", metavar="FILE", help="Read the text from a UTF-8 file.")]
 Save = Annotated[
-    Path | None, typer.Option("--save", metavar="FILE", help="Save the recording; Recording.load reads it in Python.")
+    Path | None,
+    typer.Option(
+        "--save", metavar="FILE", help="Save the queries and keys of all heads; headscope.Recording.load reads them."
+    ),
 ]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Times, memory and counts.")]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "-v", "--verbose", help="Also how long each stage took, the memory, and how the text was cut into words."
+    ),
+]
 
 
 @app.command(help=_SEE)

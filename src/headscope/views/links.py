@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from shlex import quote
 
 import torch
 from torch import Tensor
@@ -293,9 +294,10 @@ def _notes(
         notes.append(f"This is a part of the model: {len(recording.unseen)} of its attention modules were not seen.")
     for source in sources if target is not None and causal else ():
         if target is not None and target.start > source.start:
+            earlier, later = label(tokens, source), label(tokens, target)
             notes.append(
-                f"{label(tokens, source)!r} gives nothing to {label(tokens, target)!r}: in a decoder a word can only "
-                f"look back. Ask the other way round: --from {label(tokens, target)} --to {label(tokens, source)}"
+                f"{earlier!r} gives nothing to {later!r}: in a decoder a word can only look back. "
+                f"Ask the other way round: --from {quote(later)} --to {quote(earlier)}"
             )
     first = tokens.words[0]
     if causal and target is None and first in sources:
