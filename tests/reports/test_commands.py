@@ -15,7 +15,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from safetensors.torch import save_file
 
-from headscope import HeadAtlas, models
+from headscope import HeadAtlas, models, profile
 from headscope.commands import forbid, pipe
 from headscope.commands.outputs import Output, check_outputs
 from headscope.errors import HeadscopeError
@@ -29,6 +29,7 @@ from headscope.watching.recording import Recording
 from headscope.watching.recording.file import KIND
 from headscope.watching.texts import record_text
 from tests.commands.runner import command
+from tests.tiny_atlas import PLAN, documents, few_sentences
 
 TEXT = "Red owl. It sat."
 CONLLU = "1\tSit\tsit\tVERB\t_\t_\t0\troot\t_\t_\n\n"
@@ -215,6 +216,13 @@ def test_a_command_overwrites_with_force(tiny_model: Loaded, tmp_path: Path) -> 
     assert len(Recording.load(path)) == 2
     assert command("see", TEXT, "--save", str(new)).exit_code == 0  # a link to a name that is still free
     assert len(Recording.load(tmp_path / "later.headscope")) == 2
+
+
+def test_a_folder_of_others_is_not_used_for_shards(tiny_decoder: Loaded, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(HeadscopeError, match="is for finished shards, and holds other files"):
+        profile(tiny_decoder, texts=documents(), relations=few_sentences(), plan=PLAN, shards=tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_training_leaves_the_files_of_others(tmp_path: Path) -> None:

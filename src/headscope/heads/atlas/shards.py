@@ -106,6 +106,11 @@ class ShardFolder:
         description = json.dumps({"format": FORMAT, "work": digest}, sort_keys=True)
         path = folder / "work.json"
         if not path.exists():
+            names = {file.name for file in folder.iterdir() if not file.name.startswith(".work-")}
+            if names and path.name not in names:  # it would be removed when the atlas is saved
+                raise AtlasError(
+                    f"{folder} is for finished shards, and holds other files. Move them, or give another --out."
+                )
             scratch = folder / f".work-{self.rank}-{os.getpid()}"
             try:
                 scratch.write_text(description, "utf-8")
