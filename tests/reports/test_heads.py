@@ -9,10 +9,13 @@ from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTMod
 from headscope import models
 from headscope.errors import HeadscopeError
 from headscope.heads.atlas.atlas import HeadAtlas
+from headscope.heads.atlas.measuring import output_weight
 from headscope.heads.atlas.profiler import Plan, profile
 from headscope.heads.relations import english_sentences
+from headscope.watching import record
 from tests import tiny
 from tests.commands.runner import command
+from tests.nn.test_projections import LoRA
 from tests.tiny_atlas import letter_tokenizer
 
 
@@ -122,3 +125,27 @@ def test_heads_of_a_decoder_beside_an_encoder_are_left_out_with_a_sentence(
     )
     encoder = profile(model.get_encoder(), letter_tokenizer(), ["The owl sat still.", "It was old."], plan=plan)
     assert not any("decoder" in note for note in encoder.notes)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_what_a_head_writes_counts_the_adapter_of_the_output_projection(adapted: bool) -> None:
+    """A weight that was read beside its module left out LoRA, quantisation and pruning."""
+    model = tiny.llama().eval()
+    layer = model.model.layers[1].self_attn
+    weight = layer.o_proj.weight.detach().clone()
+    if adapted:
+        layer.o_proj = LoRA(layer.o_proj)
+        weight += (layer.o_proj.up @ layer.o_proj.down).detach()
+    matrices: dict[str, torch.Tensor | None] = {}
+    modules = dict(model.named_modules())
+    ids = torch.randint(4, 30, (2, 7))
+    plain = model(input_ids=ids).logits
+    with (
+        torch.no_grad(),
+        record(model, on_call=lambda call: matrices.update({call.name: output_weight(modules, call)})),
+    ):
+        logits = model(input_ids=ids).logits
+    found = matrices["model.layers.1.self_attn"]
+    assert found is not None
+    torch.testing.assert_close(found, weight, atol=1e-6, rtol=0)
+    assert torch.equal(logits, plain)

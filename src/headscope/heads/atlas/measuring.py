@@ -23,7 +23,7 @@ from headscope.models.loading import Loaded, reader
 from headscope.ops.masks import Mask
 from headscope.ops.masks.codec import encode
 from headscope.ops.reductions import Reduction
-from headscope.watching.hooks import AttentionCall
+from headscope.watching.hooks import AttentionCall, unwatched
 from headscope.watching.texts import record_batch
 
 _PROJECTIONS = (
@@ -190,16 +190,20 @@ def _digest(tensor: Tensor) -> str:
 
 
 def output_weight(modules: dict[str, nn.Module], call: AttentionCall) -> Tensor | None:
-    """The weight [E, H·Dv] of the output projection of an attention call; None if no module looks like one."""
+    """The output projection of an attention call as a matrix [E, H·Dv]; None if no module looks like one.
+
+    It is what the module does to the unit vectors, so that adapters and quantised weights are seen.
+    """
     width = call.shape[1] * call.value.shape[-1]
     parent = call.name.rpartition(".")[0]
     names = [f"{call.name}.{name}" for name in _PROJECTIONS] + [f"{parent}.{name}" for name in _OUTSIDE]
     for name in names:
-        weight = getattr(modules.get(name), "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() != 2:
+        module = modules.get(name)
+        shape = getattr(getattr(module, "weight", None), "shape", ())
+        if module is None or len(shape) != 2 or shape[0 if type(module).__name__ == "Conv1D" else 1] != width:
             continue
-        if type(modules[name]).__name__ == "Conv1D":
-            weight = weight.T
-        if weight.shape[1] == width:
-            return weight.detach()
+        with unwatched():
+            units = torch.eye(width, dtype=call.value.dtype, device=call.value.device)
+            rows: Tensor = module(units) - module(torch.zeros_like(units[:1]))
+        return rows.T
     return None
