@@ -143,7 +143,8 @@ def test_see_refuses_a_file_that_is_not_utf_8(tmp_path: Path) -> None:
     ("text", "file", "model", "wanted"),
     [
         (None, None, "smollm2", "headscope see --head 3.8"),
-        ("a 'dog'", None, "smollm2", """headscope see --head 3.8 'a '"'"'dog'"'"''"""),
+        ("it didn't", None, "smollm2", 'headscope see --head 3.8 "it didn\'t"'),
+        ("it didn't cost $5", None, "smollm2", """headscope see --head 3.8 'it didn'"'"'t cost $5'"""),
         ("- a", None, "minilm", "headscope see --model minilm --head 3.8 -- '- a'"),
         (None, Path("my text"), "smollm2", "headscope see --file 'my text' --head 3.8"),
     ],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from shlex import quote
 from typing import Annotated
 
 import torch
@@ -18,7 +17,7 @@ from headscope.heads.effects import link_effects
 from headscope.views.data import effects_as_data, print_json
 from headscope.views.terminal import console as terminal
 from headscope.views.terminal.link_effects import print_link_effects
-from headscope.views.words import label, shown_name
+from headscope.views.words import label, quote, shown_name
 from headscope.views.words import start_token as start_token_of
 
 # The same sentence as elsewhere, up to where the model has to know what "it" is.

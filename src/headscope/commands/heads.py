@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -35,6 +34,7 @@ from headscope.heads.relations.sentences.treebank import read_conllu
 from headscope.views.links import split_head
 from headscope.views.terminal import console as terminal
 from headscope.views.terminal import heads as terminal_heads
+from headscope.views.words import quote
 
 _BY = "roles"
 _MEASURING = {"--text", "--treebank", "--out", "--again", "--worth", "--no-worth", "--length", "--pieces"}

@@ -154,7 +154,7 @@ def see(
             view,
             model=loaded.name,
             causal=loaded.causal,
-            command=command_for("see", argument, file, model, start_token),
+            command=command_for("see", None if argument == DEFAULT_TEXT else argument, file, model, start_token),
         )
     _write(recording, tokens, view, loaded.name, figure, save, stages, named=bool(wanted), force=force, quiet=as_json)
     if verbose:

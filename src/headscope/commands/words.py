@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +14,7 @@ from headscope.commands.models import DEFAULT_MODEL
 from headscope.commands.pipe import argument_text
 from headscope.models.loading import Loaded
 from headscope.models.tokens import Tokens, Word, tokenize
+from headscope.views.words import quote
 
 StartToken = Annotated[
     str,

@@ -10,14 +10,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from shlex import quote
 
 import torch
 from torch import Tensor
 
 from headscope.models.tokens import Tokens, Word
 from headscope.ops.matrix import AttentionMatrix
-from headscope.views.words import FEW_WORDS, Positions, all_words, column_of, default_words, label, percent, rows_of
+from headscope.views.words import (
+    FEW_WORDS,
+    Positions,
+    all_words,
+    column_of,
+    default_words,
+    label,
+    percent,
+    quote,
+    rows_of,
+)
 from headscope.watching.recording import Recording
 
 

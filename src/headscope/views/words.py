@@ -7,6 +7,7 @@ token, [CLS], [SEP]), and on tokens of spaces alone.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,15 @@ def label(tokens: Tokens, word: Word) -> str:
     """How to ask for a word: its text, and its number if it is there more than once, as in "it#2"."""
     same = [other.start for other in tokens.words if other.text == word.text]
     return word.text if len(same) == 1 else f"{word.text}#{same.index(word.start) + 1}"
+
+
+def quote(text: str) -> str:
+    """A text as one word of a shell: in double quotes if it has an apostrophe and nothing that these would change.
+
+    >>> print(quote("didn't"), quote("a b"), quote("it"))
+    "didn't" 'a b' it
+    """
+    return f'"{text}"' if "'" in text and not set(text) & set('"$`\\!') else shlex.quote(text)
 
 
 def shown_name(tokens: Tokens, word: Word) -> str:

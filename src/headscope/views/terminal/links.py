@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
-from shlex import quote
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -14,7 +13,7 @@ from rich.text import Text
 from headscope.views.links import Link, TextLinks, Unlisted
 from headscope.views.terminal.console import console_for
 from headscope.views.terminal.tables import print_table
-from headscope.views.words import label, percent, shown_name, start_token
+from headscope.views.words import label, percent, quote, shown_name, start_token
 
 _HEADS = "heads (layer.head) and their share"
 
