@@ -192,16 +192,23 @@ def _digest(tensor: Tensor) -> str:
 def output_weight(modules: dict[str, nn.Module], call: AttentionCall) -> Tensor | None:
     """The output projection of an attention call as a matrix [E, H·Dv]; None if no module looks like one.
 
-    It is what the module does to the unit vectors, so that adapters and quantised weights are seen.
+    Of a plain linear layer it is the weight, of any other what the layer does to the unit vectors, so that adapters
+    and quantised weights are seen; that costs some per cent of a forward over 2,048 tokens.
     """
     width = call.shape[1] * call.value.shape[-1]
     parent = call.name.rpartition(".")[0]
     names = [f"{call.name}.{name}" for name in _PROJECTIONS] + [f"{parent}.{name}" for name in _OUTSIDE]
     for name in names:
         module = modules.get(name)
-        shape = getattr(getattr(module, "weight", None), "shape", ())
-        if module is None or len(shape) != 2 or shape[0 if type(module).__name__ == "Conv1D" else 1] != width:
+        weight = getattr(module, "weight", None)
+        if module is None or not isinstance(weight, Tensor) or weight.dim() != 2:
             continue
+        if type(module).__name__ == "Conv1D":
+            weight = weight.T
+        if weight.shape[1] != width:
+            continue
+        if type(module) is nn.Linear or type(module).__name__ == "Conv1D":
+            return weight.detach()
         with unwatched():
             units = torch.eye(width, dtype=call.value.dtype, device=call.value.device)
             rows: Tensor = module(units) - module(torch.zeros_like(units[:1]))
