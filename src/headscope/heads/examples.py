@@ -47,7 +47,7 @@ class TokenExamples:
     smallest: dict[Head, list[TokenExample]] = field(default_factory=dict)
 
     def add(self, batch: TextBatch, layer: int, weights: Tensor, keys: Tensor, rows: Tensor) -> None:
-        """Add one layer of a batch.
+        """Add one layer of a batch; pieces whose tokens have no texts give no examples.
 
         Args:
             batch: The texts.
@@ -56,6 +56,8 @@ class TokenExamples:
             keys: [B, H, L], its key.
             rows: [B, L] bool, the rows that count.
         """
+        has_texts = torch.tensor([bool(piece.texts) for piece in batch.pieces], device=rows.device)
+        rows = rows & has_texts[:, None]
         places = rows.nonzero().tolist()
         by_row = weights.transpose(1, 2)[rows].cpu(), keys.transpose(1, 2)[rows].cpu()  # [N, H]
         for head, (values, targets) in enumerate(zip(by_row[0].T, by_row[1].T, strict=True)):
