@@ -30,7 +30,9 @@ def read_text(path: Path) -> str:
 
 
 def decode_text(data: bytes, source: str) -> str:
-    """Bytes in UTF-8 as text: without a byte order mark at the start, and each line ends with a line feed.
+    """Bytes in UTF-8 as text: no byte order mark, line feeds between lines, and none after the last line.
+
+    So `echo text | headscope see` reads what `headscope see text` reads.
 
     Args:
         data: The bytes.
@@ -71,12 +73,12 @@ def check_characters(text: str, source: str) -> None:
 
 
 def unix_lines(text: str) -> str:
-    r"""The text with a line feed in place of each CR LF and each CR alone.
+    r"""The text with a line feed in place of each CR LF and each CR alone, and without the end of its last line.
 
-    >>> unix_lines("one\r\ntwo\rthree")
+    >>> unix_lines("one\r\ntwo\rthree\n")
     'one\ntwo\nthree'
     """
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
 
 
 class FileKind(NamedTuple):

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from headscope import models
 from headscope.commands import heads
 from headscope.errors import AtlasError, TextError, TreebankError
+from headscope.files import decode_text, read_text
 from headscope.heads import corpus
 from headscope.heads.atlas.atlas import HeadAtlas
 from headscope.heads.atlas.profiler import Plan, profile
@@ -48,7 +49,7 @@ def test_a_file_a_pipe_and_an_argument_are_one_text(data: bytes, tmp_path: Path,
     path, link = tmp_path / "text", ("--from", "It", "--to", "owl", "--json")
     path.write_bytes(data)
     argument = data.decode("utf-8-sig")
-    wanted = "\n".join(argument.splitlines()) + "\n" * (argument[-1] == "\n")
+    wanted = "\n".join(argument.splitlines())
     file = json.loads(command("see", "--file", str(path), "--json").stdout)
     assert file["text"] == wanted
     assert json.loads(command("see", "-", "--json", stdin=data).stdout) == file
@@ -466,3 +467,12 @@ def test_an_atlas_says_its_start_token_and_is_merged_with_its_like_only(
         done = command("heads", "--model", str(tiny_folder / "tiny"), "--start-token", written)
         assert "; start token <s> (0)." in " ".join(done.stdout.split())
     assert started == [None, 0, 4]
+
+
+def test_line_end_of_the_last_line_is_no_part_of_the_text(tmp_path: Path) -> None:
+    """`echo … | headscope forbid` asked what comes after the line end, and said that the link hardly mattered."""
+    for data in (b"a cup\r\nwas", b"a cup\nwas\n", b"a cup\r\nwas\r\n", b"\xef\xbb\xbfa cup\rwas\r"):
+        path = tmp_path / "text"
+        path.write_bytes(data)
+        assert read_text(path) == "a cup\nwas"
+    assert decode_text(b"was\n\n", "a pipe") == "was\n"
