@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headscope import AttentionMatrix, masks, record
+from headscope.ops.reductions import Entropy, Received
 from tests.ops.test_logsumexp import Sdpa
 from tests.options import MASKS, masked, one_thread, unchecked  # noqa: F401
 
@@ -110,3 +111,20 @@ def test_large_scores_are_exact_with_every_option(options: dict[str, float | Ten
     torch.testing.assert_close(Q.entropy().detach(), P.entropy(), atol=1e-5, rtol=0)
     (gradient,) = torch.autograd.grad(Q.entropy().sum(), query)
     assert bool(gradient.isfinite().all())
+
+
+@pytest.mark.parametrize("size", [3e4, 1e12])
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -2.0])], ids=["no sinks", "sinks"])
+def test_reductions_of_scores_beyond_float32_integers_are_those_of_float64(size: float, sinks: Tensor | None) -> None:
+    query, key = torch.randn(1, 2, 9, 8) * size, torch.randn(1, 2, 11, 8) * 10 * size
+    matrix = AttentionMatrix(query, key, scale=1.0, mask=masks.causal(), sinks=sinks)
+    hidden = ~torch.ones(9, 11, dtype=torch.bool).tril(2)
+    scores = (query.double() @ key.double().mT).masked_fill(hidden, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double().view(1, 2, 1, 1).expand(1, 2, 9, 1)], -1)
+    wanted = scores.softmax(-1)[..., :11]
+    entropy, received = matrix.reduce(Entropy(), Received())
+    torch.testing.assert_close(received.double(), wanted.sum(-2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(entropy.double(), -torch.xlogy(wanted, wanted).sum(-1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(matrix[:].double(), wanted, atol=1e-6, rtol=0)
+    assert matrix.logsumexp.dtype == torch.float32

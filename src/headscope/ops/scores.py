@@ -238,7 +238,7 @@ class Normalizer:
     @property
     def logsumexp(self) -> Tensor:
         """Log Σ_j exp(s_ij), [B, H, L]; −inf where nothing is visible."""
-        return self.shift + self.log_sum
+        return (self.shift + self.log_sum).to(self.log_sum.dtype)
 
     @property
     def offset(self) -> Tensor | None:

@@ -65,7 +65,7 @@ def _stream(
     like = scores.query.new_empty(0, dtype=scores.dtype)
     shape = scores.shape
     pairs: Pairs = [(reduction, reduction.start(shape, like)) for reduction in reductions]
-    normalizer = known or Normalizer(like.new_zeros(shape[:3]), like.new_zeros(shape[:3]))
+    normalizer = known or Normalizer(like.new_zeros(shape[:3], dtype=scores.score_dtype), like.new_zeros(shape[:3]))
     online = known is None and all(reduction.online for reduction in reductions)
     size = block_size(len(reductions))
     offset = None if known is None else known.offset
@@ -129,8 +129,8 @@ def _reduce_online(
     ``_RECENTER`` takes its place, so that nothing overflows (the lazy rescaling of online softmax, arXiv 1805.02867).
     """
     row_max = normalizer.shift.new_full((*tile.shape, 1), -torch.inf)
-    center, total = torch.zeros_like(row_max), torch.zeros_like(row_max)
-    offset = torch.zeros_like(row_max)
+    center, total = torch.zeros_like(row_max), torch.zeros_like(row_max, dtype=scores.dtype)
+    offset = torch.zeros_like(total)
     for x, keys, masked in raw_blocks(scores, tile, buffers, size):
         if not uncentered:
             hide(x, masked)
@@ -148,8 +148,8 @@ def _reduce_online(
     if scores.sinks is not None:  # the larger of the two is kept apart: finfo.min + 0.4 would lose 0.4
         sink = _sinks_of(scores, tile)
         shift = torch.maximum(center, sink)
-        log_sum = torch.logaddexp(log_sum + (center - shift), sink - shift)
-    log_factor = (center - shift - log_sum).clamp(min=-1e4)
+        log_sum = torch.logaddexp(log_sum + (center - shift), sink - shift).to(scores.dtype)
+    log_factor = (center - shift - log_sum).clamp(min=-1e4).to(scores.dtype)
     _rescale(pairs, tile.at, torch.where(total > 0, log_factor, 0.0), total)
     _store(normalizer, tile.at, shift, log_sum, uncentered)
 
@@ -161,7 +161,9 @@ def _recenter(
     new_max = torch.maximum(row_max, x.amax(-1, keepdim=True).to(row_max.dtype))
     moved = (new_max - center > _RECENTER) | ((row_max == -torch.inf) & (new_max > row_max))
     if bool(moved.any()):
-        log_factor = torch.where(moved & (total > 0), center - new_max, 0.0).clamp(min=-1e4)  # e⁻¹⁰⁰⁰⁰ is 0
+        log_factor = (
+            torch.where(moved & (total > 0), center - new_max, 0.0).clamp(min=-1e4).to(total.dtype)
+        )  # e⁻¹⁰⁰⁰⁰ is 0
         _rescale(pairs, at, log_factor, total)
         total = total * log_factor.exp()
         center = torch.where(moved, new_max, center)
@@ -206,14 +208,14 @@ def _buffered_blocks(
     """Final blocks, kept until their rows' sums are known; each centred on the row maximum so far (0: uncentred)."""
     waiting: list[tuple[slice, list[MaskedColumns], Tensor, Tensor, Tensor]] = []
     row_max = normalizer.shift.new_full((*tile.shape, 1), -torch.inf)
-    total = torch.zeros_like(row_max)
+    total = torch.zeros_like(row_max, dtype=scores.dtype)
     for number, (x, keys, masked) in enumerate(raw_blocks(scores, tile, buffers, size, reuse=False)):
         shift = torch.zeros_like(row_max)
         if not uncentered:
             hide(x, masked)
             new_max = torch.maximum(row_max, x.amax(-1, keepdim=True).to(row_max.dtype))
             shift = torch.where(new_max == -torch.inf, 0.0, new_max)
-            total = total * (row_max - shift).exp()
+            total = total * (row_max - shift).exp().to(scores.dtype)
             x, row_max = x.sub_(shift).to(scores.dtype), new_max
         weights = exp(x, masked if uncentered else [], buffers.take(2 * number + 1, *x.shape))
         total = total + weights.sum(-1, keepdim=True)
@@ -225,13 +227,15 @@ def _buffered_blocks(
     if scores.sinks is not None:
         sink = _sinks_of(scores, tile)
         higher = torch.maximum(shift, sink)
-        total = total * (shift - higher).exp() + (sink - higher).exp()
+        total = (total * (shift - higher).exp() + (sink - higher).exp()).to(scores.dtype)
         shift = higher
     log_sum = total.log()
     _store(normalizer, tile.at, shift, log_sum, uncentered)
     while waiting:
         keys, masked, weights, centered, block_shift = waiting.pop(0)
-        lower = (block_shift - shift).clamp(max=0)  # block_shift may be higher before the first visible key
+        lower = (
+            (block_shift - shift).clamp(max=0).to(scores.dtype)
+        )  # block_shift may be higher before the first visible key
         offset = torch.where(total > 0, lower - log_sum, 0.0)
         weights.mul_(offset.exp())
         yield Block(weights, centered, offset, *tile.at, keys, bool(masked), True, scores)

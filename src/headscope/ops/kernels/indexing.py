@@ -26,8 +26,8 @@ class PartReader:
         self.scores = scores
         shape = scores.shape[:3]
         with torch.inference_mode(False):  # written into later, perhaps outside of that mode
-            blank = torch.full(shape, torch.nan, dtype=scores.dtype, device=scores.query.device)
-            self.normalizer = normalizer or Normalizer(blank, blank.clone())
+            blank = torch.full(shape, torch.nan, dtype=scores.score_dtype, device=scores.query.device)
+            self.normalizer = normalizer or Normalizer(blank, blank.to(scores.dtype, copy=True))
         self._last: tuple[list[Any], Tensor] | None = None
 
     def __getitem__(self, index: Any) -> Tensor:
