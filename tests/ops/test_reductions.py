@@ -414,3 +414,13 @@ def test_mask_cells_are_shared_only_between_equal_heads(monkeypatch: pytest.Monk
     (mass,) = AttentionMatrix(query, key, mask=visible).reduce(Groups(torch.arange(100) // 10))
     expected = (query @ key.transpose(-1, -2) / 8**0.5).masked_fill(~visible, -torch.inf).softmax(-1)
     assert_is(mass, expected.unflatten(-1, (10, 10)).sum(-1).double())
+
+
+@pytest.mark.parametrize("queries", [20, 140])
+def test_offsets_are_right_in_blocks_whose_keys_begin_after_the_rows(
+    queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "_BLOCK", 1)  # blocks of 128 keys: the band of some rows lies in two of them
+    monkeypatch.setattr(tiles, "_SMALL_BLOCK", 1)
+    matrix = AttentionMatrix(torch.randn(1, 2, queries, 5), torch.randn(1, 2, 140, 5))
+    assert_is(matrix.offsets(3), reference.offsets(matrix.dense().double(), 3))
